@@ -1,0 +1,395 @@
+"""A jaxpr rewritten so that weights keep their names: what the interpreter and the passes walk.
+
+``build`` follows every weight from its leaf through views, calls and loops to the equations that use
+it. Calls and loops that hold a site become operations with bodies; whatever holds none stays one opaque
+equation, so that its custom derivative and remat policy survive.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from jaxcomp.graph import _compat
+from jaxcomp.graph.sites import CONTRACTIONS, Site, layout_of, roles
+from jaxcomp.graph.views import View, through
+
+
+@dataclasses.dataclass(eq=False)
+class Op:
+    """One step of a program.
+
+    Attributes:
+      kind: "bind" (an equation as it stands), "view" (of a weight: nothing is computed), "site",
+        or a structure with bodies: "scan", "while", "cond", "remat", "shard_map".
+      eqn: the equation.
+      inputs: ids of its operands.
+      outputs: ids of its results.
+      site: for kind "site".
+      bodies: programs of the equation's sub-jaxprs that hold sites.
+      kept: for "scan", "while" and "shard_map": which inputs enter the body as weights.
+    """
+
+    kind: str
+    eqn: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    site: Site | None = None
+    bodies: tuple["Program", ...] = ()
+    kept: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A function as a list of operations on numbered values.
+
+    Attributes:
+      inputs: ids of its arguments.
+      outputs: ids of its results.
+      ops: operations in order.
+      constants: values known beforehand, by id.
+      weights: for ids that stand for a weight, its path and view.
+      sites: all sites in it, its bodies' included.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ops: list[Op]
+    constants: dict[int, Any]
+    weights: dict[int, tuple[str, View]]
+    sites: tuple[Site, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherUse:
+    """A weight used where no site is.
+
+    Attributes:
+      path: name of the weight.
+      primitive: the operation that uses it.
+      where: location, as in ``Site.id``.
+      contracted: the result of arithmetic on the weight alone is contracted with an activation, so
+        that compressing the weight would have been meant to reach it.
+    """
+
+    path: str
+    primitive: str
+    where: str
+    contracted: bool
+
+
+class Builder:
+    """Collects what ``build`` finds; one for a whole function."""
+
+    def __init__(self, avals: dict[str, Any]):
+        self.avals = avals
+        self.ids = itertools.count()
+        self.weights: dict[int, tuple[str, View]] = {}
+        self.derived: dict[int, frozenset[tuple[str, str, str]]] = {}
+        self.constant: set[int] = set()
+        self.number: dict[int, Any] = {}
+        self.shapes: dict[int, Any] = {}
+        self.sites: list[Site] = []
+        self.other: list[OtherUse] = []
+        self.layouts: dict[str, Any] = {}
+        self.groups: dict[Any, int] = {}
+
+    def new(self, aval: Any, number: Any = None) -> int:
+        """A fresh id."""
+        i = next(self.ids)
+        self.shapes[i] = aval
+        self.number[i] = i if number is None else number
+        return i
+
+    def program(self, body: _compat.Body, inputs: list[int], where: str) -> Program:
+        """Builds a body on given argument ids."""
+        ops: list[Op] = []
+        constants: dict[int, Any] = {}
+        first = len(self.sites)
+        outputs = self.inline(body, inputs, where, ops, constants)
+        return Program(
+            tuple(inputs), tuple(outputs), ops, constants, self.weights, tuple(self.sites[first:])
+        )
+
+    def inline(self, body, inputs, where, ops, constants) -> list[int]:
+        """Appends a body's operations to ``ops``; returns the ids of its results."""
+        env: dict[Any, int] = {}
+
+        def const(aval, value):
+            i = self.new(aval)
+            constants[i] = value
+            self.constant.add(i)
+            return i
+
+        for var, value in zip(body.constvars, body.consts, strict=True):
+            env[var] = const(var.aval, value)
+        env.update(zip(body.invars, inputs, strict=True))
+
+        def read(atom):
+            return const(atom.aval, atom.val) if isinstance(atom, _compat.Literal) else env[atom]
+
+        for k, eqn in enumerate(body.eqns):
+            operands = [read(v) for v in eqn.invars]
+            outputs = self.equation(eqn, operands, f"{where}{k}", ops, constants)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in body.outvars]
+
+    def involved(self, i: int) -> bool:
+        """Whether a value is a weight or made of weights alone."""
+        return i in self.weights or i in self.derived
+
+    def equation(self, eqn, operands, where, ops, constants) -> list[int]:
+        """Adds one equation."""
+        if any(self.involved(i) for i in operands):
+            name = eqn.primitive.name
+            if _compat.inner_jaxpr(eqn) is not None:
+                done = self.call(eqn, operands, where, ops, constants)
+            elif name in _STRUCTURES:
+                done = _STRUCTURES[name](self, eqn, operands, where)
+                if done is not None:
+                    ops.append(done)
+                    done = done.outputs
+            else:
+                done = self.leaf(eqn, operands, where, ops)
+            if done is not None:
+                return list(done)
+        return self.opaque(eqn, operands, where, ops)
+
+    def opaque(self, eqn, operands, where, ops) -> list[int]:
+        """Adds an equation as it stands."""
+        name = eqn.primitive.name
+        outputs = [self.new(v.aval) for v in eqn.outvars]
+        if len(operands) == 1 and name in _SAME_VALUE and outputs:
+            key = (name, _compat.printable_params(eqn), self.number[operands[0]])
+            self.number[outputs[0]] = key
+        sources = frozenset().union(
+            *(self.derived.get(i, frozenset()) for i in operands),
+            {(self.weights[i][0], name, where) for i in operands if i in self.weights},
+        )
+        if sources and all(self.involved(i) or i in self.constant for i in operands):
+            for i in outputs:
+                self.derived[i] = sources
+        elif sources:
+            for path, primitive, place in sorted(sources):
+                self.note(path, primitive, place, name in CONTRACTIONS)
+        elif all(i in self.constant for i in operands):
+            self.constant.update(outputs)
+        ops.append(Op("bind", eqn, tuple(operands), tuple(outputs)))
+        return outputs
+
+    def note(self, path, primitive, where, contracted) -> None:
+        """Records a use that is no site."""
+        self.other.append(OtherUse(path, primitive, where, contracted))
+
+    def leaf(self, eqn, operands, where, ops):
+        """A primitive without sub-jaxprs on at least one weight: a view, a site, or None."""
+        if len(operands) == 1 and operands[0] in self.weights:
+            path, view = self.weights[operands[0]]
+            seen = through(eqn, view)
+            if seen is not None:
+                out = self.new(eqn.outvars[0].aval)
+                self.weights[out] = (path, seen)
+                ops.append(Op("view", eqn, tuple(operands), (out,)))
+                return [out]
+        used = [k for k, i in enumerate(operands) if self.involved(i)]
+        if len(used) != 1 or operands[used[0]] not in self.weights:
+            return None
+        site = self.site(eqn, operands, used[0], where)
+        if site is None:
+            return None
+        outputs = [self.new(v.aval) for v in eqn.outvars]
+        ops.append(Op("site", eqn, tuple(operands), tuple(outputs), site=site))
+        return outputs
+
+    def site(self, eqn, operands, position, where) -> Site | None:
+        """The site that an equation is, if it is one."""
+        path, view = self.weights[operands[position]]
+        found = roles(eqn, position, view)
+        if found is None:
+            return None
+        kind, r = found
+        layout = layout_of(view, r)
+        if layout is None:
+            return None
+        # A contraction decides what the matrix is; a look-up follows it.
+        known = self.layouts.get(path)
+        if known is None or (known[0] == "gather" and kind != "gather"):
+            self.layouts[path] = (kind, layout)
+        others = tuple(self.number[i] for k, i in enumerate(operands) if k != position)
+        axes = str(eqn.params.get("dimension_numbers", ""))
+        key = (kind, others, axes if kind != "gather" else where)
+        group = self.groups.setdefault(key, len(self.groups))
+        site = Site(where, path, kind, layout, group, view, position)
+        self.sites.append(site)
+        return site
+
+    def call(self, eqn, operands, where, ops, constants):
+        """A call: inlined, or a remat body, if it holds a site or hands a weight on; else None."""
+        body = _compat.body_of(_compat.inner_jaxpr(eqn))
+        first = len(self.sites), len(self.other)
+        if _compat.is_remat(eqn):
+            inner = [self.alias(i) for i in operands]
+            program = self.program(body, inner, f"{where}/")
+            if len(self.sites) == first[0]:
+                return self.discard(first)
+            outputs = tuple(self.new(v.aval) for v in eqn.outvars)
+            ops.append(Op("remat", eqn, tuple(operands), outputs, bodies=(program,)))
+            return outputs
+        mine: list[Op] = []
+        extra: dict[int, Any] = {}
+        outputs = self.inline(body, operands, f"{where}/", mine, extra)
+        if len(self.sites) == first[0] and not any(self.involved(i) for i in outputs):
+            return self.discard(first)
+        ops += mine
+        constants.update(extra)
+        return outputs
+
+    def discard(self, first) -> None:
+        """Forgets what a tentative build found, but for weights that arithmetic led to a contraction."""
+        del self.sites[first[0] :]
+        kept = [o for o in self.other[first[1] :] if o.contracted]
+        self.other[first[1] :] = kept
+
+    def alias(self, i: int) -> int:
+        """A value under a new id inside a body."""
+        j = self.new(self.shapes[i], self.number[i])
+        for table in (self.weights, self.derived):
+            if i in table:
+                table[j] = table[i]
+        if i in self.constant:
+            self.constant.add(j)
+        return j
+
+    def dense(self, i: int, name: str, where: str, aval=None) -> int:
+        """The id inside a body of an operand that enters it as a plain array."""
+        j = self.new(self.shapes[i] if aval is None else aval)
+        if i in self.weights:
+            self.derived[j] = frozenset({(self.weights[i][0], name, where)})
+        elif i in self.derived:
+            self.derived[j] = self.derived[i]
+        return j
+
+    def finish(self, kind, eqn, operands, programs, kept, first):
+        """The structured operation, or None where its bodies hold no site."""
+        if len(self.sites) == first[0]:
+            return self.discard(first)
+        outputs = tuple(self.new(v.aval) for v in eqn.outvars)
+        return Op(kind, eqn, tuple(operands), outputs, bodies=tuple(programs), kept=tuple(kept))
+
+    def scan(self, eqn, operands, where):
+        """A scan: weights enter as constants, as unchanged carries, or sliced along the loop."""
+        first = len(self.sites), len(self.other)
+        loop = _compat.scan_of(eqn.params)
+        body = _compat.body_of(loop.jaxpr)
+        inner, kept = [], []
+        for k, (i, var) in enumerate(zip(operands, body.invars, strict=True)):
+            weight = i in self.weights
+            j = None
+            if k < loop.num_consts:
+                j = self.alias(i)
+            elif k < loop.num_consts + loop.num_carry:
+                if weight and body.outvars[k - loop.num_consts] is var:
+                    j = self.alias(i)
+            elif weight:
+                path, view = self.weights[i]
+                inside = view.enter_loop()
+                if inside is not None:
+                    j = self.new(var.aval)
+                    self.weights[j] = (path, inside)
+            kept.append(weight and j is not None)
+            inner.append(self.dense(i, "scan", where, var.aval) if j is None else j)
+        return self.finish(
+            "scan", eqn, operands, [self.program(body, inner, f"{where}/")], kept, first
+        )
+
+    def while_loop(self, eqn, operands, where):
+        """A while loop: weights enter as constants or unchanged carries."""
+        first = len(self.sites), len(self.other)
+        body = _compat.body_of(eqn.params["body_jaxpr"])
+        skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        inner, kept = [], [False] * skip
+        for k, (i, var) in enumerate(zip(operands[skip:], body.invars, strict=True)):
+            same = k < consts or body.outvars[k - consts] is var
+            keep = same and i in self.weights
+            kept.append(keep)
+            whole = keep or k < consts
+            inner.append(self.alias(i) if whole else self.dense(i, "while", where, var.aval))
+        return self.finish(
+            "while", eqn, operands, [self.program(body, inner, f"{where}/")], kept, first
+        )
+
+    def cond(self, eqn, operands, where):
+        """A conditional: every branch sees the weights."""
+        first = len(self.sites), len(self.other)
+        programs = [
+            self.program(
+                _compat.body_of(branch), [self.alias(i) for i in operands[1:]], f"{where}/{b}/"
+            )
+            for b, branch in enumerate(eqn.params["branches"])
+        ]
+        return self.finish("cond", eqn, operands, programs, [], first)
+
+    def shard_map(self, eqn, operands, where):
+        """A shard_map: inside, a weight is the shard of its leaf."""
+        first = len(self.sites), len(self.other)
+        body = _compat.body_of(eqn.params["jaxpr"])
+        inner, kept = [], []
+        for i, var in zip(operands, body.invars, strict=True):
+            keep = i in self.weights and self.weights[i][1].is_leaf
+            kept.append(keep)
+            if keep:
+                j = self.new(var.aval)
+                self.weights[j] = (self.weights[i][0], View.of(var.aval.shape, var.aval.dtype))
+            else:
+                j = self.dense(i, "shard_map", where, var.aval)
+            inner.append(j)
+        return self.finish(
+            "shard_map", eqn, operands, [self.program(body, inner, f"{where}/")], kept, first
+        )
+
+
+_STRUCTURES = {
+    "scan": Builder.scan,
+    "while": Builder.while_loop,
+    "cond": Builder.cond,
+    "shard_map": Builder.shard_map,
+}
+
+# Operations whose result is the same input to a layer, for input groups.
+_SAME_VALUE = frozenset(
+    {
+        "convert_element_type",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "copy",
+        "copy_p",
+        "sharding_constraint",
+        "pvary",
+        "pcast",
+        "reduce_precision",
+    }
+)
+
+
+def build(jaxpr: Any, weights: dict[int, tuple[str, Any]]) -> tuple[Program, Builder]:
+    """Rewrites a jaxpr with some of its arguments as named weights.
+
+    Args:
+      jaxpr: a closed jaxpr.
+      weights: argument position -> (path, aval of the leaf).
+
+    Returns:
+      The program, and the builder with the sites and other uses that it found.
+    """
+    body = _compat.body_of(jaxpr)
+    builder = Builder({path: aval for path, aval in weights.values()})
+    inputs = []
+    for k, var in enumerate(body.invars):
+        i = builder.new(var.aval)
+        if k in weights:
+            builder.weights[i] = (weights[k][0], View.of(var.aval.shape, var.aval.dtype))
+        inputs.append(i)
+    program = builder.program(body, inputs, "")
+    return program, builder

@@ -1,0 +1,97 @@
+"""What an algorithm sees: one weight at a time, its statistics, and the steps of a recipe.
+
+A recipe is a tuple of steps. A step is a frozen config (``Step`` and its subclasses, one beside each
+algorithm); ``run(step, layers)`` is the algorithm, found by the step's type. The layers handed to it
+read the same input (an input group: q, k and v of an attention), so that a transform of the input can
+be shared among them. Nothing here knows a model or a graph.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import msgspec
+
+from jaxcomp.calibration import Statistics
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="algorithm"):
+    """One algorithm of a recipe, with the weights it applies to.
+
+    Attributes:
+      include: globs over weight paths (``re:`` for a regular expression) that the step applies to.
+      exclude: globs that it leaves alone, stronger than ``include``.
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def needs(self) -> frozenset[str]:
+        """Names of the ``Statistics`` fields the algorithm reads, of {hessian, absmax, absmean, sumsq, range}."""
+        return frozenset()
+
+
+class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the input of a matmul is quantized when the model runs.
+
+    Attributes:
+      format: the element type, "int8", "int4", "e4m3" or "e5m2".
+      granularity: one scale a token, or one for the whole tensor.
+      dynamic: scales computed at each call, or frozen from calibration (``granularity="tensor"`` only).
+      symmetric: without a zero point, or (int only, static or dynamic) with one.
+    """
+
+    format: Literal["int8", "int4", "e4m3", "e5m2"] = "int8"
+    granularity: Literal["token", "tensor"] = "token"
+    dynamic: bool = True
+    symmetric: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A weight on its way through the steps of a recipe.
+
+    Attributes:
+      path: name of the weight, for errors.
+      weight: ``(*stack, out, in)`` float, what the next step is to approximate. Earlier steps have
+        already changed it: multiplied by a smoothing scale, zeroed by a mask.
+      statistics: of this layer's input, leaves with the same leading ``stack``; None when the
+        recipe needs none. Already transformed by ``input_scale``.
+      mask: bool ``(*stack, out, in)``, True where a pruning step kept the weight. Later steps keep it.
+      input_scale: ``(*stack, in)``: the layer's input is to be multiplied by it (``weight`` has been
+        divided by it), the same for all layers of the group. None means one everywhere.
+      parts: the compressed weight so far as a tuple of format parts approximating ``weight`` (without
+        ``input_scale``), or None before any step made one.
+      activation: how the input is to be quantized at run time, set with ``parts``.
+      original_dtype: dtype of the dense leaf.
+      metrics: numbers for the report (for instance {"error": relative output error}).
+    """
+
+    path: str
+    weight: jax.Array
+    statistics: Statistics | None = None
+    mask: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    parts: tuple[Any, ...] | None = None
+    activation: Any = None
+    original_dtype: Any = None
+    metrics: dict = dataclasses.field(default_factory=dict)
+
+    def replace(self, **changes) -> "Layer":
+        """Returns a copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+@functools.singledispatch
+def run(step: Step, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Applies one step to the layers of one input group.
+
+    Args:
+      step: the algorithm's config; its type chooses the algorithm.
+      layers: layers that read the same input and that the step's rules name, at least one.
+
+    Returns:
+      The same layers in the same order, changed.
+    """
+    raise NotImplementedError(f"no algorithm is defined for a step of type {type(step).__name__}")
