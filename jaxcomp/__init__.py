@@ -1,0 +1,54 @@
+"""jaxcomp: model compression for JAX."""
+
+__version__ = "0.1.0"
+
+from jaxcomp import (
+    data,
+    evaluation,
+    formats,
+    graph,
+    io,
+    models,
+    presets,
+    pruning,
+    quantization,
+)
+from jaxcomp.compress import Result, compress
+from jaxcomp.dispatch import dispatch
+from jaxcomp.errors import DataError, JaxcompError, ModelError, RecipeError
+from jaxcomp.formats import CompressedArray, materialize, nbits
+from jaxcomp.functional import functional
+from jaxcomp.graph import Graph, Site, trace
+from jaxcomp.io.checkpoint import load, save
+from jaxcomp.recipe import Recipe
+from jaxcomp.report import Report
+
+__all__ = [
+    "CompressedArray",
+    "DataError",
+    "Graph",
+    "JaxcompError",
+    "ModelError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Result",
+    "Site",
+    "compress",
+    "data",
+    "dispatch",
+    "evaluation",
+    "formats",
+    "functional",
+    "graph",
+    "io",
+    "load",
+    "materialize",
+    "models",
+    "nbits",
+    "presets",
+    "pruning",
+    "quantization",
+    "save",
+    "trace",
+]

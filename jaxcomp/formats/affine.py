@@ -13,16 +13,16 @@ from jaxcomp.formats.base import Part, part, static
 class Affine(Part):
     """Integers of 2 to 8 (or 16) bits with a scale a group, W = scale * (code - zero_point).
 
-    Codes are signed, -2^(b-1) .. 2^(b-1)-1, with or without a zero point; a code is the unsigned q of the
-    literature less 2^(b-1), and so is the zero point.
+    Codes are signed, -2^(b-1) .. 2^(b-1)-1, with or without a zero point; a code is the unsigned q
+    of the literature less 2^(b-1), and so is the zero point.
 
     Attributes:
       values: codes as two's complement packed along the input axis (see ``packing``), uint8
         ``(*stack, out, ceil(in*bits/8))``; int8 ``(*stack, out, in)`` for 8 bits.
       scale: ``(*stack, in_groups, out_groups)`` float, N minor.
       zero_point: int8 (int16 for 16 bits), shaped as ``scale``; None for a symmetric grid.
-      group_index: ``(*stack, in)`` unsigned, the group of each input where groups are not consecutive
-        (activation order without static groups); None otherwise.
+      group_index: ``(*stack, in)`` unsigned, the group of each input where groups are not
+        consecutive (activation order without static groups); None otherwise.
       bits: width of a code.
       padding: codes by which the packed row is longer than the input axis.
     """
@@ -75,6 +75,7 @@ class Affine(Part):
             return base.gather_groups(groups, self.group_index, out)
         return base.expand_groups(groups, out, self.in_size)
 
+    @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
         wide = base.compute_dtype(self.scale)

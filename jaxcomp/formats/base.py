@@ -1,9 +1,9 @@
 """What all parts of a compressed weight share.
 
-A part is a frozen dataclass of arrays, registered as a pytree. It stands for a matrix ``(*stack, out, in)``
-and every one of its arrays has the same leading stack axes, so ``lax.scan``, ``vmap``, indexing and
-stacking of its leaves slice and stack parts. Sizes are read from the arrays; nothing static depends on the
-stack. The methods that a part defines:
+A part is a frozen dataclass of arrays, registered as a pytree. It stands for a matrix ``(*stack,
+out, in)`` and every one of its arrays has the same leading stack axes, so ``lax.scan``, ``vmap``,
+indexing and stacking of its leaves slice and stack parts. Sizes are read from the arrays; nothing
+static depends on the stack. The methods that a part defines:
 
 - ``shape``: ``(*stack, out, in)``, from the shapes of its arrays alone.
 - ``materialize(dtype)``: the dense matrix.
@@ -11,6 +11,7 @@ stack. The methods that a part defines:
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Self
 
@@ -67,6 +68,11 @@ def part(cls: type) -> type:
     return cls
 
 
+def jitted(method: Any) -> Any:
+    """Decorator of ``materialize`` methods: one fused computation also outside of ``jit``."""
+    return functools.partial(jax.jit, static_argnames="dtype", inline=True)(method)
+
+
 class Part:
     """Base of the parts; see the head of this file."""
 
@@ -99,7 +105,7 @@ class Part:
 
 
 def expand_groups(scale: jax.Array, out: int, size: int) -> jax.Array:
-    """Scales ``(*stack, in_groups, out_groups)`` spread over the matrix, ``(*stack, out, size)``."""
+    """Scales ``(*stack, in_groups, out_groups)`` spread over ``(*stack, out, size)``."""
     rows = jnp.swapaxes(scale, -1, -2)
     return spread(rows, out, size)
 
@@ -107,9 +113,7 @@ def expand_groups(scale: jax.Array, out: int, size: int) -> jax.Array:
 def spread(groups: jax.Array, out: int, size: int) -> jax.Array:
     """Values ``(*stack, out_groups, in_groups)`` repeated to ``(*stack, out, size)``."""
     *stack, og, ig = groups.shape
-    wide = jnp.broadcast_to(
-        groups[..., :, None, :, None], (*stack, og, out // og, ig, size // ig)
-    )
+    wide = jnp.broadcast_to(groups[..., :, None, :, None], (*stack, og, out // og, ig, size // ig))
     return wide.reshape(*stack, out, size)
 
 
@@ -121,7 +125,7 @@ def gather_groups(scale: jax.Array, group_index: jax.Array, out: int) -> jax.Arr
 
 
 def scale_group_rows(scale: jax.Array, c: jax.Array, dtype: Any = None) -> jax.Array:
-    """Scales ``(*stack, in_groups, out_groups)`` times ``c (*stack, out)``: one scale a row results."""
+    """Scales ``(*stack, in_groups, out_groups)`` times ``c (*stack, out)``, one a row."""
     out, out_groups = c.shape[-1], scale.shape[-1]
     wide = compute_dtype(scale, c)
     if out_groups != out:

@@ -1,12 +1,12 @@
 """Values out of a table of levels: NF4, bitsandbytes' FP4, given levels, and k-means a row.
 
-A value is the nearest level: index = number of midpoints of neighbouring levels that lie below it (a tie
-takes the lower level). Under a scale, levels are divided by their largest magnitude: scale =
+A value is the nearest level: index = number of midpoints of neighbouring levels that lie below it
+(a tie takes the lower level). Under a scale, levels are divided by their largest magnitude: scale =
 absmax / max|level|.
 
-k-means (``kmeans_levels``) is Lloyd's algorithm on each row: assign to the nearest level, move each level
-to the weighted mean of its members; in one dimension clusters are intervals, so with the row sorted once
-and prefix sums of weights an iteration costs a binary search a level.
+k-means (``kmeans_levels``) is Lloyd's algorithm on each row: assign to the nearest level, move each
+level to the weighted mean of its members; in one dimension clusters are intervals, so with the row
+sorted once and prefix sums of weights an iteration costs a binary search a level.
 
 Source: Dettmers et al., QLoRA, arXiv 2305.14314 (NF4); bitsandbytes (FP4); Lloyd 1982.
 """
@@ -20,8 +20,8 @@ import numpy as np
 from jaxcomp.formats import base, packing
 from jaxcomp.formats.base import Part, part, static
 
-# Quantiles of N(0, 1) at equal steps of probability, eight above zero, seven below and zero itself, divided
-# by the largest. The float32 values of bitsandbytes.
+# Quantiles of N(0, 1) at equal steps of probability, eight above zero, seven below and zero itself,
+# divided by the largest. The float32 values of bitsandbytes.
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -85,7 +85,8 @@ def _lloyd_row(x, weight, levels, iterations):
         at = edges(levels)
         total = mass[at[1:]] - mass[at[:-1]]
         mean = (moment[at[1:]] - moment[at[:-1]]) / jnp.where(total > 0, total, 1)
-        # Differences of prefix sums are inexact where a cluster is light: keep the mean in its interval.
+        # Differences of prefix sums are inexact where a cluster is light: keep the mean in its
+        # interval.
         low, high = x[jnp.minimum(at[:-1], count - 1)], x[jnp.maximum(at[1:] - 1, 0)]
         return jnp.where(total > 0, jnp.clip(mean, low, high), levels)
 
@@ -111,8 +112,8 @@ def kmeans_levels(
       w: ``(*stack, out, in)``.
       bits: 2**bits levels.
       importance: weights >= 0 that broadcast against ``w``; None is one everywhere.
-      init: "quantile" (equal weighted population), "uniform" (equal steps from the least to the largest
-        value), or levels ``(*stack, out, 2**bits)``.
+      init: "quantile" (equal weighted population), "uniform" (equal steps from the least to the
+        largest value), or levels ``(*stack, out, 2**bits)``.
       iterations: of Lloyd's algorithm; none of them increases the error.
 
     Returns:
@@ -128,11 +129,13 @@ def kmeans_levels(
         start = jnp.sort(jnp.asarray(init, wide), axis=-1)
     elif init == "uniform":
         low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-        start = low + (high - low) * jnp.linspace(0, 1, size, dtype=wide)
+        steps = jnp.expand_dims(jnp.linspace(0, 1, size, dtype=wide), range(w.ndim - 1))
+        start = low + (high - low) * steps
     else:
         order = jnp.argsort(w, axis=-1)
         mass = jnp.cumsum(jnp.take_along_axis(weight, order, -1), axis=-1)
-        target = (jnp.arange(size, dtype=wide) + 0.5) / size * mass[..., -1:]
+        steps = (jnp.arange(size, dtype=wide) + 0.5) / size
+        target = jnp.expand_dims(steps, range(w.ndim - 1)) * mass[..., -1:]
         flat_mass, flat_target = mass.reshape(-1, mass.shape[-1]), target.reshape(-1, size)
         at = jax.vmap(jnp.searchsorted)(flat_mass, flat_target).reshape(target.shape)
         at = jnp.minimum(at, w.shape[-1] - 1)
@@ -186,6 +189,7 @@ class CodebookPart(Part):
         """Indices as uint8 ``(*stack, out, in)``."""
         return packing.unpack(self.indices, self.bits, self.in_size)
 
+    @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
         wide = base.compute_dtype(self.levels, self.scale)

@@ -1,6 +1,7 @@
-"""Compressed arrays: what a weight becomes, a sum of parts with the leaf's logical shape and dtype."""
+"""Compressed arrays: sums of parts with the logical shape and dtype of a weight."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.meta import AxisMetadata
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import base
-from jaxcomp.formats.base import static
 
 
 def to_matrix(
@@ -39,8 +40,8 @@ def to_matrix(
     axes = (*stack_axes, *out_axes, *in_axes)
     if sorted(axes) != list(range(np.ndim(leaf))):
         raise JaxcompError(
-            f"array {np.shape(leaf)}: stack_axes {tuple(stack_axes)}, out_axes {tuple(out_axes)} and "
-            f"in_axes {tuple(in_axes)} must name each of its {np.ndim(leaf)} axes once."
+            f"array {np.shape(leaf)}: stack_axes {tuple(stack_axes)}, out_axes {tuple(out_axes)} "
+            f"and in_axes {tuple(in_axes)} must name each of its {np.ndim(leaf)} axes once."
         )
     moved = leaf.transpose(axes)
     stack = moved.shape[: len(stack_axes)]
@@ -52,9 +53,10 @@ def to_matrix(
 class CompressedArray:
     """A weight stored as a sum of parts, W = parts[0] + parts[1] + ...
 
-    A pytree whose leaves are the parts' arrays. It can stand where an array stands: ``jnp`` functions
-    materialize it (``__jax_array__``). Slicing the leaves along a leading axis (``lax.scan``, ``vmap``,
-    ``jax.tree.map(lambda a: a[i], ..)``) takes the first stack axis away, stacking them adds one.
+    A pytree whose leaves are the parts' arrays. It can stand where an array stands: ``jnp``
+    functions materialize it (``__jax_array__``). Slicing the leaves along a leading axis
+    (``lax.scan``, ``vmap``, ``jax.tree.map(lambda a: a[i], ..)``) takes the first stack axis away,
+    stacking them adds one.
 
     Attributes:
       parts: parts of equal shape ``(*stack, out, in)``.
@@ -62,15 +64,16 @@ class CompressedArray:
       dims: shape of the leaf without its stack axes.
       out_axes: axes of ``dims`` that make ``out``, in the order in which they are flattened.
       in_axes: axes of ``dims`` that make ``in``, in the order in which they are flattened.
-      stack_axes: positions of the stack axes in the full leaf, in the order of the matrix's stack axes.
+      stack_axes: positions of the stack axes in the full leaf, in the order of the matrix's stack
+        axes.
     """
 
     parts: tuple[Any, ...]
-    dtype: Any = static()
-    dims: tuple[int, ...] = static()
-    out_axes: tuple[int, ...] = static()
-    in_axes: tuple[int, ...] = static()
-    stack_axes: tuple[int, ...] = static(default=())
+    dtype: Any
+    dims: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...] = ()
 
     @classmethod
     def from_matrix(
@@ -106,8 +109,8 @@ class CompressedArray:
         )
         if sorted((*stack_axes, *out_axes, *in_axes)) != list(range(rank)):
             raise JaxcompError(
-                f"array {leaf_shape}: stack_axes {stack_axes}, out_axes {out_axes} and in_axes {in_axes} "
-                f"must name each of its {rank} axes once."
+                f"array {leaf_shape}: stack_axes {stack_axes}, out_axes {out_axes} and in_axes "
+                f"{in_axes} must name each of its {rank} axes once."
             )
         wanted = (
             *(leaf_shape[a] for a in stack_axes),
@@ -120,7 +123,8 @@ class CompressedArray:
             if tuple(part.shape) != wanted:
                 raise JaxcompError(
                     f"array {leaf_shape}: its matrix is {wanted}, but a part of type "
-                    f"{type(part).__name__} has shape {tuple(part.shape)}; make the part for that matrix."
+                    f"{type(part).__name__} has shape {tuple(part.shape)}; "
+                    "make the part for that matrix."
                 )
         rest = [a for a in range(rank) if a not in stack_axes]
         return cls(
@@ -187,6 +191,7 @@ class CompressedArray:
             total = total + part.materialize(wide)
         return total.astype(dtype)
 
+    @functools.partial(jax.jit, inline=True)
     def materialize(self) -> jax.Array:
         """The dense leaf, of ``shape`` and ``dtype``."""
         stack = self.stack
@@ -201,9 +206,11 @@ class CompressedArray:
         return dataclasses.replace(self, **changes)
 
     def __jax_array__(self) -> jax.Array:
+        """The dense leaf, for ``jnp`` functions."""
         return self.materialize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense leaf, for NumPy functions."""
         dense = np.asarray(self.materialize())
         return dense if dtype is None else dense.astype(dtype)
 
@@ -222,31 +229,57 @@ class CompressedArray:
         leading = self._layout()[:1] == [("stack", 0)]
         if leading and isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             if not -self.shape[0] <= index < self.shape[0]:
-                raise IndexError(f"index {index} is out of bounds for axis 0 with size {self.shape[0]}")
+                raise IndexError(f"index {index} is out of bounds for axis 0, size {self.shape[0]}")
             return jax.tree.map(lambda a: a[index], self)
         return self.materialize()[index]
 
     def __len__(self) -> int:
+        """Size of the leading axis."""
         return self.shape[0]
 
     def __iter__(self) -> Any:
+        """Slices along the leading axis."""
         return (self[i] for i in range(len(self)))
 
     @property
-    def T(self) -> jax.Array:  # noqa: N802
+    def T(self) -> jax.Array:
         """The dense leaf transposed."""
         return self.materialize().T
 
     def __matmul__(self, other: Any) -> jax.Array:
+        """The dense leaf times ``other``."""
         return self.materialize() @ other
 
     def __rmatmul__(self, other: Any) -> jax.Array:
+        """``other`` times the dense leaf."""
         return other @ self.materialize()
 
+    # Flax Linen's protocol for boxed variables (``AxisMetadata``, registered below): a parameter is
+    # unboxed where a module reads it, so an unmodified Linen layer runs on a compressed array.
+
+    def unbox(self) -> jax.Array:
+        """The dense leaf, for a Linen module that reads it."""
+        return self.materialize()
+
+    def replace_boxed(self, value: Any) -> Any:
+        """What a Linen module wrote in its place."""
+        return value
+
+    def add_axis(self, index: int, params: Any) -> "CompressedArray":
+        """Nothing to do: stack axes are read from the arrays."""
+        del index, params
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> "CompressedArray":
+        """Nothing to do: stack axes are read from the arrays."""
+        del index, params
+        return self
+
     def __repr__(self) -> str:
+        """The names of the parts, the logical dtype and shape."""
         names = " + ".join(type(part).__name__ for part in self.parts)
         try:
-            return f"CompressedArray({names}, shape={self.shape}, dtype={jnp.dtype(self.dtype).name})"
+            return f"CompressedArray({names}, {jnp.dtype(self.dtype).name}{list(self.shape)})"
         except Exception:
             # Leaves may be anything (shardings, axis numbers) in a tree made by jax.tree.map.
             return f"CompressedArray({names})"
@@ -257,6 +290,9 @@ jax.tree_util.register_dataclass(
     data_fields=["parts"],
     meta_fields=["dtype", "dims", "out_axes", "in_axes", "stack_axes"],
 )
+
+
+AxisMetadata.register(CompressedArray)
 
 
 def is_compressed(x: Any) -> bool:

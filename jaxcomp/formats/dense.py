@@ -42,8 +42,8 @@ class DenseColumns(Part):
 
     Attributes:
       values: ``(*stack, out, k)`` float.
-      indices: ``(*stack, k)`` int32, distinct positions of the columns in the input axis. One that equals
-        ``in_size`` is unused: stacked layers with fewer outliers are padded with it.
+      indices: ``(*stack, k)`` int32, distinct positions of the columns in the input axis. One that
+        equals ``in_size`` is unused: stacked layers with fewer outliers are padded with it.
       in_size: length of the input axis.
     """
 
@@ -56,6 +56,7 @@ class DenseColumns(Part):
         """``(*stack, out, in)``."""
         return (*self.values.shape[:-1], self.in_size)
 
+    @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
         *stack, out, k = self.values.shape
@@ -97,6 +98,7 @@ class LowRankPart(Part):
         """Inner size."""
         return self.a.shape[-1]
 
+    @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
         wide = base.compute_dtype(self.a, self.b)

@@ -1,12 +1,13 @@
 """Small floating-point values: fp8 and fp4 under float, power-of-two or two-level scales.
 
-Element types: e4m3 ("fn": largest 448, no infinity), e5m2 (largest 57344), e2m1 (0, 0.5, 1, 1.5, 2, 3, 4,
-6 and their negatives). Rounding is to nearest, ties to even, and saturates. Microscaling formats fix the
-group: mxfp8 (e4m3) and mxfp4 (e2m1) share 2^e over 32 inputs, e = floor(log2 absmax) less the largest
-exponent of the element; nvfp4 (e2m1) has an e4m3 scale over 16 inputs under one float32 a tensor.
+Element types: e4m3 ("fn": largest 448, no infinity), e5m2 (largest 57344), e2m1 (0, 0.5, 1, 1.5, 2,
+3, 4, 6 and their negatives). Rounding is to nearest, ties to even, and saturates. Microscaling
+formats fix the group: mxfp8 (e4m3) and mxfp4 (e2m1) share 2^e over 32 inputs, e = floor(log2
+absmax) less the largest exponent of the element; nvfp4 (e2m1) has an e4m3 scale over 16 inputs
+under one float32 a tensor.
 
-Source: OCP Microscaling Formats (MX) v1.0; Micikevicius et al., FP8 formats for deep learning, 2022;
-NVIDIA, nvfp4 as in the Blackwell documentation.
+Source: OCP Microscaling Formats (MX) v1.0; Micikevicius et al., FP8 formats for deep learning,
+2022; NVIDIA, nvfp4 as in the Blackwell documentation.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from jaxcomp.formats.base import Part, part, static
 
 
 class Element(NamedTuple):
-    """One element type: mantissa bits, smallest normal exponent, largest exponent, largest value."""
+    """One element type: its widths, the exponents of its normal values, its largest value."""
 
     bits: int
     mantissa: int
@@ -46,7 +47,7 @@ BLOCK = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
-    """floor(log2 |x|) as int32, exactly; -127 (-1023 in float64) or less for zero and subnormals."""
+    """floor(log2 |x|) as int32, exactly; -127 (-1023 in float64) for zero and subnormals."""
     if x.dtype == jnp.float64:
         raw = jax.lax.bitcast_convert_type(x, jnp.int64)
         return (((raw >> 52) & 0x7FF) - 1023).astype(jnp.int32)
@@ -109,7 +110,8 @@ def decode_float(codes: jax.Array, element: str, dtype: Any = jnp.float32) -> ja
     if element == "e2m1":
         code = codes.astype(jnp.int32)
         size = (code & 7).astype(dtype)
-        value = jnp.where(size <= 4, 0.5 * size, jnp.where(size < 7, size - 2, jnp.asarray(6, dtype)))
+        large = jnp.where(size < 7, size - 2, jnp.asarray(6, dtype))
+        value = jnp.where(size <= 4, 0.5 * size, large)
         return jnp.where(code >= 8, -value, value)
     raw = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), ELEMENTS[element].dtype)
     return raw.astype(dtype)
@@ -131,10 +133,10 @@ class FloatPart(Part):
     """fp8 or fp4 values with a scale a group, W = scale * value.
 
     Attributes:
-      values: ``(*stack, out, in)`` float8_e4m3fn or float8_e5m2; for fp4 bit patterns packed two a byte,
-        uint8 ``(*stack, out, ceil(in/2))``.
-      scale: ``(*stack, in_groups, out_groups)``: float; for mxfp4 and mxfp8 the exponent plus 127 as
-        uint8 (e8m0); for nvfp4 float8_e4m3fn, multiplied by ``tensor_scale``.
+      values: ``(*stack, out, in)`` float8_e4m3fn or float8_e5m2; for fp4 bit patterns packed two a
+        byte, uint8 ``(*stack, out, ceil(in/2))``.
+      scale: ``(*stack, in_groups, out_groups)``: float; for mxfp4 and mxfp8 the exponent plus 127
+        as uint8 (e8m0); for nvfp4 float8_e4m3fn, multiplied by ``tensor_scale``.
       tensor_scale: ``(*stack,)`` float32 of nvfp4, else None.
       kind: as in the ``Float`` format.
       padding: codes by which the packed row is longer than the input axis.
@@ -174,7 +176,7 @@ class FloatPart(Part):
         return self.values.shape[-2] // self.scale.shape[-1]
 
     def elements(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The values before scaling, ``(*stack, out, in)``, exact in ``dtype`` (bfloat16 or wider)."""
+        """The values before scaling, ``(*stack, out, in)``, in ``dtype`` (bfloat16 or wider)."""
         if self.element == "e2m1":
             return decode_float(packing.unpack(self.values, 4, self.in_size), "e2m1", dtype)
         return self.values.astype(dtype)
@@ -184,6 +186,7 @@ class FloatPart(Part):
         wide = base.compute_dtype(self.scale, self.tensor_scale)
         return effective_scale(self.kind, self.scale, self.tensor_scale, wide)
 
+    @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
         scale = self.effective_scale()
@@ -193,8 +196,8 @@ class FloatPart(Part):
     def scale_rows(self, c: jax.Array) -> "FloatPart":
         """Rows times ``c (*stack, out)``, with float scales.
 
-        The power-of-two and two-level scales of the microscaling kinds cannot hold an arbitrary factor:
-        those become the plain element kind with float32 scales of the same groups.
+        The power-of-two and two-level scales of the microscaling kinds cannot hold an arbitrary
+        factor: those become the plain element kind with float32 scales of the same groups.
         """
         if self.kind in BLOCK:
             scale = base.scale_group_rows(self.effective_scale(), c)
@@ -209,8 +212,8 @@ def float_part(
 
     Args:
       codes: ``(*stack, out, in)`` bit patterns as ``encode_float`` gives them.
-      scale: ``(*stack, in_groups, out_groups)`` effective multipliers, as a float type; those of the
-        microscaling kinds must be representable in their scale type.
+      scale: ``(*stack, in_groups, out_groups)`` effective multipliers, as a float type; those of
+        the microscaling kinds must be representable in their scale type.
       tensor_scale: ``(*stack,)`` of nvfp4.
       kind: as in the ``Float`` format.
 

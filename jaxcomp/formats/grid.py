@@ -1,7 +1,7 @@
 """Element-wise quantizers: the grids behind RTN, GPTQ, AWQ and SparseGPT.
 
-For the element formats ``Int``, ``Float`` and ``Codebook`` a weight becomes a code on a grid that its
-group's parameters place:
+For the element formats ``Int``, ``Float`` and ``Codebook`` a weight becomes a code on a grid that
+its group's parameters place:
 
     context = prepare(fmt, w)                      what the whole matrix shares
     qparams = fit(fmt, w, context, clipping)       a scale (and zero point) a group
@@ -10,15 +10,16 @@ group's parameters place:
     values  = decode(fmt, codes, q, context)
     part    = build(fmt, codes, qparams, context)
 
-Integers, on xmin = min(x, 0), xmax = max(x, 0), a = max(-xmin, xmax), with signed codes (unsigned ones less
-2^(b-1)):
+Integers, on xmin = min(x, 0), xmax = max(x, 0), a = max(-xmin, xmax), with signed codes (unsigned
+ones less 2^(b-1)):
 
     symmetric, full range   S = 2a / (2^b - 1)         codes -2^(b-1) .. 2^(b-1)-1
     symmetric               S = a / (2^(b-1) - 1)      codes -(2^(b-1)-1) .. 2^(b-1)-1
     asymmetric              S = (xmax-xmin)/(2^b - 1)  Z = round(-xmin/S) - 2^(b-1)
 
-An all-zero group takes a = 1. Clipping "mse" shrinks the range by 1.00, 0.99 .. 0.21 and keeps the factor
-with the least sum |w - what|^2.4 (the largest such factor); "percentile" takes percentiles for the ends.
+An all-zero group takes a = 1. Clipping "mse" shrinks the range by 1.00, 0.99 .. 0.21 (power-of-two
+scales try the next larger and smaller exponent instead) and keeps what makes sum |w - what|^2.4
+least, the first tried among equals; "percentile" takes percentiles for the ends.
 
 Source: Frantar et al., GPTQ, arXiv 2210.17323 and its code (range, search).
 """
@@ -51,15 +52,17 @@ __all__ = [
 
 Clipping = Literal["minmax", "mse", "percentile"]
 NORM = 2.4
-SHRINK_STEPS = 80
+# What "mse" tries besides the whole range. Power-of-two scales move by a whole exponent.
+SHRINKS = tuple(1 - i / 100 for i in range(1, 80))
+EXPONENT_STEPS = (2.0, 0.5)
 
 
 class QParams(NamedTuple):
-    """Parameters of groups, ``(*stack, out_groups, col_groups)``, or expanded, ``(*stack, out, cols)``.
+    """Parameters a group, ``(*stack, out_groups, col_groups)``, or a weight (expanded).
 
     Attributes:
-      scale: float32 (or float64) multipliers, representable in the dtype they will be stored in; None for
-        "kmeans".
+      scale: float32 (or float64) multipliers, representable in the dtype they will be stored in;
+        None for "kmeans".
       zero_point: int32, signed as the codes; None for symmetric grids.
     """
 
@@ -77,6 +80,9 @@ class Context(NamedTuple):
 
     levels: jax.Array | None = None
     tensor_scale: jax.Array | None = None
+
+
+EMPTY = Context()
 
 
 def group_size_of(fmt: Element, size: int) -> int:
@@ -97,7 +103,7 @@ def _wide(w: jax.Array) -> jax.Array:
 
 
 def _storage_dtype(fmt: Element, scale: jax.Array) -> Any:
-    """dtype of stored scales; float64 weights keep float64 where float32 is asked for."""
+    """Dtype of stored scales; float64 weights keep float64 where float32 is asked for."""
     if fmt.scale_dtype == "float32":
         return scale.dtype
     return jnp.dtype(fmt.scale_dtype)
@@ -130,7 +136,8 @@ def _prepare(fmt, w, importance):
     stack = w.shape[:-2]
     if isinstance(fmt, Float) and fmt.kind == "nvfp4":
         absmax = jnp.abs(w).max((-1, -2)) if w.size else jnp.zeros(stack, w.dtype)
-        return Context(tensor_scale=jnp.where(absmax > 0, absmax / (448.0 * 6.0), 1).astype(w.dtype))
+        tensor_scale = jnp.where(absmax > 0, absmax / (448.0 * 6.0), 1)
+        return Context(tensor_scale=tensor_scale.astype(w.dtype))
     if not isinstance(fmt, Codebook):
         return Context()
     if fmt.kind == "kmeans":
@@ -140,7 +147,7 @@ def _prepare(fmt, w, importance):
 
 
 def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> QParams:
-    """Parameters for groups that are to cover low <= 0 .. high >= 0; arrays ``(*stack, OG, CG)``."""
+    """Parameters of groups ``(*stack, OG, CG)`` that are to cover low <= 0 .. high >= 0."""
     absmax = jnp.maximum(-low, high)
     if isinstance(fmt, Int):
         levels = 2**fmt.bits - 1
@@ -172,7 +179,7 @@ def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> 
 def fit(
     fmt: Element,
     w: jax.Array,
-    context: Context = Context(),
+    context: Context = EMPTY,
     clipping: Clipping = "minmax",
     percentile: float = 99.9,
     mask: jax.Array | None = None,
@@ -236,9 +243,12 @@ def _fit(fmt, clipping, percentile, w, context, mask):
             delta = jnp.where(mask, delta, 0)
         return (delta**NORM).reshape(grouped).sum(axes)
 
+    microscaling = isinstance(fmt, Float) and fmt.kind.startswith("mx")
+    factors = jnp.asarray(EXPONENT_STEPS if microscaling else SHRINKS, w.dtype)
+
     def shrink(i, best):
         least, chosen = best
-        factor = (1 - i / 100).astype(w.dtype)
+        factor = factors[i]
         tried = _params(fmt, low * factor, high * factor, context)
         err = error(tried)
         better = err < least
@@ -247,7 +257,7 @@ def _fit(fmt, clipping, percentile, w, context, mask):
         )
 
     start = _params(fmt, low, high, context)
-    return jax.lax.fori_loop(1, SHRINK_STEPS, shrink, (error(start), start))[1]
+    return jax.lax.fori_loop(0, factors.size, shrink, (error(start), start))[1]
 
 
 def expand(fmt: Element, qparams: QParams, out: int, cols: int) -> QParams:
@@ -266,7 +276,7 @@ def expand(fmt: Element, qparams: QParams, out: int, cols: int) -> QParams:
     return jax.tree.map(lambda a: base.spread(a, out, cols), qparams)
 
 
-def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = Context()) -> jax.Array:
+def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = EMPTY) -> jax.Array:
     """Codes of the nearest grid points.
 
     Args:
@@ -293,9 +303,7 @@ def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = Cont
     return codebook.nearest(w, context.levels)
 
 
-def decode(
-    fmt: Element, codes: jax.Array, qparams: QParams, context: Context = Context()
-) -> jax.Array:
+def decode(fmt: Element, codes: jax.Array, qparams: QParams, context: Context = EMPTY) -> jax.Array:
     """Values of codes, the inverse of ``encode`` on the grid.
 
     Args:
@@ -323,7 +331,7 @@ def build(
     fmt: Element,
     codes: jax.Array,
     qparams: QParams,
-    context: Context = Context(),
+    context: Context = EMPTY,
     group_index: jax.Array | None = None,
 ) -> base.Part:
     """Packs codes and parameters into a part.
@@ -333,7 +341,8 @@ def build(
       codes: ``(*stack, out, in)``.
       qparams: of groups, ``(*stack, out_groups, in_groups)``.
       context: of the whole matrix.
-      group_index: ``(*stack, in)`` group of each input where groups are not consecutive (``Int`` only).
+      group_index: ``(*stack, in)`` group of each input where groups are not consecutive (``Int``
+        only).
 
     Returns:
       ``Affine``, ``FloatPart`` or ``CodebookPart``.
@@ -381,8 +390,8 @@ def quantize(
       w: ``(*stack, out, in)``.
       clipping: as in ``fit``.
       percentile: as in ``fit``.
-      mask: bool, shape of ``w``: where False the weight counts for nothing in the fit; the value stored
-        there is the grid's nearest to zero (zero itself, except for "kmeans").
+      mask: bool, shape of ``w``: where False the weight counts for nothing in the fit; the value
+        stored there is the grid's nearest to zero (zero itself, except for "kmeans").
       importance: for "kmeans", >= 0, broadcast against ``w``.
       path: name of the weight, for errors.
 

@@ -1,10 +1,10 @@
 """Integers of 1 to 8 (and 16) bits packed into bytes at their true width.
 
-A row of n codes of b bits is a little-endian stream of bits: code k takes the bits k*b .. k*b+b-1, lowest
-first, and byte j holds the bits 8*j .. 8*j+7. So a byte holds two 4-bit codes (low nibble = even k), four
-2-bit codes or eight 1-bit codes, and eight 3-bit codes take three bytes. A row ends at a byte, which
-makes ceil(n*b/8) bytes of it, and rows never share one. Signed codes are two's complement in b bits: the
-bytes of a 4-bit row are those of a row-major ``jnp.int4`` array.
+A row of n codes of b bits is a little-endian stream of bits: code k takes the bits k*b .. k*b+b-1,
+lowest first, and byte j holds the bits 8*j .. 8*j+7. So a byte holds two 4-bit codes (low nibble =
+even k), four 2-bit codes or eight 1-bit codes, and eight 3-bit codes take three bytes. A row ends
+at a byte, which makes ceil(n*b/8) bytes of it, and rows never share one. Signed codes are two's
+complement in b bits: the bytes of a 4-bit row are those of a row-major ``jnp.int4`` array.
 """
 
 import jax
@@ -110,6 +110,7 @@ def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     mask = (1 << bits) - 1
     if 8 % bits == 0:
         shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+        shifts = jnp.expand_dims(shifts, range(packed.ndim))
         codes = (packed[..., None] >> shifts) & jnp.uint8(mask)
     else:
         pad = -packed.shape[-1] % bits

@@ -1,4 +1,4 @@
-"""What a weight is to become: small frozen configs, the same in Python, YAML and on the command line."""
+"""What a weight is to become: small frozen configs, alike in Python, YAML and command line."""
 
 from typing import Literal
 
@@ -17,8 +17,8 @@ class Int(Format, frozen=True, tag="int"):
       group_size: consecutive inputs that share a scale; None is one group a row.
       symmetric: no zero point is stored.
       full_range: the symmetric grid has 2**bits levels (GPTQ: zero point 2**(bits-1), scale
-        2*absmax/(2**bits-1)); otherwise the 2**bits - 1 levels -(2**(bits-1)-1) .. 2**(bits-1)-1 with
-        scale absmax/(2**(bits-1)-1), which integer matmuls use.
+        2*absmax/(2**bits-1)); otherwise the 2**bits - 1 levels -(2**(bits-1)-1) .. 2**(bits-1)-1
+        with scale absmax/(2**(bits-1)-1), which integer matmuls use.
       out_group_size: consecutive outputs that share a scale; 1 is one scale a row, None all rows
         (with ``group_size=None``: one scale a tensor).
       scale_dtype: dtype in which scales are stored and applied.
@@ -36,9 +36,9 @@ class Float(Format, frozen=True, tag="float"):
     """Small floating-point values with a scale a group.
 
     Attributes:
-      kind: element type "e4m3", "e5m2", "e2m1" with a float scale; or a microscaling format that fixes
-        ``group_size`` and its scale type: "mxfp8" (e4m3, 32, power of two), "mxfp4" (e2m1, 32, power of
-        two), "nvfp4" (e2m1, 16, e4m3 scales under one float32 a tensor).
+      kind: element type "e4m3", "e5m2", "e2m1" with a float scale; or a microscaling format that
+        fixes ``group_size`` and its scale type: "mxfp8" (e4m3, 32, power of two), "mxfp4" (e2m1,
+        32, power of two), "nvfp4" (e2m1, 16, e4m3 scales under one float32 a tensor).
       group_size: as in ``Int``; must be left None for the microscaling kinds.
       out_group_size: as in ``Int``.
       scale_dtype: dtype of the scales of e4m3, e5m2 and e2m1.
@@ -54,12 +54,12 @@ class Codebook(Format, frozen=True, tag="codebook"):
     """Values out of a table of levels.
 
     Attributes:
-      kind: "nf4" (the 16 levels of QLoRA), "fp4_bnb" (bitsandbytes' FP4), "levels" (the given ones),
-        or "kmeans" (2**bits levels fitted to each row).
+      kind: "nf4" (the 16 levels of QLoRA), "fp4_bnb" (bitsandbytes' FP4), "levels" (the given
+        ones), or "kmeans" (2**bits levels fitted to each row).
       bits: for "kmeans" only, 2 to 8.
       levels: for "levels" only, ascending, 2 to 256 of them.
-      group_size: inputs that share an absmax scale; None is one group a row. Not for "kmeans", whose
-        rows have a table and no scale.
+      group_size: inputs that share an absmax scale; None is one group a row. Not for "kmeans",
+        whose rows have a table and no scale.
       scale_dtype: dtype of the scales.
     """
 

@@ -59,7 +59,7 @@ class InputQuant(Part):
         return self.part.shape
 
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The dense matrix ``(*stack, out, in)`` in ``dtype``, the input's quantization left out."""
+        """The dense matrix ``(*stack, out, in)`` in ``dtype``, of the inner part."""
         return self.part.materialize(dtype)
 
     def scale_rows(self, c: jax.Array) -> "InputQuant":

@@ -215,7 +215,10 @@ class Builder:
         if known is None or (known[0] == "gather" and kind != "gather"):
             self.layouts[path] = (kind, layout)
         others = tuple(self.number[i] for k, i in enumerate(operands) if k != position)
-        axes = str(eqn.params.get("dimension_numbers", ""))
+        # Weights of one group must also flatten the input in the same order.
+        inner = [f for a in r.contracted for f in view.axes[a]]
+        order = tuple(sorted(range(len(inner)), key=lambda k: (inner[k].axis, -inner[k].stride)))
+        axes = (str(eqn.params.get("dimension_numbers", "")), order, tuple(f.size for f in inner))
         key = (kind, others, axes if kind != "gather" else where)
         group = self.groups.setdefault(key, len(self.groups))
         site = Site(where, path, kind, layout, group, view, position)

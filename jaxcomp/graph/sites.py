@@ -222,8 +222,9 @@ def to_tokens(eqn: Any, site: Site, x: jax.Array) -> jax.Array:
     order = [batch.index(f) for f in _sorted(batch)]
     order += [len(batch)]
     order += [len(batch) + 1 + inner.index(f) for f in _sorted(inner)]
-    sizes = site.layout.sizes(site.batch_axes)
-    return x.transpose(order).reshape((*sizes, tokens, site.in_size))
+    # Sizes come from the view: inside a shard_map the leaf is a shard of what the layout describes.
+    sizes = [math.prod(f.size for f in batch if f.axis == a) for a in site.batch_axes]
+    return x.transpose(order).reshape((*sizes, tokens, math.prod(f.size for f in inner)))
 
 
 def from_tokens(eqn: Any, site: Site, y: jax.Array) -> jax.Array:

@@ -110,7 +110,11 @@ def trace(
     jaxpr, out_tree, moving = _jaxpr(apply, named, treedef, inputs, kwargs)
     weights = {k: (named[i][0], named[i][1]) for k, i in enumerate(moving) if select(named[i][1])}
     program, builder = build(jaxpr, weights)
-    layouts = {path: layout for path, (_, layout) in builder.layouts.items()}
+    shapes = {path: leaf for path, leaf in named}
+    layouts = {  # of the whole leaf, also where a shard_map sees a shard of it
+        path: dataclasses.replace(layout, leaf_shape=tuple(shapes[path].shape))
+        for path, (_, layout) in builder.layouts.items()
+    }
     uses: dict[str, int] = {}
     for site in builder.sites:
         uses[site.path] = uses.get(site.path, 0) + 1
@@ -129,7 +133,7 @@ def trace(
         tuple(final.values()),
         tuple(builder.other),
         tuple(path for path, _ in named),
-        {path: leaf for path, leaf in named},
+        shapes,
         layouts,
         out_tree,
         builder.number,

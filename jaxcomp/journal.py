@@ -1,0 +1,387 @@
+"""A folder of finished results: a long run that is killed goes on where it was.
+
+Layout:
+
+    manifest.json          what the records belong to: recipe, model, data, versions
+    records/NAME.record    one result each, written to a temporary file, synced, then renamed
+    lock                   held (flock) by the process that writes; freed by the kernel when it dies
+
+A record is: 8 bytes magic, the SHA-256 of all that follows (32 bytes), the length of the header (8
+bytes, little endian), the header (JSON: key, meta, and name, dtype, shape, offset of each array),
+padding, and the arrays, each at a multiple of 64 bytes, so that they are memory-mapped back and not
+copied. Equal contents give equal bytes.
+"""
+
+import collections.abc
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import pathlib
+import re
+import shutil
+import struct
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from jaxcomp.errors import JaxcompError
+
+try:
+    import fcntl
+except ImportError:  # Windows: a journal works there, without the guard against two writers.
+    fcntl = None
+
+FORMAT_VERSION = 1
+_MAGIC = b"JCREC\x00\x00\x01"
+_ALIGNMENT = 64
+_PREFIX = struct.Struct("<8s32sQ")
+_TEMPORARY = ".tmp"
+
+
+class JournalError(JaxcompError):
+    """A journal that belongs to another run, is damaged, or cannot be written."""
+
+
+class Journal:
+    """Finished results of one run, by key. ``open`` makes or continues one.
+
+    Invariants: a record is either whole or absent, whenever the process dies; records are never
+    changed once written; all belong to the run that ``manifest`` describes.
+
+    Attributes:
+      path: the folder.
+      manifest: what the records belong to.
+    """
+
+    def __init__(self, path: pathlib.Path, manifest: dict[str, Any], lock: Any) -> None:
+        """Use ``Journal.open``."""
+        self.path = path
+        self.manifest = manifest
+        self._records = path / "records"
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike, manifest: collections.abc.Mapping[str, Any]
+    ) -> "Journal":
+        """Opens the journal of a run, or starts one.
+
+        Args:
+          path: folder of the journal; made if it is missing.
+          manifest: what identifies the run, JSON-able: for instance fingerprints of recipe, model
+            and data, and library versions. Compared key by key with that of the folder.
+
+        Returns:
+          The journal, with the records of an earlier, interrupted run of the same manifest.
+
+        Raises:
+          JournalError: the folder belongs to another run (the message says what differs), holds
+            something else, or is in use.
+        """
+        path = pathlib.Path(path)
+        wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **manifest}))
+        if path.exists() and not path.is_dir():
+            raise JournalError(f"journal {path}: is a file; name a new folder.")
+        file = path / "manifest.json"
+        foreign = path.is_dir() and not file.exists() and _foreign(path)
+        if foreign:
+            raise JournalError(
+                f"journal {path}: is a folder that holds something else ({foreign}); name a new or "
+                "empty folder."
+            )
+        with _disk_full(path, 0):
+            (path / "records").mkdir(parents=True, exist_ok=True)
+            lock = _acquire(path)
+        try:
+            if file.exists():
+                _compare(path, _read_manifest(file), wanted)
+            else:
+                _write(file, [json.dumps(wanted, indent=2, sort_keys=True).encode()])
+            for leftover in (path / "records").glob(f"*{_TEMPORARY}"):
+                leftover.unlink()
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, wanted, lock)
+
+    def get(self, key: str) -> tuple[dict[str, np.ndarray], Any] | None:
+        """Reads a record.
+
+        Args:
+          key: as given to ``put``.
+
+        Returns:
+          The arrays (read-only, memory-mapped) and the meta data, or None if there is no such
+          record.
+
+        Raises:
+          JournalError: the record is damaged.
+        """
+        file = self._file(key)
+        return _read_record(file, key) if file.exists() else None
+
+    def put(
+        self, key: str, arrays: collections.abc.Mapping[str, Any], meta: Any = None
+    ) -> tuple[dict[str, np.ndarray], Any]:
+        """Writes a record; on return it survives a crash of the machine.
+
+        Args:
+          key: name of the record, any text.
+          arrays: named NumPy or JAX arrays of any dtype.
+          meta: JSON-able.
+
+        Returns:
+          What ``get`` would return: the arrays memory-mapped, so that the caller can drop its own.
+
+        Raises:
+          JournalError: the disk is full. Finished records stay.
+        """
+        file = self._file(key)
+        arrays = {name: _contiguous(value) for name, value in arrays.items()}
+        entries, offset = [], 0
+        for name, array in arrays.items():
+            offset = _aligned(offset)
+            entries.append(
+                {
+                    "name": name,
+                    "dtype": array.dtype.name,
+                    "shape": list(array.shape),
+                    "offset": offset,
+                }
+            )
+            offset += array.nbytes
+        header = {"arrays": entries, "key": key, "meta": meta}
+        encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+        start = _aligned(_PREFIX.size + len(encoded))
+        pieces: list[Any] = [encoded, bytes(start - _PREFIX.size - len(encoded))]
+        position = 0
+        for array in arrays.values():
+            pieces += [bytes(_aligned(position) - position), _raw(array)]
+            position = _aligned(position) + array.nbytes
+        digest = hashlib.sha256(len(encoded).to_bytes(8, "little"))
+        for piece in pieces:
+            digest.update(piece)
+        prefix = _PREFIX.pack(_MAGIC, digest.digest(), len(encoded))
+        with _disk_full(self.path, start + position):
+            _write(file, [prefix, *pieces])
+        return _read_record(file, key, verify=False)
+
+    def keys(self) -> list[str]:
+        """Keys of the finished records, sorted."""
+        return sorted(_header(file, file.read_bytes())[0]["key"] for file in self._all())
+
+    def __len__(self) -> int:
+        """Number of finished records."""
+        return len(self._all())
+
+    def close(self) -> None:
+        """Lets another process open the journal."""
+        _release(self._lock)
+        self._lock = None
+
+    def remove(self) -> None:
+        """Deletes the journal, once its results are stored elsewhere."""
+        self.close()
+        shutil.rmtree(self.path)
+
+    def __enter__(self) -> Self:
+        """The journal itself."""
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Closes it."""
+        self.close()
+
+    def _all(self) -> list[pathlib.Path]:
+        return sorted(self._records.glob("*.record"))
+
+    def _file(self, key: str) -> pathlib.Path:
+        readable = re.sub(r"[^A-Za-z0-9._-]+", ".", key)[-100:].strip(".")
+        return self._records / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.record"
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Replaces a file so that a reader or a crash sees the old or the new one, never half of it."""
+    _write(pathlib.Path(path), [data])
+
+
+def sync_folder(path: str | os.PathLike) -> None:
+    """Makes renames and new names in a folder survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The NumPy dtype called ``name``, those of ml_dtypes (bfloat16, int4, ..) included."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _write(file: pathlib.Path, pieces: list[Any]) -> None:
+    temporary = file.with_name(file.name + _TEMPORARY)
+    try:
+        with open(temporary, "wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(file.parent)
+
+
+def _read_record(
+    file: pathlib.Path, key: str, verify: bool = True
+) -> tuple[dict[str, np.ndarray], Any]:
+    with open(file, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size < _PREFIX.size:
+            raise _damaged(file, "it is cut short")
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    header, start = _header(file, data)
+    if verify and hashlib.sha256(memoryview(data)[40:]).digest() != data[8:40]:
+        raise _damaged(file, "its checksum does not match its contents")
+    if header["key"] != key:
+        raise _damaged(file, f"it holds {header['key']!r}, not {key!r}")
+    arrays = {}
+    for entry in header["arrays"]:
+        dtype = dtype_of(entry["dtype"])
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        if count == 0:
+            arrays[entry["name"]] = np.zeros(entry["shape"], dtype)
+            continue
+        array = np.frombuffer(data, np.uint8, count * dtype.itemsize, start + entry["offset"])
+        arrays[entry["name"]] = array.view(dtype).reshape(entry["shape"])
+    return arrays, header["meta"]
+
+
+def _header(file: pathlib.Path, data: Any) -> tuple[dict[str, Any], int]:
+    try:
+        magic, _, length = _PREFIX.unpack_from(data)
+        if magic != _MAGIC:
+            raise _damaged(file, "it is no record of this version")
+        return json.loads(data[_PREFIX.size : _PREFIX.size + length]), _aligned(
+            _PREFIX.size + length
+        )
+    except (struct.error, ValueError, OverflowError) as error:
+        if isinstance(error, JournalError):
+            raise
+        raise _damaged(file, "its header cannot be read") from error
+
+
+def _damaged(file: pathlib.Path, what: str) -> JournalError:
+    return JournalError(
+        f"journal record {file}: is damaged: {what}; delete this file and run again, the other "
+        "records are kept and only this weight is computed anew."
+    )
+
+
+def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError("not an object")
+        return manifest
+    except ValueError as error:
+        raise JournalError(
+            f"journal {file}: cannot be read ({error}); delete the folder {file.parent} to start "
+            "over."
+        ) from error
+
+
+def _compare(path: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differs = [
+        k
+        for k in (*wanted, *(k for k in found if k not in wanted))
+        if found.get(k) != wanted.get(k)
+    ]
+    if differs:
+        details = "; ".join(
+            f"{k.replace('_', ' ')}: journal {_short(found.get(k))}, this run "
+            f"{_short(wanted.get(k))}"
+            for k in differs
+        )
+        names = ", ".join(k.replace("_", " ") for k in differs)
+        raise JournalError(
+            f"journal {path}: belongs to a run with another {names} ({details}); run with the "
+            "same ones to resume, or name another journal folder, or delete this one to start over."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + ".."
+
+
+def _foreign(path: pathlib.Path) -> str | None:
+    """Name of something in a folder without manifest that a journal being born does not hold."""
+    for entry in sorted(path.iterdir()):
+        own = entry.name in ("lock", "manifest.json" + _TEMPORARY)
+        if not own and not (
+            entry.name == "records" and entry.is_dir() and not any(entry.iterdir())
+        ):
+            return entry.name
+    return None
+
+
+def _acquire(path: pathlib.Path) -> Any:
+    if fcntl is None:
+        return None
+    stream = open(path / "lock", "wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise JournalError(
+            f"journal {path}: another process is using it; wait for that run to end, or name "
+            "another folder."
+        ) from None
+    except OSError:  # A file system without locks: go on without the guard.
+        pass
+    return stream
+
+
+def _release(lock: Any) -> None:
+    if lock is not None:
+        lock.close()
+
+
+@contextlib.contextmanager
+def _disk_full(path: pathlib.Path, needed: int) -> collections.abc.Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise JournalError(
+            f"journal {path}: no space left on the disk: a record of {needed:,} bytes was to be "
+            f"written, {_free(path):,} bytes are free; free some space and run the same command "
+            "again, the finished records are kept."
+        ) from error
+
+
+def _free(path: pathlib.Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _contiguous(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _raw(array: np.ndarray) -> memoryview | bytes:
+    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else b""
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

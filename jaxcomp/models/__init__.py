@@ -1,0 +1,34 @@
+"""Reference models in Flax NNX, with loaders for local folders in Hugging Face layout."""
+
+from jaxcomp.models.bert import Bert, BertConfig
+from jaxcomp.models.generate import generate
+from jaxcomp.models.gpt2 import GPT2, GPT2Config
+from jaxcomp.models.llama import Llama, LlamaConfig
+from jaxcomp.models.loading import (
+    Model,
+    build,
+    from_hf,
+    load,
+    load_architecture,
+    read_config,
+    save,
+    to_hf,
+)
+
+__all__ = [
+    "GPT2",
+    "Bert",
+    "BertConfig",
+    "GPT2Config",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "build",
+    "from_hf",
+    "generate",
+    "load",
+    "load_architecture",
+    "read_config",
+    "save",
+    "to_hf",
+]

@@ -1,0 +1,254 @@
+"""GPT-2 in Flax NNX.
+
+Pre-norm decoder layers with layer norms, learned positions, one projection to q, k and v, and a
+GELU MLP.
+
+Source: https://openai.com/index/better-language-models/ (Radford et al. 2019).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcomp.models import layers as blocks
+from jaxcomp.models.config import Fields
+
+MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
+PREFIX = "transformer."
+LAYERS = "h"
+COPIES = {"lm_head.weight": "transformer.wte.weight"}
+BUFFERS = ("attn.bias", "attn.masked_bias")
+ACTIVATIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Sizes and variants of a GPT-2, named as in Hugging Face configs.
+
+    Attributes:
+      vocab_size: rows of the token embedding.
+      n_positions: rows of the position embedding, the longest sequence.
+      n_embd: width of the residual stream.
+      n_layer: decoder layers.
+      n_head: attention heads.
+      n_inner: width of the MLP.
+      layer_norm_epsilon: epsilon of the norms.
+      activation_function: one of ``ACTIVATIONS``.
+      tie_word_embeddings: the head is the token embedding.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    layer_norm_epsilon: float = 1e-5
+    activation_function: str = "gelu_new"
+    tie_word_embeddings: bool = True
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest sequence."""
+        return self.n_positions
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, key-value heads and head size of a key-value cache."""
+        return self.n_layer, self.n_head, self.n_embd // self.n_head
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with one projection to q, k and v."""
+
+    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
+        """Makes the projections."""
+        c = config
+        kw = {"bias": True, "param_dtype": param_dtype, "rngs": rngs}
+        out = 0.02 / math.sqrt(2 * c.n_layer)
+        self.c_attn = blocks.Linear(c.n_embd, 3 * c.n_embd, **kw)
+        self.c_proj = blocks.Linear(c.n_embd, c.n_embd, stddev=out, **kw)
+        self.heads = c.n_head
+
+    def __call__(self, x, mask, cache=None):
+        """Attends; returns the output and the layer's updated (k, v) cache, None without one."""
+        shape = (*x.shape[:-1], self.heads, -1)
+        q, k, v = (a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        if cache is not None:
+            old_k, old_v, length = cache
+            k, v = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
+            cache = (k, v)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+        return self.c_proj(blocks.attention(q, k, v, mask)), cache
+
+
+class MLP(nnx.Module):
+    """``c_proj(activation(c_fc(x)))``."""
+
+    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
+        """Makes the projections."""
+        c = config
+        kw = {"bias": True, "param_dtype": param_dtype, "rngs": rngs}
+        self.c_fc = blocks.Linear(c.n_embd, c.n_inner, **kw)
+        self.c_proj = blocks.Linear(
+            c.n_inner, c.n_embd, stddev=0.02 / math.sqrt(2 * c.n_layer), **kw
+        )
+        self.activation = c.activation_function
+
+    def __call__(self, x):
+        """Maps ``(..., n_embd)`` to ``(..., n_embd)``."""
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and around a residual connection."""
+
+    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
+        """Makes the layer."""
+        c = config
+        self.ln_1 = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
+        self.attn = Attention(c, param_dtype=param_dtype, rngs=rngs)
+        self.ln_2 = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
+        self.mlp = MLP(c, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x, mask, cache=None):
+        """Returns the new residual stream and the updated cache."""
+        y, cache = self.attn(self.ln_1(x), mask, cache)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), cache
+
+
+class GPT2(nnx.Module):
+    """A GPT-2 language model."""
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        scan: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        """Makes a model with random weights; arguments as of ``Llama``."""
+        c = config
+        kw = {"param_dtype": param_dtype, "rngs": rngs}
+        self.wte = blocks.Embedding(c.vocab_size, c.n_embd, **kw)
+        self.wpe = blocks.Embedding(c.n_positions, c.n_embd, **kw)
+
+        def make(rngs):
+            return Block(c, param_dtype=param_dtype, rngs=rngs)
+
+        if scan:
+            self.h = blocks.stack_layers(make, c.n_layer, rngs)
+        else:
+            self.h = nnx.List([make(rngs) for _ in range(c.n_layer)])
+        self.ln_f = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = blocks.Linear(c.n_embd, c.vocab_size, **kw)
+        self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
+
+    def init_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
+        """An empty key-value cache for ``batch`` sequences of up to ``length`` positions."""
+        return blocks.init_cache(self.config.cache_shape, batch, length, self.dtype)
+
+    def __call__(self, tokens, positions=None, cache=None):
+        """Logits of the next token at every position; arguments and results as of ``Llama``."""
+        order = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        order = order if cache is None else order + cache["length"]
+        positions = order if positions is None else positions
+        keys = tokens.shape[1] if cache is None else cache["k"].shape[2]
+        blocks.check_length(keys, self.config.n_positions)
+        mask = blocks.causal_mask(order, keys)
+        inputs = {} if cache is None else {"k": cache["k"], "v": cache["v"]}
+
+        def body(layer, x, item):
+            kv = None if cache is None else (item["k"], item["v"], cache["length"])
+            return layer(x, mask, kv)
+
+        x = self.wte(tokens, self.dtype) + self.wpe(positions, self.dtype)
+        x, kv = blocks.run_layers(self.h, body, x, inputs, remat=self.remat)
+        x = self.ln_f(x)
+        logits = self.wte.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if cache is None:
+            return logits
+        return logits, {"k": kv[0], "v": kv[1], "length": cache["length"] + tokens.shape[1]}
+
+
+def read_config(fields: Fields, model_type: str) -> GPT2Config:
+    """Reads a Hugging Face configuration of GPT-2.
+
+    Args:
+      fields: the fields of config.json.
+      model_type: "gpt2".
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ModelError: a field is missing, wrong, unknown or not supported.
+    """
+    del model_type
+    f = fields
+    width, heads = f.size("n_embd"), f.size("n_head")
+    if width % heads:
+        raise f.error("n_head", f"{heads} must divide the width {width}")
+    f.only("scale_attn_weights", True)
+    f.only("scale_attn_by_inverse_layer_idx", False)
+    f.take("reorder_and_upcast_attn", False)  # An order of operations, not another result.
+    f.only("add_cross_attention", False)
+    positions = f.size("n_positions")
+    f.only("n_ctx", positions)  # An old name of n_positions.
+    config = GPT2Config(
+        vocab_size=f.size("vocab_size"),
+        n_positions=positions,
+        n_embd=width,
+        n_layer=f.size("n_layer"),
+        n_head=heads,
+        n_inner=f.size("n_inner", 4 * width),
+        layer_norm_epsilon=f.number("layer_norm_epsilon", 1e-5),
+        activation_function=f.only("activation_function", *ACTIVATIONS),
+        tie_word_embeddings=f.flag("tie_word_embeddings", True),
+    )
+    f.done()
+    return config
+
+
+def tensor_names(config: GPT2Config) -> dict[str, tuple[str, bool]]:
+    """Where each parameter of the unrolled model is in a Hugging Face checkpoint.
+
+    Args:
+      config: the model's configuration.
+
+    Returns:
+      Parameter path to (tensor name, whether the tensor is stored transposed).
+    """
+    names = {
+        "wte/embedding": ("transformer.wte.weight", False),
+        "wpe/embedding": ("transformer.wpe.weight", False),
+        "ln_f/scale": ("transformer.ln_f.weight", False),
+        "ln_f/bias": ("transformer.ln_f.bias", False),
+    }
+    if not config.tie_word_embeddings:
+        names["lm_head/kernel"] = ("lm_head.weight", True)
+    for i in range(config.n_layer):
+        for norm in ("ln_1", "ln_2"):
+            for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+                names[f"h/{i}/{norm}/{ours}"] = (f"transformer.h.{i}.{norm}.{theirs}", False)
+        for linear in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
+            for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+                name = f"transformer.h.{i}.{linear.replace('/', '.')}.{theirs}"
+                names[f"h/{i}/{linear}/{ours}"] = (name, False)  # Stored (in, out) already.
+    return names

@@ -1,0 +1,270 @@
+"""Building blocks shared by the reference models: plain modules with plain parameter paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxcomp.errors import ModelError
+
+Dtype = jnp.dtype | type | str | None
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Dtype) -> nnx.Param:
+    """A parameter drawn from a normal distribution.
+
+    Args:
+      rngs: source of the ``params`` key.
+      shape: shape of the parameter.
+      stddev: standard deviation.
+      dtype: dtype of the parameter.
+
+    Returns:
+      The parameter.
+    """
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype))
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel + bias``, computed in the dtype of ``x``; kernel is ``(in, out)``."""
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool = False,
+        stddev: float = 0.02,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the kernel; the bias, if there is one, starts at zero."""
+        self.kernel = normal(rngs, (in_size, out_size), stddev, param_dtype)
+        self.bias = nnx.Param(jnp.zeros((out_size,), param_dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(..., in)`` to ``(..., out)``."""
+        y = x @ jnp.asarray(self.kernel[...], x.dtype)
+        return y if self.bias is None else y + jnp.asarray(self.bias[...], x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table ``(rows, features)`` that is looked up, or used as a tied output head."""
+
+    def __init__(
+        self,
+        rows: int,
+        features: int,
+        *,
+        stddev: float = 0.02,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the table."""
+        self.embedding = normal(rngs, (rows, features), stddev, param_dtype)
+
+    def __call__(self, ids: jax.Array, dtype: Dtype) -> jax.Array:
+        """Rows ``ids (...)`` as ``(..., features)`` in ``dtype``."""
+        return self.embedding[...][ids].astype(dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Scores of all rows: ``(..., features)`` to ``(..., rows)``."""
+        return x @ jnp.asarray(self.embedding[...], x.dtype).T
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x**2) + eps) * scale``, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: Dtype = jnp.float32):
+        """Starts with a gain of one."""
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes the last axis; keeps shape and dtype."""
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """``(x - mean) / sqrt(var + eps) * scale + bias``, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, param_dtype: Dtype = jnp.float32):
+        """Starts with a gain of one and a bias of zero."""
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes the last axis; keeps shape and dtype."""
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Grouped-query attention, softmax in float32.
+
+    Args:
+      q: ``(batch, queries, heads, head_dim)``.
+      k: ``(batch, keys, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``.
+      v: as ``k``.
+      mask: bool, broadcastable to ``(batch, queries, keys)``, True where a query may look; or None.
+
+    Returns:
+      ``(batch, queries, heads * head_dim)`` in the dtype of ``q``.
+    """
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide) * head_dim**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, queries, heads * head_dim)
+
+
+def causal_mask(
+    positions: jax.Array, keys: int, window: jax.Array | int | None = None
+) -> jax.Array:
+    """Which of the first ``keys`` positions each query may look at.
+
+    Args:
+      positions: ``(batch, queries)`` int32 positions of the queries.
+      keys: number of key positions, counted from zero.
+      window: a query looks at its own and the ``window - 1`` positions before it; None is no limit.
+
+    Returns:
+      Bool ``(batch, queries, keys)``.
+    """
+    distance = positions[:, :, None] - jnp.arange(keys, dtype=jnp.int32)
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def rotary(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of rotary position embedding.
+
+    Args:
+      positions: ``(batch, tokens)`` int32.
+      frequencies: ``(head_dim / 2,)`` radians per position.
+
+    Returns:
+      cos, sin: ``(batch, tokens, 1, head_dim / 2)`` float32.
+    """
+    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs ``(x[i], x[i + head_dim / 2])`` (the layout of Hugging Face checkpoints).
+
+    Args:
+      x: ``(batch, tokens, heads, head_dim)``.
+      cos: ``(batch, tokens, 1, head_dim / 2)``.
+      sin: as ``cos``.
+
+    Returns:
+      The rotated ``x``, same shape and dtype.
+    """
+    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def check_length(length: int, longest: int) -> None:
+    """Refuses sequences that learned positions do not reach.
+
+    Args:
+      length: positions asked for.
+      longest: rows of the position embedding.
+
+    Raises:
+      ModelError: there are not enough.
+    """
+    if length > longest:
+        raise ModelError(f"sequences of {length} positions, the model has {longest}; shorten them")
+
+
+def init_cache(
+    shape: tuple[int, int, int], batch: int, length: int, dtype: Dtype = jnp.float32
+) -> dict[str, jax.Array]:
+    """An empty key-value cache.
+
+    Args:
+      shape: layers, key-value heads and head size.
+      batch: sequences.
+      length: positions the cache can hold.
+      dtype: dtype of keys and values.
+
+    Returns:
+      ``{"k", "v": (layers, batch, length, kv_heads, head_dim), "length": int32 scalar}``.
+    """
+    layers, kv_heads, head_dim = shape
+    full = (layers, batch, length, kv_heads, head_dim)
+    return {
+        "k": jnp.zeros(full, dtype),
+        "v": jnp.zeros(full, dtype),
+        "length": jnp.zeros((), jnp.int32),
+    }
+
+
+def append(cached: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
+    """Writes ``new (batch, tokens, ..)`` into ``cached (batch, length, ..)`` at ``length``."""
+    start = (0, length) + (0,) * (cached.ndim - 2)
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
+
+
+def stack_layers(make, layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose parameters carry a leading layer axis, for ``scan_layers``.
+
+    Args:
+      make: function of an ``nnx.Rngs`` that makes one layer.
+      layers: how many.
+      rngs: keys; each layer gets its own.
+
+    Returns:
+      The stacked module.
+    """
+    keys = jax.random.split(rngs.params(), layers)
+    return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
+    """Runs ``x, output = body(layer, x, input)`` over layers that are a list or stacked.
+
+    Args:
+      layers: ``nnx.List`` of layers, or one module with stacked parameters.
+      body: function of (layer, x, one layer's inputs) that returns (x, one layer's output).
+      x: what flows through the layers.
+      inputs: pytree whose leaves have a leading layer axis, or None.
+      remat: recompute each layer in the backward pass.
+
+    Returns:
+      x after the last layer, and the outputs stacked over layers.
+    """
+    if isinstance(layers, nnx.List):
+        outputs = []
+        for i, layer in enumerate(layers):
+            graph, state = nnx.split(layer)
+
+            def one(state, x, item, graph=graph):
+                return body(nnx.merge(graph, state), x, item)
+
+            item = jax.tree.map(lambda a, i=i: a[i], inputs)
+            step = jax.checkpoint(one) if remat else one
+            x, output = step(state, x, item)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    graph, state = nnx.split(layers)
+
+    def scanned(x, scanned_in):
+        state, item = scanned_in
+        return body(nnx.merge(graph, state), x, item)
+
+    if remat:
+        scanned = jax.checkpoint(scanned, prevent_cse=False)
+    return jax.lax.scan(scanned, x, (state, inputs))

@@ -1,0 +1,340 @@
+"""Model folders in Hugging Face layout: loading into Flax models, and back."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxcomp.errors import JaxcompError, ModelError
+from jaxcomp.functional import functional, path_names
+from jaxcomp.io import safetensors
+from jaxcomp.models import bert, gpt2, llama
+from jaxcomp.models.config import Fields, read_json
+
+FAMILIES = {
+    llama.LlamaConfig: (llama, llama.Llama),
+    gpt2.GPT2Config: (gpt2, gpt2.GPT2),
+    bert.BertConfig: (bert, bert.Bert),
+}
+ARCHITECTURES = {
+    architecture: (family, kind)
+    for family, _ in FAMILIES.values()
+    for kind, architecture in family.MODEL_TYPES.items()
+}
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "LICENSE.txt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      name: the configuration's ``model_type``.
+      config: sizes and variants.
+      apply: ``apply(params, tokens, ..)``.
+      params: nested dict of weights, read-only views of memory maps where nothing had to be copied.
+      tokenizer: a ``tokenizers.Tokenizer``, or None when the folder has none.
+      folder: where it came from.
+    """
+
+    name: str
+    config: Any
+    apply: Callable[..., Any]
+    params: dict[str, Any]
+    tokenizer: Any = None
+    folder: pathlib.Path | None = None
+
+
+def load(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Model:
+    """Loads a model from a local folder with ``config.json`` and safetensors weights.
+
+    The weights keep the dtype in which they are stored and are views of memory maps: nothing is
+    read before it is used. With ``scan`` the layers' weights are stacked, which copies them.
+
+    Args:
+      folder: the model folder.
+      scan: stack the layers on a leading axis and run them under ``lax.scan``.
+      dtype: dtype of the activations, to which weights are cast where they are used; by default
+        float32.
+
+    Returns:
+      The model.
+
+    Raises:
+      ModelError: the folder is incomplete or damaged, the architecture or a feature of its
+        configuration is not supported, or tensors are missing, left over or of the wrong shape.
+    """
+    folder = pathlib.Path(folder)
+    model = load_architecture(folder, scan, dtype)
+    config = model.config
+    tensors = safetensors.read_folder(folder)
+    values = from_hf(tensors, config, str(folder))
+    family, _ = FAMILIES[type(config)]
+    if scan:
+        values = _stack(values, family.LAYERS)
+    flat = path_names(model.params)
+    for path, want in flat.items():
+        if values[path].shape != want.shape:
+            raise ModelError(
+                f"{folder}: {path} has shape {values[path].shape}, config.json asks for "
+                f"{want.shape}; the weights and the configuration do not belong together"
+            )
+    return dataclasses.replace(model, params=_nest(values))
+
+
+def load_architecture(
+    folder: str | os.PathLike, scan: bool = False, dtype: Any = None
+) -> Model:
+    """The model of a folder without its weights: only ``config.json`` and the tokenizer are read.
+
+    Args:
+      folder: the model folder.
+      scan: as of ``load``.
+      dtype: as of ``load``.
+
+    Returns:
+      The model; ``params`` holds ``jax.ShapeDtypeStruct`` (float32).
+
+    Raises:
+      ModelError: the configuration is missing, wrong, or not supported.
+    """
+    folder = pathlib.Path(folder)
+    config, name = read_config(folder)
+    module = build(config, scan=scan, dtype=jnp.float32 if dtype is None else dtype)
+    apply, params = functional(module)
+    return Model(name, config, apply, params, _tokenizer(folder), folder)
+
+
+def build(config: Any, *, scan: bool = False, dtype: Any = jnp.float32) -> nnx.Module:
+    """The model of a configuration with abstract weights (shapes and dtypes only).
+
+    Args:
+      config: a ``LlamaConfig``, ``GPT2Config`` or ``BertConfig``.
+      scan: stack the layers on a leading axis.
+      dtype: dtype of the activations.
+
+    Returns:
+      A module whose parameters hold ``jax.ShapeDtypeStruct``; give it to ``jc.functional``.
+    """
+    _, make = FAMILIES[type(config)]
+    return nnx.eval_shape(lambda: make(config, dtype=dtype, scan=scan, rngs=nnx.Rngs(0)))
+
+
+def read_config(folder: str | os.PathLike) -> tuple[Any, str]:
+    """Reads a folder's ``config.json``.
+
+    Args:
+      folder: the model folder.
+
+    Returns:
+      The configuration, and its ``model_type``.
+
+    Raises:
+      ModelError: it is missing or wrong, or asks for something that is not supported.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    values = read_json(path)
+    known = ", ".join(sorted(ARCHITECTURES))
+    named = values.get("architectures") or []
+    name = values.get("model_type")
+    if not named:
+        named = [arch for arch, (_, kind) in ARCHITECTURES.items() if kind == name]
+    architecture = named[0] if isinstance(named, list) and named else name
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: the architecture {architecture!r} is not supported; supported are {known}"
+        )
+    if values.get("quantization_config") is not None:
+        raise ModelError(
+            f"{path}: the weights are quantized already (quantization_config); load the model in "
+            "full precision"
+        )
+    family, kind = ARCHITECTURES[architecture]
+    fields = Fields(values, str(path))
+    fields.take("quantization_config", None)
+    return family.read_config(fields, kind), name or kind
+
+
+def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") -> dict[str, Any]:
+    """Finds each parameter of an unrolled model among the tensors of a checkpoint.
+
+    Args:
+      tensors: arrays by their Hugging Face names.
+      config: the model's configuration.
+      where: name of the checkpoint, for errors.
+
+    Returns:
+      Arrays by parameter path; transposed ones are views.
+
+    Raises:
+      ModelError: a tensor is missing, left over, or not floating point.
+    """
+    family, _ = FAMILIES[type(config)]
+    left, values, missing = dict(tensors), {}, []
+
+    def find(name):
+        # Checkpoints of the bare encoder or decoder lack the prefix.
+        return name if name in tensors else name.removeprefix(family.PREFIX)
+
+    for path, (name, transposed) in family.tensor_names(config).items():
+        if find(name) not in left:
+            missing.append(name)
+            continue
+        value = left.pop(find(name))
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ModelError(
+                f"{where}: tensor {name} has dtype {value.dtype}; expected floating-point weights"
+            )
+        values[path] = value.T if transposed else value
+    if missing:
+        raise ModelError(
+            f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}; the "
+            "checkpoint is incomplete, or config.json belongs to another model"
+        )
+    for name in list(left):
+        if name.endswith(family.BUFFERS):
+            del left[name]
+        elif name in family.COPIES and find(family.COPIES[name]) in tensors:
+            twin = np.asarray(tensors[find(family.COPIES[name])])
+            if not np.array_equal(np.asarray(left.pop(name)), twin):
+                raise ModelError(
+                    f"{where}: {name} differs from {family.COPIES[name]}, but config.json ties the "
+                    "two (tie_word_embeddings); set it to false if the model has two tables"
+                )
+    if left:
+        raise ModelError(
+            f"{where}: {len(left)} tensors have no place in the model, the first is "
+            f"{sorted(left)[0]}; config.json belongs to another model, or the architecture is a "
+            "variant that is not supported"
+        )
+    return values
+
+
+def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The tensors of a Hugging Face checkpoint, from the dense weights of a model.
+
+    Args:
+      params: nested dict of arrays, layers unrolled or stacked.
+      config: the model's configuration.
+
+    Returns:
+      Arrays by Hugging Face names; transposed ones are views where the arrays are NumPy's.
+
+    Raises:
+      ModelError: ``params`` has other paths than the model.
+    """
+    family, _ = FAMILIES[type(config)]
+    flat = path_names(params)
+    stacked = f"{family.LAYERS}/"
+    scanned = not any(path.startswith(f"{stacked}0/") for path in flat)
+    bare = family is bert and not config.masked_lm_head
+    tensors, used = {}, set()
+    for path, (name, transposed) in family.tensor_names(config).items():
+        key, index = path, None
+        if scanned and path.startswith(stacked):
+            _, number, rest = path.split("/", 2)
+            key, index = stacked + rest, int(number)
+        if key not in flat:
+            raise ModelError(f"params have no {key}, which {name} is made from")
+        used.add(key)
+        value = flat[key] if index is None else flat[key][index]
+        tensors[name.removeprefix(family.PREFIX) if bare else name] = (
+            value.T if transposed else value
+        )
+    extra = sorted(set(flat) - used)
+    if extra:
+        raise ModelError(f"params have {extra[0]}, which no tensor of the checkpoint holds")
+    return tensors
+
+
+def save(
+    folder: str | os.PathLike, params: Mapping[str, Any], config: Any, like: str | os.PathLike
+) -> None:
+    """Writes dense weights as a model folder in Hugging Face layout.
+
+    Args:
+      folder: the folder to write; made if need be.
+      params: nested dict of arrays, layers unrolled or stacked.
+      config: the model's configuration.
+      like: the folder the model came from, whose ``config.json`` and tokenizer are taken over.
+
+    Raises:
+      ModelError: ``params`` do not fit the configuration.
+      JaxcompError: the folder cannot be written.
+    """
+    folder, like = pathlib.Path(folder), pathlib.Path(like)
+    tensors = to_hf(params, config)
+    values = read_json(like / "config.json")
+    dtype = str(jnp.dtype(next(iter(tensors.values())).dtype))
+    values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in COMPANIONS:
+            if (like / name).exists() and not (
+                (folder / name).exists() and (folder / name).samefile(like / name)
+            ):
+                shutil.copyfile(like / name, folder / name)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise JaxcompError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); choose another "
+            "folder"
+        ) from error
+    safetensors.write(folder / safetensors.SINGLE, tensors, {"format": "pt"})
+
+
+def _stack(values, layers):
+    """Parameters of the scanned model from those of the unrolled one."""
+    stacked: dict[str, Any] = {}
+    groups: dict[str, dict[int, Any]] = {}
+    for path, value in values.items():
+        if path.startswith(layers + "/"):
+            _, number, rest = path.split("/", 2)
+            groups.setdefault(f"{layers}/{rest}", {})[int(number)] = value
+        else:
+            stacked[path] = value
+    for path, items in groups.items():
+        first = items[0]
+        out = np.empty((len(items), *first.shape), first.dtype)
+        for i in range(len(items)):
+            out[i] = items[i]
+            safetensors.release(items[i])
+        stacked[path] = out
+    return stacked
+
+
+def _nest(values):
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, name = path.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return tree
+
+
+def _tokenizer(folder):
+    if not (folder / "tokenizer.json").exists():
+        return None
+    from jaxcomp import data
+
+    return data.load_tokenizer(folder)
+

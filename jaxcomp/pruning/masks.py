@@ -1,0 +1,298 @@
+"""Masks: which weights stay, with exact counts and ties broken the same way every time.
+
+A mask is boolean, True where a weight is kept, of the weight's shape. Of ``size`` scores the
+``round(sparsity * size)`` smallest are dropped; among equal scores the one with the smaller index
+goes first, as a stable sort would have it. No sort is done: the bits of a non-negative float order
+as an integer does, so the k-th smallest score is found bit by bit with one count a bit, which is
+much faster than sorting on CPU and on accelerators, needs no extra memory, and runs over several
+arrays at once (the global scope).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.errors import JaxcompError
+
+
+def check_sparsity(sparsity: float, path: str = "") -> float:
+    """Checks a fraction of weights to drop.
+
+    Args:
+      sparsity: the fraction, 0 to 1.
+      path: name of the weight, for the message.
+
+    Returns:
+      The sparsity.
+
+    Raises:
+      JaxcompError: it is no number from 0 to 1.
+    """
+    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
+        where = f"{path}: " if path else ""
+        raise JaxcompError(
+            f"{where}sparsity {sparsity!r} is not a fraction from 0 (keep all) to 1 (drop all); "
+            "write 50 % as 0.5"
+        )
+    return sparsity
+
+
+def check_nm(n: int, m: int, in_size: int | None = None, path: str = "") -> None:
+    """Checks an N:M pattern and, where the size is given, that its blocks divide the input.
+
+    Args:
+      n: values kept of each block.
+      m: size of a block.
+      in_size: length of the input axis.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: the pattern cannot be made.
+    """
+    where = f"{path}: " if path else ""
+    if not isinstance(n, int) or not isinstance(m, int) or not 0 < n < m:
+        raise JaxcompError(f"{where}N:M pattern {n}:{m} needs whole numbers with 0 < n < m, as 2:4")
+    if in_size is not None and in_size % m:
+        raise JaxcompError(
+            f"{where}N:M pattern {n}:{m} does not divide the input size {in_size}; "
+            f"use a block size m that divides it, or exclude this path"
+        )
+
+
+def check_target(
+    sparsity: float | None, n: int | None, m: int | None, in_size: int, path: str = ""
+) -> tuple[int, int] | None:
+    """Checks that either a sparsity or an N:M pattern is asked for, and that it can be made.
+
+    Args:
+      sparsity: fraction to drop, or None.
+      n: values kept of each block, or None.
+      m: size of a block, or None.
+      in_size: length of the input axis.
+      path: name of the weight, for the message.
+
+    Returns:
+      (n, m), or None for a sparsity.
+
+    Raises:
+      JaxcompError: both or neither are given, or it cannot be made.
+    """
+    where = f"{path}: " if path else ""
+    if (sparsity is None) == (n is None) or (n is None) != (m is None):
+        raise JaxcompError(
+            f"{where}give either a sparsity or both n and m, got sparsity={sparsity}, n={n}, m={m}"
+        )
+    if sparsity is not None:
+        check_sparsity(sparsity, path)
+        return None
+    check_nm(n, m, in_size, path)
+    return n, m
+
+
+def dropped_count(sparsity: float, size: int) -> int:
+    """How many of ``size`` weights a sparsity drops: the nearest whole number.
+
+    Args:
+      sparsity: fraction to drop.
+      size: weights compared with one another.
+
+    Returns:
+      The count.
+
+    Example:
+      >>> dropped_count(0.5, 5)
+      2
+    """
+    return min(size, round(sparsity * size))
+
+
+def _bits(scores: jax.Array) -> jax.Array:
+    """The scores as integers that order in the same way."""
+    scores = jnp.abs(scores)
+    if scores.dtype not in (jnp.float32, jnp.float64):
+        scores = scores.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(
+        scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
+    )
+
+
+def _total(counts):
+    """Sum of int32 counts as (high, low) with 15 low bits, which holds more than 2**31 weights."""
+    low = sum(c & 0x7FFF for c in counts)
+    return sum(c >> 15 for c in counts) + (low >> 15), low & 0x7FFF
+
+
+def _kth_bits(bits: Sequence[jax.Array], k, axis: int = -1) -> jax.Array:
+    """The k-th smallest (from 1) of integers over an axis of all arrays, kept; -1 for k = 0."""
+    width = 63 if bits[0].dtype == jnp.int64 else 31
+    one = jnp.asarray(1, bits[0].dtype)
+    high, low = k >> 15, k & 0x7FFF
+
+    def narrow(i, value):
+        # Sets the bit where fewer than k scores lie below the candidate: then the k-th is not
+        # below.
+        candidate = value | jnp.left_shift(one, width - 1 - i)
+        counts = [(b < candidate).sum(axis, keepdims=True, dtype=jnp.int32) for b in bits]
+        below_high, below_low = _total(counts)
+        fewer = (below_high < high) | ((below_high == high) & (below_low < low))
+        return jnp.where(fewer, candidate, value)
+
+    start = jnp.zeros_like(bits[0], shape=(*bits[0].shape[:-1], 1))
+    value = jax.lax.fori_loop(0, width, narrow, start)
+    return jnp.where(jnp.asarray(k > 0), value, -1)
+
+
+def drop_smallest(scores: jax.Array, k, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """Marks all but the k smallest scores over some axes.
+
+    Args:
+      scores: non-negative scores, any shape.
+      k: how many to drop, may be traced; a scalar, or an array that broadcasts against the scores
+        with ``axes`` reduced to one.
+      axes: the axes over which scores are compared, which must be trailing and in order.
+
+    Returns:
+      Bool like ``scores``, False for exactly k of them in each comparison group.
+    """
+    axes = tuple(sorted(a % scores.ndim for a in axes))
+    if axes != tuple(range(scores.ndim - len(axes), scores.ndim)):
+        raise JaxcompError(
+            f"scores of {scores.ndim} axes are compared over trailing axes, not {axes}"
+        )
+    shape = scores.shape
+    lead = shape[: scores.ndim - len(axes)]
+    bits = _bits(scores).reshape(*lead, -1)
+    k = jnp.asarray(k)
+    k = k.reshape(*k.shape[: -len(axes)], 1) if k.ndim else k
+    threshold = _kth_bits([bits], k)
+    below, equal = bits < threshold, bits == threshold
+    free = k - below.sum(-1, keepdims=True, dtype=jnp.int32)
+    drop = below | (equal & (jnp.cumsum(equal, -1, dtype=jnp.int32) <= free))
+    return ~drop.reshape(shape)
+
+
+def row_mask(scores: jax.Array, sparsity: float) -> jax.Array:
+    """Drops the smallest scores of each row (output).
+
+    Args:
+      scores: ``(*stack, out, in)``.
+      sparsity: fraction to drop.
+
+    Returns:
+      Bool mask in which every row keeps the same number.
+
+    Example:
+      >>> row_mask(jnp.array([[3.0, 1.0, 2.0, 4.0]]), 0.5)
+      Array([[ True, False, False,  True]], dtype=bool)
+    """
+    check_sparsity(sparsity)
+    return drop_smallest(scores, dropped_count(sparsity, scores.shape[-1]))
+
+
+def tensor_mask(scores: jax.Array, sparsity: float) -> jax.Array:
+    """Drops the smallest scores of each matrix.
+
+    Args:
+      scores: ``(*stack, out, in)``; each element of the stack is pruned for itself.
+      sparsity: fraction to drop.
+
+    Returns:
+      Bool mask.
+    """
+    check_sparsity(sparsity)
+    size = scores.shape[-1] * scores.shape[-2]
+    return drop_smallest(scores, dropped_count(sparsity, size), (-2, -1))
+
+
+def nm_mask(scores: jax.Array, n: int, m: int) -> jax.Array:
+    """Keeps the n largest scores of every m consecutive inputs.
+
+    Args:
+      scores: ``(*stack, out, in)``, m dividing ``in``.
+      n: values kept.
+      m: size of a block.
+
+    Returns:
+      Bool mask with exactly n in each block.
+
+    Example:
+      >>> nm_mask(jnp.array([[1.0, 1.0, 1.0, 1.0]]), 2, 4)
+      Array([[False, False,  True,  True]], dtype=bool)
+    """
+    check_nm(n, m, scores.shape[-1])
+    blocks = scores.reshape(*scores.shape[:-1], scores.shape[-1] // m, m)
+    mine, other = blocks[..., :, None], blocks[..., None, :]
+    index = jnp.arange(m)
+    before = (other < mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    return (before.sum(-1) >= m - n).reshape(scores.shape)
+
+
+def global_mask(scores: Any, sparsity: float) -> Any:
+    """Drops the smallest scores of a whole tree, with one threshold for all leaves.
+
+    Args:
+      scores: pytree of non-negative scores.
+      sparsity: fraction of all of them to drop.
+
+    Returns:
+      Tree of bool masks; ties are broken in the order of the leaves.
+
+    Example:
+      >>> global_mask({"a": jnp.array([1.0, 5.0]), "b": jnp.array([2.0, 3.0])}, 0.5)
+      {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
+    """
+    check_sparsity(sparsity)
+    leaves, structure = jax.tree.flatten(scores)
+    wide = jnp.result_type(jnp.float32, *leaves)
+    bits = [_bits(leaf.astype(wide)).reshape(-1) for leaf in leaves]
+    k = dropped_count(sparsity, sum(leaf.size for leaf in leaves))
+    threshold = _kth_bits(bits, k)
+    high, low = _total([(b < threshold).sum(dtype=jnp.int32) for b in bits])
+    free = ((k >> 15) - high) * (1 << 15) + (k & 0x7FFF) - low
+    masks = []
+    for leaf, b in zip(leaves, bits, strict=True):
+        equal = b == threshold
+        drop = (b < threshold) | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= free))
+        free = jnp.maximum(free - equal.sum(dtype=jnp.int32), 0)
+        masks.append(~drop.reshape(leaf.shape))
+    return jax.tree.unflatten(structure, masks)
+
+
+def apply_mask(tree: Any, masks: Any) -> Any:
+    """Sets dropped weights to exactly zero.
+
+    Args:
+      tree: pytree of weights, or one array.
+      masks: the same tree of bool masks; a leaf of None leaves the weight alone.
+
+    Returns:
+      The masked weights, dtypes kept.
+    """
+
+    def one(mask, weight):
+        return weight if mask is None else jnp.where(mask, weight, jnp.zeros((), weight.dtype))
+
+    return jax.tree.map(one, masks, tree, is_leaf=lambda leaf: leaf is None)
+
+
+def sparsity(masks: Any) -> float:
+    """Fraction of weights that masks drop.
+
+    Args:
+      masks: a bool mask or a pytree of them; leaves of None do not count.
+
+    Returns:
+      The fraction over all leaves.
+
+    Example:
+      >>> sparsity(jnp.array([True, False, False, False]))
+      0.75
+    """
+    leaves = jax.tree.leaves(masks)
+    size = sum(leaf.size for leaf in leaves)
+    if not size:
+        return 0.0
+    return math.fsum(float((~leaf).sum()) for leaf in leaves) / size

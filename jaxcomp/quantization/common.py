@@ -1,0 +1,588 @@
+"""What the layer algorithms share: checks, errors of a layer, and how results are stored."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp.errors import JaxcompError
+from jaxcomp.formats import grid, sparse
+from jaxcomp.formats.compressed import CompressedArray
+from jaxcomp.formats.spec import NM, Codebook, Element, Sparse
+from jaxcomp.formats.transforms import InputQuant, InputScale
+from jaxcomp.quantization.activation import check_activation, static_scales
+from jaxcomp.step import Activation, Layer
+
+CLIPPINGS = ("minmax", "mse", "percentile")
+
+
+class Rounded(NamedTuple):
+    """A matrix on a grid.
+
+    Attributes:
+      values: ``(*stack, out, in)``, what is stored stands for these.
+      codes: int32 like ``values``, or None once they are in ``part``.
+      qparams: scales and zero points of the groups.
+      context: what the whole matrix shares.
+      group_index: group of each input where groups are not consecutive, else None.
+      part: the stored matrix; None for a masked one, which ``store`` makes.
+    """
+
+    values: jax.Array
+    codes: jax.Array | None
+    qparams: Any
+    context: Any
+    group_index: jax.Array | None = None
+    part: Any = None
+
+
+def working_dtype(*arrays: Any) -> Any:
+    """float64 when one of the arrays is, float32 otherwise.
+
+    Args:
+      *arrays: what is computed with; None is passed over.
+
+    Returns:
+      The dtype.
+    """
+    wide = any(a is not None and a.dtype == jnp.float64 for a in arrays)
+    return jnp.float64 if wide else jnp.float32
+
+
+def _where(path: str) -> str:
+    return f"{path}: " if path else ""
+
+
+def _finite(a: Any) -> bool:
+    if isinstance(a, jax.core.Tracer):
+        return True
+    # NumPy looks at the buffer where it is, without a compilation, when the array lives on the CPU.
+    on_host = isinstance(a, np.ndarray) or all(d.platform == "cpu" for d in a.devices())
+    return bool(np.isfinite(np.asarray(a)).all()) if on_host else bool(jnp.isfinite(a).all())
+
+
+def check_finite(a: Any, what: str) -> None:
+    """Checks values that a caller passed in.
+
+    Args:
+      a: an array.
+      what: its description, for the message.
+
+    Raises:
+      JaxcompError: there is NaN or infinity in it.
+    """
+    if not _finite(a):
+        raise JaxcompError(f"{what} {tuple(a.shape)} hold NaN or infinite values")
+
+
+def check_weight(w: Any, path: str = "") -> None:
+    """Checks that a weight is a finite matrix or a stack of them.
+
+    Args:
+      w: ``(*stack, out, in)``.
+      path: its name, for the message.
+
+    Raises:
+      JaxcompError: it is not.
+    """
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise JaxcompError(
+            f"{_where(path)}expected a float weight (.., out, in), got {w.dtype} {tuple(w.shape)}"
+        )
+    if not _finite(w):
+        raise JaxcompError(
+            f"{_where(path)}{tuple(w.shape)} holds NaN or infinite weights; repair the "
+            "checkpoint or "
+            "exclude this path"
+        )
+
+
+def check_hessian(h: Any, w: Any, path: str = "") -> None:
+    """Checks that a Hessian is finite and fits a weight.
+
+    Args:
+      h: ``(in, in)`` or ``(*stack, in, in)``.
+      w: ``(*stack, out, in)``.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: it does not.
+    """
+    size = w.shape[-1]
+    if tuple(h.shape) not in ((size, size), (*w.shape[:-2], size, size)):
+        raise JaxcompError(
+            f"{_where(path)}a weight {tuple(w.shape)} needs a Hessian ({size}, {size}) or one "
+            "for each "
+            f"element of its stack, got {tuple(h.shape)}"
+        )
+    if not _finite(h):
+        raise JaxcompError(
+            f"{_where(path)}the Hessian holds NaN or infinite values: activations overflowed in "
+            "calibration; check the calibration data and the model's outputs, or exclude this path"
+        )
+
+
+def check_statistics(layer: Layer, field: str) -> None:
+    """Checks that a layer came with a statistic.
+
+    Args:
+      layer: the layer.
+      field: field of ``Statistics``.
+
+    Raises:
+      JaxcompError: it did not, or it holds NaN or infinite values.
+    """
+    value = None if layer.statistics is None else getattr(layer.statistics, field)
+    if value is None:
+        raise JaxcompError(
+            f"{_where(layer.path)}this algorithm reads the {field} of the layer's inputs: it needs "
+            "calibration data"
+        )
+    if not _finite(value):
+        raise JaxcompError(
+            f"{_where(layer.path)}the {field} of the inputs holds NaN or infinite values; check "
+            "the "
+            "calibration data and the model's outputs, or exclude this path"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any], path: str = "") -> None:
+    """Checks an option that has a fixed set of values.
+
+    Args:
+      name: the option.
+      value: what was given.
+      choices: what may be given.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: it is none of them.
+    """
+    if value not in choices:
+        options = ", ".join(repr(c) for c in choices)
+        raise JaxcompError(f"{_where(path)}{name} {value!r} is none of {options}")
+
+
+def over_stack(function, w: Any, *operands: Any):
+    """Maps a function of one matrix over the stack of a weight.
+
+    Args:
+      function: takes a matrix and operands.
+      w: ``(*stack, out, in)``.
+      *operands: ``(value, ndim)`` pairs: an array with ``ndim`` axes is shared by all of the
+        stack, one with more has the same leading stack; None stays None.
+
+    Returns:
+      The function's results with leading stack axes.
+    """
+    depth = w.ndim - 2
+    values = [value for value, _ in operands]
+    axes = [0 if v is not None and v.ndim > n else None for v, n in operands]
+    for _ in range(depth):
+        function = jax.vmap(function, in_axes=(0, *axes))
+    return function(w, *values)
+
+
+@jax.jit
+def _relative_error(w, approximation, h):
+    dtype = working_dtype(w)
+    w = w.astype(dtype)
+    e = w - approximation.astype(dtype)
+
+    def energy(a):
+        if h is None:
+            return jnp.sum(a * a)
+        moved = jnp.matmul(a, h.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(moved * a)
+
+    whole = energy(w)
+    return jnp.sqrt(jnp.maximum(energy(e), 0) / jnp.where(whole > 0, whole, 1))
+
+
+def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None = None) -> jax.Array:
+    """Error of a layer's output, sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) with E = W - approximation.
+
+    Args:
+      w: ``(*stack, out, in)``.
+      approximation: what stands in for it.
+      h: ``(in, in)`` or ``(*stack, in, in)``; None gives the relative error of the weights.
+
+    Returns:
+      A scalar over the whole stack.
+    """
+    return _relative_error(w, approximation, h)
+
+
+def compressed(parts: Sequence[Any], w: Any) -> CompressedArray:
+    """Wraps parts of a canonical matrix.
+
+    Args:
+      parts: format parts that sum up to the matrix.
+      w: ``(*stack, out, in)``, whose shape and dtype the result takes.
+
+    Returns:
+      The compressed array.
+    """
+    stack = tuple(range(w.ndim - 2))
+    return CompressedArray.from_matrix(
+        tuple(parts), tuple(w.shape), w.dtype, stack, (w.ndim - 2,), (w.ndim - 1,)
+    )
+
+
+def with_activation(parts: Sequence[Any], activation: Activation | None, statistics=None, path=""):
+    """Puts the quantization of the input in front of parts.
+
+    Args:
+      parts: format parts.
+      activation: how the input is quantized, or None for not at all.
+      statistics: of the inputs, for static scales.
+      path: name of the weight, for errors.
+
+    Returns:
+      The parts, each under an ``InputQuant``.
+    """
+    if activation is None:
+        return tuple(parts)
+    check_activation(activation, path)
+    scale = zero_point = None
+    if not activation.dynamic:
+        scale, zero_point = static_scales(statistics, activation)
+    return tuple(InputQuant(part, scale, zero_point, spec=activation) for part in parts)
+
+
+def activation_needs(activation: Activation | None) -> frozenset[str]:
+    """Statistics that activation quantization reads.
+
+    Args:
+      activation: how the input is quantized, or None.
+
+    Returns:
+      The range for static scales, nothing otherwise.
+    """
+    return (
+        frozenset({"range"}) if activation is not None and not activation.dynamic else frozenset()
+    )
+
+
+def input_shape(layer: Layer) -> tuple[int, ...]:
+    """Shape ``(*stack, in)`` of per-channel values of a layer.
+
+    Args:
+      layer: the layer.
+
+    Returns:
+      The shape.
+    """
+    return (*layer.weight.shape[:-2], layer.weight.shape[-1])
+
+
+def shared_stack(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """Stack axes for which the layers of an input group can each have a scale.
+
+    Args:
+      layers: the group.
+
+    Returns:
+      Their stack where it is the same for all, otherwise () for one scale of all.
+    """
+    stacks = {layer.weight.shape[:-2] for layer in layers}
+    return stacks.pop() if len(stacks) == 1 else ()
+
+
+def shared(values: Sequence[jax.Array], stack: tuple[int, ...]) -> jax.Array:
+    """Maximum over the layers of a group (and over stacks that they do not share).
+
+    Args:
+      values: ``(*stack_i, in)`` of each layer.
+      stack: what ``shared_stack`` gave.
+
+    Returns:
+      ``(*stack, in)``.
+    """
+    reduced = [v if v.shape[:-1] == stack else v.reshape(-1, v.shape[-1]).max(0) for v in values]
+    result = reduced[0]
+    for value in reduced[1:]:
+        result = jnp.maximum(result, value)
+    return result
+
+
+def rescaled(layer: Layer, scale: jax.Array) -> Layer:
+    """The layer with its weight's columns multiplied by a scale and its input divided by it.
+
+    Args:
+      layer: the layer.
+      scale: ``(in,)`` or ``(*stack, in)``, positive.
+
+    Returns:
+      The layer, which computes the same. Its parts are dropped.
+    """
+    scale = jnp.broadcast_to(scale, input_shape(layer))
+    inverse = 1 / scale
+    before = layer.input_scale
+    weight = (layer.weight * scale[..., None, :]).astype(layer.weight.dtype)
+    return layer.replace(
+        weight=weight,
+        statistics=None if layer.statistics is None else layer.statistics.scaled(inverse),
+        input_scale=inverse if before is None else before * inverse,
+        parts=None,
+    )
+
+
+def check_format(
+    fmt: Element, w: Any, mask: Any, nm: tuple[int, int] | None, path: str = ""
+) -> None:
+    """Checks that a format can hold a weight, under its mask.
+
+    Args:
+      fmt: element format.
+      w: ``(*stack, out, in)``.
+      mask: bool like ``w``, or None.
+      nm: pattern of the mask, or None.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: it cannot.
+    """
+    name = path or "weight"
+    if not isinstance(fmt, Element):
+        raise JaxcompError(
+            f"{name}: {fmt!r} is no element format; use Int, Float or Codebook (sparsity is the "
+            "matter of the pruning steps)"
+        )
+    grid.check(fmt, w.shape, name)
+    if mask is None:
+        return
+    if tuple(mask.shape) != tuple(w.shape):
+        raise JaxcompError(f"{name} {tuple(w.shape)}: the mask's shape is {tuple(mask.shape)}")
+    if isinstance(fmt, Codebook):
+        if fmt.kind == "kmeans" or (fmt.kind == "levels" and 0.0 not in fmt.levels):
+            raise JaxcompError(
+                f"{name} {tuple(w.shape)}: a pruned weight needs a grid with zero in it; use "
+                "Int, Float "
+                'or Codebook("nf4")'
+            )
+    else:
+        grid.check(_sparse_format(fmt, nm), w.shape, name)
+
+
+def check_damping(damping: float, block_size: int, path: str = "") -> None:
+    """Checks the options of the column solver.
+
+    Args:
+      damping: fraction of the mean diagonal.
+      block_size: columns of a lazy block.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: one is out of its range.
+    """
+    if not 0 <= damping < float("inf"):
+        raise JaxcompError(f"{_where(path)}damping {damping} must be 0 or more; 0.01 is usual")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise JaxcompError(f"{_where(path)}block_size {block_size} must be a whole number above 0")
+
+
+def check_inputs(x: Any, w: Any, path: str = "") -> None:
+    """Checks that calibration inputs are finite and fit a weight.
+
+    Args:
+      x: ``(tokens, in)`` or ``(*stack, tokens, in)``.
+      w: ``(*stack, out, in)``.
+      path: name of the weight, for the message.
+
+    Raises:
+      JaxcompError: they do not.
+    """
+    if x.ndim < 2 or x.shape[-1] != w.shape[-1] or x.shape[:-2] not in ((), w.shape[:-2]):
+        raise JaxcompError(
+            f"{_where(path)}a weight {tuple(w.shape)} needs inputs (tokens, {w.shape[-1]}), got "
+            f"{tuple(x.shape)}"
+        )
+    if not _finite(x):
+        raise JaxcompError(f"{_where(path)}the calibration inputs hold NaN or infinite values")
+
+
+def round_to_grid(
+    fmt: Element,
+    w: jax.Array,
+    clipping: str,
+    percentile: float,
+    mask: jax.Array | None = None,
+    build: bool = True,
+) -> Rounded:
+    """Rounds a matrix to the nearest points of a grid fitted to it.
+
+    Args:
+      fmt: element format.
+      w: ``(*stack, out, in)``.
+      clipping: how a group's range is chosen.
+      percentile: for ``clipping="percentile"``.
+      mask: bool like ``w``, weights that may be other than zero.
+      build: also store the matrix.
+
+    Returns:
+      The matrix on the grid.
+    """
+    importance = None
+    if mask is not None:
+        w = jnp.where(mask, w, 0.0)
+        importance = mask.astype(w.dtype)
+    context = grid.prepare(fmt, w, importance)
+    qparams = grid.fit(fmt, w, context, clipping=clipping, percentile=percentile, mask=mask)
+    expanded = grid.expand(fmt, qparams, *w.shape[-2:])
+    codes = grid.encode(fmt, w, expanded, context)
+    values = grid.decode(fmt, codes, expanded, context).astype(w.dtype)
+    if mask is not None:
+        return Rounded(jnp.where(mask, values, 0.0), codes, qparams, context)
+    part = grid.build(fmt, codes, qparams, context) if build else None
+    return Rounded(values, None, qparams, context, None, part)
+
+
+def _sparse_format(values: Any, nm: tuple[int, int] | None) -> NM | Sparse:
+    return Sparse(values) if nm is None else NM(*nm, values)
+
+
+_build_sparse = functools.partial(jax.jit, static_argnums=0, static_argnames=("kept", "path"))(
+    sparse.build
+)
+
+
+def _kept(mask: jax.Array, nm: tuple[int, int] | None) -> int | None:
+    return None if nm is not None else int(np.asarray(mask).sum((-1, -2)).max())
+
+
+def store(
+    fmt: Element, rounded: Rounded, mask: jax.Array | None, nm: tuple[int, int] | None
+) -> tuple[Any, ...]:
+    """The parts that hold a rounded matrix.
+
+    Args:
+      fmt: its element format.
+      rounded: the matrix.
+      mask: weights that are kept, None for all.
+      nm: (n, m) where the mask has that pattern.
+
+    Returns:
+      One part: dense codes, or under a mask an ``NMPart`` or ``SparsePart`` (for a codebook, whose
+      zero level holds what is pruned, dense codes).
+    """
+    if mask is None:
+        return (rounded.part,)
+    r = rounded
+    if isinstance(fmt, Codebook):
+        return (grid.build(fmt, r.codes, r.qparams, r.context, r.group_index),)
+    part = _build_sparse(
+        _sparse_format(fmt, nm),
+        mask,
+        codes=r.codes,
+        qparams=r.qparams,
+        context=r.context,
+        group_index=r.group_index,
+        kept=_kept(mask, nm),
+    )
+    return (part,)
+
+
+def sparse_parts(
+    w: jax.Array, mask: jax.Array, nm: tuple[int, int] | None = None, dtype: Any = None
+) -> tuple[Any, ...]:
+    """The parts that hold a pruned weight in its own dtype.
+
+    Args:
+      w: ``(*stack, out, in)``.
+      mask: bool like ``w``, weights that are kept.
+      nm: (n, m) where the mask has that pattern.
+      dtype: in which values are stored; None is that of ``w``.
+
+    Returns:
+      One ``NMPart`` or ``SparsePart``.
+    """
+    w = w.astype(dtype or w.dtype)
+    return (_build_sparse(_sparse_format(None, nm), mask, w, kept=_kept(mask, nm)),)
+
+
+def pattern(layer: Layer) -> tuple[int, int] | None:
+    """The N:M pattern in which an earlier step pruned a layer.
+
+    Args:
+      layer: the layer.
+
+    Returns:
+      (n, m), or None when it is not pruned or has no such pattern.
+    """
+    if layer.mask is None or not layer.parts:
+        return None
+    part = layer.parts[0]
+    while isinstance(part, (InputQuant, InputScale)):
+        part = part.part
+    return (part.n, part.m) if isinstance(part, sparse.NMPart) else None
+
+
+def quantized(
+    layer: Layer,
+    parts: Sequence[Any],
+    values: jax.Array,
+    activation: Activation | None,
+    error: jax.Array | None = None,
+) -> Layer:
+    """The layer after a quantizing step.
+
+    Args:
+      layer: the layer, transformed as the step left it.
+      parts: parts that hold its weight.
+      values: what they stand for.
+      activation: how the input is quantized, or None.
+      error: relative error, if the step has it.
+
+    Returns:
+      The layer with parts, activation and metrics.
+    """
+    if error is None:
+        h = None if layer.statistics is None else layer.statistics.hessian
+        error = relative_error(layer.weight, values, h)
+    parts = with_activation(parts, activation, layer.statistics, layer.path)
+    metrics = {**layer.metrics, "error": float(error)}
+    return layer.replace(parts=parts, activation=activation, metrics=metrics)
+
+
+def pruned(
+    layer: Layer,
+    mask: jax.Array,
+    weight: jax.Array,
+    parts: Sequence[Any],
+    error: jax.Array | None = None,
+) -> Layer:
+    """The layer after a pruning step.
+
+    Args:
+      layer: the layer as it was.
+      mask: weights that are kept.
+      weight: the pruned weight.
+      parts: parts that hold it.
+      error: relative error, if the step has it.
+
+    Returns:
+      The layer with mask, weight, parts and metrics.
+    """
+    if error is None:
+        h = None if layer.statistics is None else layer.statistics.hessian
+        error = relative_error(layer.weight, weight, h)
+    kept = float(np.asarray(mask).mean())
+    metrics = {**layer.metrics, "error": float(error), "sparsity": 1 - kept}
+    return layer.replace(mask=mask, weight=weight, parts=tuple(parts), metrics=metrics)
+
+
+def report_damping(layer: Layer, used: jax.Array, asked: float) -> None:
+    """Notes in a layer's metrics when the Hessian needed more damping than was asked for.
+
+    Args:
+      layer: the layer, after a step.
+      used: damping of each element of the stack.
+      asked: the step's option.
+    """
+    most = float(np.asarray(used).max())
+    if most > asked * 1.01:
+        layer.metrics["damping"] = most
