@@ -20,6 +20,7 @@ import tyro
 from jaxcomp import presets
 from jaxcomp.errors import DataError, JaxcompError, ModelError, RecipeError
 from jaxcomp.io import checkpoint
+from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 
 Model = Annotated[
@@ -201,7 +202,17 @@ def evaluate(
         dense = load_model(reference)
         other = (dispatch(dense.apply), dense.params)
     started = time.perf_counter()
-    found = evaluation.evaluate(dispatch(loaded.apply), loaded.params, batches, reference=other)
+    bar = Progress("evaluate", len(batches), sys.stderr.isatty() and not json)
+    try:
+        found = evaluation.evaluate(
+            dispatch(loaded.apply),
+            loaded.params,
+            batches,
+            reference=other,
+            progress=lambda done: bar.advance(f"batch {done} of {len(batches)}"),
+        )
+    finally:
+        bar.close()
     values = {
         "model": str(model),
         "text": str(text),

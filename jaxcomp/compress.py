@@ -510,13 +510,14 @@ _materialize = jax.jit(lambda array: array.materialize())
 
 
 def _rows_scale_exactly(array: CompressedArray) -> bool:
-    """Whether multiplying rows rounds nothing but float32 scales."""
+    """Whether multiplying rows rounds nothing but float32 values or scales."""
     if len(array.parts) != 1:
         return False
     part = array.parts[0]
     while isinstance(part, (formats.InputScale, formats.InputQuant)):
         part = part.part
-    return isinstance(part, formats.Affine) and part.scale.dtype == jnp.float32
+    held = {formats.Affine: "scale", formats.Dense: "values"}.get(type(part))
+    return held is not None and getattr(part, held).dtype == jnp.float32
 
 
 def _scale_rows(array: CompressedArray, index: Index, vector: jax.Array) -> CompressedArray:

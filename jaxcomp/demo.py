@@ -1,18 +1,22 @@
 """The demo: the language model that ships with jaxcomp, compressed several ways and compared."""
 
 import collections.abc
+import functools
 import importlib.resources
 import json
+import math
 import pathlib
 import sys
 import time
 from typing import Any
 
+import jax
 import msgspec
 
 from jaxcomp import presets
 from jaxcomp.errors import JaxcompError
 from jaxcomp.io import checkpoint
+from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import megabytes
 
@@ -101,13 +105,18 @@ def run(
     calibration = cli.token_batches(loaded, folder / "calibration.txt", LENGTH, BATCH_SIZE, samples)
     text = cli.token_batches(loaded, folder / "heldout.txt", LENGTH, BATCH_SIZE, held_out)
     started = time.perf_counter()
-    with _progress(show, len(recipes) + 1) as step:
-        step("dense")
+    bar = Progress("dense", len(recipes) + 1, show and sys.stderr.isatty())
+    try:
+        logits = [_logits(loaded.apply, loaded.params, *batch) for batch in text]
         rows = [_dense_row(loaded, text)]
         for name, preset in recipes.items():
-            step(name)
-            rows.append(_compressed_row(name, preset, loaded, calibration, text, folder, output))
-        step(None)
+            bar.advance(name)
+            result, seconds = _compressed(preset, loaded, calibration)
+            label = preset if isinstance(preset, str) else name
+            checkpoint.save(output / label, result, files=cli.companions(folder), overwrite=True)
+            rows.append(_row(name, preset, result, seconds, loaded, text, logits))
+    finally:
+        bar.close()
     results = {
         "model": folder.name,
         "tokens": sum(batch[0].size for batch in text),
@@ -127,8 +136,6 @@ def run(
 
 
 def _dense_row(loaded: Any, text: Any) -> Row:
-    import jax
-
     from jaxcomp import evaluation, nbits
 
     matrices = [leaf for leaf in jax.tree.leaves(loaded.params) if leaf.ndim > 1]
@@ -143,36 +150,55 @@ def _dense_row(loaded: Any, text: Any) -> Row:
     )
 
 
-def _compressed_row(
-    name: str,
-    preset: str | Recipe,
-    loaded: Any,
-    calibration: Any,
-    text: Any,
-    folder: pathlib.Path,
-    output: pathlib.Path,
-) -> Row:
+def _compressed(preset: str | Recipe, loaded: Any, calibration: Any) -> tuple[Any, float]:
     import jaxcomp as jc
-    from jaxcomp import cli, evaluation
 
     recipe = presets.get(preset) if isinstance(preset, str) else preset
-    label = preset if isinstance(preset, str) else name
-    before = time.perf_counter()
+    started = time.perf_counter()
     result = jc.compress(loaded.apply, loaded.params, recipe, calibration, progress=False)
-    seconds = time.perf_counter() - before
-    checkpoint.save(output / label, result, files=cli.companions(folder), overwrite=True)
-    dense = (loaded.apply, loaded.params)
+    return result, time.perf_counter() - started
+
+
+def _row(
+    name: str,
+    preset: str | Recipe,
+    result: Any,
+    seconds: float,
+    loaded: Any,
+    text: Any,
+    logits: list[jax.Array],
+) -> Row:
+    import jaxcomp as jc
+    from jaxcomp import evaluation
+
     fast = jc.dispatch(loaded.apply)
-    found = evaluation.evaluate(fast, result.params, text, reference=dense)
+    found = [  # Batch by batch, so that the dense model runs once for all recipes.
+        evaluation.evaluate(fast, result.params, [batch], reference=(_recorded, recorded))
+        for batch, recorded in zip(text, logits, strict=True)
+    ]
     return Row(
         recipe=name,
         preset=preset if isinstance(preset, str) else None,
         bits_per_weight=result.report.bits_per_weight,
         nbytes=-(-jc.nbits(result.params) // 8),
-        perplexity=found.perplexity,
-        kl=found.kl,
+        perplexity=math.exp(_mean(found, "nats")),
+        kl=_mean(found, "kl"),
         seconds=seconds,
     )
+
+
+def _mean(found: list[Any], field: str) -> float:
+    return sum(getattr(f, field) * f.tokens for f in found) / sum(f.tokens for f in found)
+
+
+def _recorded(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """A model that was run before."""
+    return logits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply: Any, params: Any, tokens: Any) -> jax.Array:
+    return apply(params, tokens)
 
 
 _COLUMNS = ("recipe", "bits/weight", "size", "perplexity", "KL to dense", "seconds")
@@ -227,8 +253,8 @@ def plot(rows: collections.abc.Sequence[Row], path: pathlib.Path) -> None:
     if rows[0].preset is None:
         axes.axhline(rows[0].perplexity, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.set_xlabel("size of the whole model [MB]")
     axes.set_ylabel("perplexity on held-out text (lower is better)")
     axes.legend()
@@ -248,37 +274,3 @@ def _claim(output: pathlib.Path) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     marker.write_text("{}")
-
-
-class _progress:
-    """A bar on standard error; silent when that is no terminal or nothing is to be shown."""
-
-    def __init__(self, show: bool, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn as Elapsed
-
-        self._bar = Progress(
-            TextColumn("{task.description:20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Elapsed(),
-            console=Console(stderr=True),
-            disable=not show or not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total)
-        self._begun = False
-
-    def __enter__(self) -> collections.abc.Callable[[str | None], None]:
-        self._bar.start()
-        return self._step
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.stop()
-
-    def _step(self, name: str | None) -> None:
-        if self._begun:
-            self._bar.advance(self._task)
-        self._begun = True
-        self._bar.update(self._task, description=name or "")

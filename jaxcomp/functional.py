@@ -65,7 +65,9 @@ def _functional_nnx(model, method):
             (path, variable.replace(value))
             for (path, variable), value in zip(variables, values, strict=True)
         ]
-        module = nnx.merge(graph, nnx.from_flat_state(flat), rest)
+        # Copied, for a call may change its variables: dropout keys count, batch statistics move.
+        others = jax.tree.map(lambda leaf: leaf, rest)
+        module = nnx.merge(graph, nnx.from_flat_state(flat), others)
         return (module if method is None else getattr(module, method))(*inputs, **options)
 
     params: dict[str, Any] = {}

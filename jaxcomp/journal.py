@@ -49,8 +49,8 @@ class JournalError(JaxcompError):
 class Journal:
     """Finished results of one run, by key. ``open`` makes or continues one.
 
-    Invariants: a record is either whole or absent, whenever the process dies; records are never
-    changed once written; all belong to the run that ``manifest`` describes.
+    Invariants: a record is either whole or absent, whenever the process dies; a second ``put``
+    replaces it whole; all belong to the run that ``manifest`` describes.
 
     Attributes:
       path: the folder.
@@ -73,7 +73,8 @@ class Journal:
         Args:
           path: folder of the journal; made if it is missing.
           manifest: what identifies the run, JSON-able: for instance fingerprints of recipe, model
-            and data, and library versions. Compared key by key with that of the folder.
+            and data, and library versions. Compared key by key with that of the folder; keys that
+            end in ``_text`` are for people and not compared.
 
         Returns:
           The journal, with the records of an earlier, interrupted run of the same manifest.
@@ -298,11 +299,8 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare(path: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differs = [
-        k
-        for k in (*wanted, *(k for k in found if k not in wanted))
-        if found.get(k) != wanted.get(k)
-    ]
+    keys = [k for k in dict.fromkeys((*wanted, *found)) if not k.endswith("_text")]
+    differs = [k for k in keys if found.get(k) != wanted.get(k)]
     if differs:
         details = "; ".join(
             f"{k.replace('_', ' ')}: journal {_short(found.get(k))}, this run "

@@ -190,8 +190,7 @@ def _unmatched(index: int, step: Step, which: str, rule: str, paths: list[str]) 
     if not paths:
         return f"{_label(index, step)}: the model has no weight that could be compressed."
     stem = rule.removeprefix("re:").strip("*^$.")
-    close = difflib.get_close_matches(stem, paths, n=3, cutoff=0.3)
-    close += [path for path in paths if path not in close][: 3 - len(close)]
+    close = sorted(paths, key=lambda path: -_likeness(stem, path))[:3]
     shown = ", ".join(close) + (", .." if len(paths) > len(close) else "")
     hint = ""
     if not rule.startswith("re:") and "*" not in rule:
@@ -200,6 +199,11 @@ def _unmatched(index: int, step: Step, which: str, rule: str, paths: list[str]) 
         f"{_label(index, step)}: {which} rule {rule!r} matches none of the model's {len(paths)} "
         f"weights; the closest are {shown}.{hint} Correct or remove the rule."
     )
+
+
+def _likeness(stem: str, path: str) -> float:
+    """How close a rule's text is to a path or the closest part of one."""
+    return max(difflib.SequenceMatcher(a=stem, b=b).ratio() for b in (path, *path.split("/")))
 
 
 def _without_defaults(value: Any) -> Any:

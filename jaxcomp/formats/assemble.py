@@ -121,4 +121,8 @@ def _element(element: Any, dtype: Any) -> str:
 
 def _group(part: Any) -> str:
     rows = "" if part.out_group_size == 1 else f"x{part.out_group_size} rows"
-    return f" a row{rows}" if part.group_size == part.in_size and not rows else f" g{part.group_size}{rows}"
+    return (
+        f" a row{rows}"
+        if part.group_size == part.in_size and not rows
+        else f" g{part.group_size}{rows}"
+    )

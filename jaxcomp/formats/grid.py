@@ -116,6 +116,16 @@ def _representable(fmt: Element, scale: jax.Array) -> jax.Array:
     return jnp.where(stored > 0, stored, 1)
 
 
+def _divide(x: jax.Array, by: Any) -> jax.Array:
+    """``x / by`` for ``by > 0``, correctly rounded.
+
+    XLA turns a division by a constant into a multiplication; the maximum hides the constant. One
+    unit in the last place of a scale decides the ties at the ends of a full-range grid, where the
+    largest weight lies half a step from two codes.
+    """
+    return x / jnp.maximum(by, -jnp.abs(x))
+
+
 def prepare(fmt: Element, w: jax.Array, importance: jax.Array | None = None) -> Context:
     """What all groups of a matrix share.
 
@@ -136,7 +146,7 @@ def _prepare(fmt, w, importance):
     stack = w.shape[:-2]
     if isinstance(fmt, Float) and fmt.kind == "nvfp4":
         absmax = jnp.abs(w).max((-1, -2)) if w.size else jnp.zeros(stack, w.dtype)
-        tensor_scale = jnp.where(absmax > 0, absmax / (448.0 * 6.0), 1)
+        tensor_scale = jnp.where(absmax > 0, _divide(absmax, 448.0 * 6.0), 1)
         return Context(tensor_scale=tensor_scale.astype(w.dtype))
     if not isinstance(fmt, Codebook):
         return Context()
@@ -153,17 +163,19 @@ def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> 
         levels = 2**fmt.bits - 1
         if fmt.symmetric:
             absmax = jnp.where(absmax > 0, absmax, 1)
-            scale = 2 * absmax / levels if fmt.full_range else absmax / (2 ** (fmt.bits - 1) - 1)
+            scale = _divide(2 * absmax, levels)
+            if not fmt.full_range:
+                scale = _divide(absmax, 2 ** (fmt.bits - 1) - 1)
             return QParams(_representable(fmt, scale))
         empty = absmax == 0
         low, high = jnp.where(empty, -1, low), jnp.where(empty, 1, high)
-        scale = _representable(fmt, (high - low) / levels)
+        scale = _representable(fmt, _divide(high - low, levels))
         half = 2 ** (fmt.bits - 1)
         zero_point = jnp.clip(jnp.round(-low / scale), 0, levels).astype(jnp.int32) - half
         return QParams(scale, zero_point)
     if isinstance(fmt, Codebook):
         largest = jnp.abs(context.levels).max(-1, keepdims=True)
-        return QParams(_representable(fmt, jnp.where(absmax > 0, absmax, 1) / largest))
+        return QParams(_representable(fmt, _divide(jnp.where(absmax > 0, absmax, 1), largest)))
     element = floating.ELEMENTS[floating.ELEMENT_OF[fmt.kind]]
     if fmt.kind.startswith("mx"):
         exponent = floating.exponent_of(absmax) - element.largest_exponent
@@ -171,9 +183,9 @@ def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> 
         return QParams(floating.power_of_two(exponent, absmax.dtype))
     if fmt.kind == "nvfp4":
         tensor_scale = context.tensor_scale[..., None, None]
-        block = floating.round_to(absmax / element.largest / tensor_scale, "e4m3")
+        block = floating.round_to(_divide(absmax, element.largest) / tensor_scale, "e4m3")
         return QParams(jnp.maximum(block, 2.0**-9) * tensor_scale)
-    return QParams(_representable(fmt, jnp.where(absmax > 0, absmax, 1) / element.largest))
+    return QParams(_representable(fmt, _divide(jnp.where(absmax > 0, absmax, 1), element.largest)))
 
 
 def fit(

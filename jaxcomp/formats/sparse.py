@@ -5,6 +5,7 @@ the dense matrix (one code a kept weight, scales of the dense matrix's groups). 
 exactly zero.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -115,6 +116,26 @@ class SparsePart(Part):
             return self.values.shape[-1]
         return packing.unpacked_size(
             self.values.shape[-1], _element_bits(self.element), self.values_padding
+        )
+
+    def padded(self, kept: int) -> "SparsePart":
+        """The same matrix with room for ``kept`` values, so that it stacks with fuller ones.
+
+        Args:
+          kept: at least ``self.kept``.
+
+        Returns:
+          A part whose values end in ``kept - self.kept`` unused zeros.
+        """
+        more = kept - self.kept
+        values = jnp.asarray(self.values)
+        edge = [(0, 0)] * (values.ndim - 1) + [(0, more)]
+        if self.element is None:
+            return self.replace(values=jnp.pad(values, edge))
+        bits = _element_bits(self.element)
+        codes = jnp.pad(packing.unpack(values, bits, self.kept), edge)
+        return self.replace(
+            values=packing.pack(codes, bits), values_padding=packing.padding_of(kept, bits)
         )
 
     def kept_mask(self) -> jax.Array:
@@ -276,7 +297,20 @@ def build(
     if fmt.values is not None and (codes is None or qparams is None):
         raise JaxcompError(f"{path} {mask.shape}: {fmt} stores codes; pass codes and qparams.")
     if isinstance(fmt, NM):
-        return _build_nm(fmt, mask, w, codes, qparams, context, group_index, path)
+        n, m = fmt.n, fmt.m
+        if not isinstance(mask, jax.core.Tracer):
+            most = int(np.asarray(mask).reshape(-1, m).sum(-1).max())
+            if most > n:
+                raise JaxcompError(
+                    f"{path} {mask.shape}: a block of {m} inputs keeps {most} weights, more than "
+                    f"the {n} of {n}:{m} sparsity; store it as Sparse(), or prune to {n}:{m} first."
+                )
+        if group_index is not None:
+            raise JaxcompError(
+                f"{path} {mask.shape}: {n}:{m} sparsity stores consecutive groups only; "
+                "use static_groups."
+            )
+        return _build_nm(fmt, mask, w, codes, qparams, context)
     if kept is None:
         if isinstance(mask, jax.core.Tracer):
             raise JaxcompError(
@@ -284,17 +318,21 @@ def build(
                 "come from a traced mask; pass kept, or build outside of jit."
             )
         kept = int(np.asarray(mask).sum((-1, -2)).max())
+    return _build_sparse(fmt, kept, mask, w, codes, qparams, context, group_index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _build_sparse(fmt, kept, mask, w, codes, qparams, context, group_index):
     packed_mask = packing.pack(mask, 1)
     padding = packing.padding_of(mask.shape[-1], 1)
     if fmt.values is None:
-        return SparsePart(packed_mask, _compact(jnp.asarray(w), mask, kept), padding=padding)
+        return SparsePart(packed_mask, _compact(w, mask, kept), padding=padding)
     element = fmt.values
     bits = _element_bits(element)
-    flat = _compact(codes, mask, kept)
     whole = grid.build(element, codes, qparams, context, group_index)
     return SparsePart(
         packed_mask,
-        packing.pack(flat, bits),
+        packing.pack(_compact(codes, mask, kept), bits),
         whole.scale,
         getattr(whole, "zero_point", None),
         getattr(whole, "tensor_scale", None),
@@ -305,23 +343,13 @@ def build(
     )
 
 
-def _build_nm(fmt, mask, w, codes, qparams, context, group_index, path):
+@functools.partial(jax.jit, static_argnums=0)
+def _build_nm(fmt, mask, w, codes, qparams, context):
     n, m = fmt.n, fmt.m
     blocks = _blocks(mask, m)
-    if not isinstance(mask, jax.core.Tracer):
-        most = int(np.asarray(blocks).sum(-1).max())
-        if most > n:
-            raise JaxcompError(
-                f"{path} {mask.shape}: a block of {m} inputs keeps {most} weights, more than the "
-                f"{n} of {n}:{m} sparsity; store it as Sparse(), or prune to {n}:{m} first."
-            )
-    if group_index is not None:
-        raise JaxcompError(
-            f"{path} {mask.shape}: {n}:{m} sparsity stores consecutive groups only; "
-            "use static_groups."
-        )
     chosen, rank = _nm_chosen(blocks, n)
-    where = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), blocks.shape)
+    where = jnp.arange(m, dtype=jnp.int32)
+    where = jnp.broadcast_to(jnp.expand_dims(where, range(blocks.ndim - 1)), blocks.shape)
     indices = packing.pack(_nm_compact(where, chosen, rank, n), (m - 1).bit_length())
     if fmt.values is None:
         x = jnp.where(mask, w, jnp.zeros((), w.dtype))
@@ -363,9 +391,13 @@ def quantize(
     w = jnp.where(mask, w, 0)
     context = grid.prepare(fmt.values, w)
     qparams = grid.fit(fmt.values, w, context, clipping, percentile, mask)
-    expanded = grid.expand(fmt.values, qparams, *w.shape[-2:])
-    codes = grid.encode(fmt.values, w, expanded, context)
+    codes = _codes(fmt.values, w, qparams, context)
     return build(fmt, mask, codes=codes, qparams=qparams, context=context, path=path)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _codes(fmt, w, qparams, context):
+    return grid.encode(fmt, w, grid.expand(fmt, qparams, *w.shape[-2:]), context)
 
 
 def pattern(

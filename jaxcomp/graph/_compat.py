@@ -157,3 +157,27 @@ def as_function(jaxpr: Any):
         return [read(v) for v in body.outvars]
 
     return run
+
+
+def varying_like(leaf: Any, aval: Any) -> Any:
+    """A weight inside a shard_map marked as varying over the mesh axes over which its use varies.
+
+    Views of weights are not computed one by one, so the casts among them are made up for here.
+    """
+    axes = _varying(aval)
+    if not axes:
+        return leaf
+
+    def cast(value):
+        missing = tuple(sorted(axes - _varying(jax.typeof(value))))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return jax.tree.map(cast, leaf)
+
+
+def _varying(aval: Any) -> frozenset:
+    """Mesh axes over which a value inside a shard_map varies."""
+    if hasattr(aval, "vma"):
+        return frozenset(aval.vma)
+    manual = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)
+    return frozenset(getattr(manual, "varying", ()))

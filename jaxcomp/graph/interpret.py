@@ -81,22 +81,25 @@ def interpret(
     last = last_uses(program)
     new_state = dict(state)
 
-    def read(i):
+    def read(i, var=None):
         if i in program.weights:
             path, view = program.weights[i]
-            return handler.dense(path, view, env[i])
+            leaf = env[i] if var is None else _compat.varying_like(env[i], var.aval)
+            return handler.dense(path, view, leaf)
         return env[i]
 
     for k, op in enumerate(program.ops):
         if op.kind == "bind":
-            results = _compat.bind(op.eqn, *(read(i) for i in op.inputs))
+            operands = [read(i, v) for i, v in zip(op.inputs, op.eqn.invars, strict=True)]
+            results = _compat.bind(op.eqn, *operands)
         elif op.kind == "view":
             results = [env[op.inputs[0]]]
         elif op.kind == "site":
             operands = [
                 None if j == op.site.operand else read(i) for j, i in enumerate(op.inputs)
             ]
-            leaf = env[op.inputs[op.site.operand]]
+            at = op.site.operand
+            leaf = _compat.varying_like(env[op.inputs[at]], op.eqn.invars[at].aval)
             results, after = handler.site(op, operands, leaf, new_state.get(op.site.id))
             if op.site.id in new_state:
                 new_state[op.site.id] = after

@@ -153,12 +153,11 @@ def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise CheckpointError(f"output {path}: {parent} is no folder that can be written to.")
 
 
-def load(path: str | os.PathLike, *, verify: bool = True) -> Saved:
+def load(path: str | os.PathLike) -> Saved:
     """Reads a folder that ``save`` wrote.
 
     Args:
       path: the folder.
-      verify: compare all arrays with their checksums.
 
     Returns:
       The parameters, report, recipe and metadata.
@@ -169,7 +168,7 @@ def load(path: str | os.PathLike, *, verify: bool = True) -> Saved:
     """
     path = pathlib.Path(path)
     plain = read_metadata(path)
-    arrays = _Loaded(path / "arrays", plain["arrays"], verify)
+    arrays = _Loaded(path / "arrays", plain["arrays"])
     try:
         recipe = plain["recipe"] and msgspec.convert(plain["recipe"], Recipe)
         report = plain["report"] and msgspec.convert(plain["report"], Report)
@@ -222,7 +221,7 @@ class _Shards:
         return name
 
     def write(self, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-        """Writes all arrays; returns by name their shard, key in it, dtype, shape and checksum."""
+        """Writes all arrays; returns by name their shard, key in it, dtype, shape and checksums."""
         entries: dict[str, dict[str, Any]] = {}
         folder.mkdir()
         group: dict[str, np.ndarray] = {}
@@ -231,11 +230,10 @@ class _Shards:
             array = np.asarray(value)
             key = f"a{index:05d}"
             entries[name] = {
-                "shard": None if array.size == 0 else shard,  # orbax stores no empty arrays.
+                "shard": None if array.size == 0 else f"{shard:05d}",  # orbax stores none empty.
                 "key": key,
                 "dtype": array.dtype.name,
                 "shape": list(array.shape),
-                "sha256": _checksum(array),
             }
             if array.size:
                 group[key] = _storable(array)
@@ -245,17 +243,19 @@ class _Shards:
                 group, size, shard = {}, 0, shard + 1
         if group:
             _write_shard(folder / f"{shard:05d}", group)
+        for entry in entries.values():
+            if entry["shard"] is not None:
+                entry["sha256"] = _checksums(folder / entry["shard"] / entry["key"])
         return entries
 
 
 class _Loaded:
     """The arrays of a checkpoint, read shard by shard."""
 
-    def __init__(self, folder: pathlib.Path, entries: dict[str, Any], verify: bool) -> None:
+    def __init__(self, folder: pathlib.Path, entries: dict[str, Any]) -> None:
         self._folder = folder
         self._entries = entries
-        self._verify = verify
-        self._shard: tuple[int | None, dict[str, np.ndarray]] = (None, {})
+        self._shard: tuple[str | None, dict[str, np.ndarray]] = (None, {})
 
     def __call__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -263,19 +263,23 @@ class _Loaded:
         if entry["shard"] is None:
             return np.zeros(shape, dtype)
         if self._shard[0] != entry["shard"]:
-            wanted = {
-                e["key"]: (n, e) for n, e in self._entries.items() if e["shard"] == entry["shard"]
-            }
-            self._shard = (entry["shard"], _read_shard(self._folder, entry["shard"], wanted))
+            self._shard = (entry["shard"], self._read(entry["shard"]))
         stored = self._shard[1][entry["key"]]
-        if stored.dtype != dtype:
-            stored = stored.view(dtype)
-        if stored.shape != shape or (self._verify and _checksum(stored) != entry["sha256"]):
-            raise CheckpointError(
-                f"checkpoint {self._folder.parent}: array {name!r} is damaged: its checksum does "
-                "not match; make the checkpoint again, or restore it from a copy."
-            )
-        return stored
+        return stored if stored.dtype == dtype else stored.view(dtype)
+
+    def _read(self, shard: str) -> dict[str, np.ndarray]:
+        # All files are compared with their checksums before orbax sees them: its reads run in
+        # threads, which complain on standard error when one of them fails.
+        wanted = {n: e for n, e in self._entries.items() if e["shard"] == shard}
+        for name, entry in wanted.items():
+            path = self._folder / shard / entry["key"]
+            if _checksums(path) != entry["sha256"]:
+                raise CheckpointError(
+                    f"checkpoint {self._folder.parent}: array {name!r} is damaged: files in "
+                    f"{path} are missing or do not match their checksums; make the checkpoint "
+                    "again, or restore it from a copy."
+                )
+        return _read_shard(self._folder / shard, [entry["key"] for entry in wanted.values()])
 
 
 def _describe(node: Any, path: str, shards: _Shards) -> dict[str, Any]:
@@ -340,9 +344,13 @@ def _on_device(array: np.ndarray) -> Any:
     return jnp.asarray(array) if same else array
 
 
-def _checksum(array: np.ndarray) -> str:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return hashlib.sha256(flat.view(np.uint8) if flat.size else b"").hexdigest()
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by name; empty without the folder."""
+    found = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with open(file, "rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
@@ -385,37 +393,20 @@ def _write_shard(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     (folder / "commit_success.txt").unlink(missing_ok=True)
 
 
-def _read_shard(
-    folder: pathlib.Path, shard: int, wanted: dict[str, tuple[str, dict[str, Any]]]
-) -> dict[str, np.ndarray]:
+def _read_shard(folder: pathlib.Path, keys: list[str]) -> dict[str, np.ndarray]:
     ocp, checkpointer = _checkpointer()
-    path = (folder / f"{shard:05d}").absolute()
-
-    def read(keys: collections.abc.Iterable[str]) -> dict[str, np.ndarray]:
-        arguments = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys}
-        tree = ocp.args.PyTreeRestore(
-            item={key: 0 for key in keys}, restore_args=arguments, partial_restore=True
-        )
-        with _quiet():
-            return checkpointer.restore(path, args=tree)
-
-    with checkpointer:
-        try:
-            return read(wanted)
-        except Exception as error:
-            for key, (name, _) in wanted.items():  # Which one is it? orbax does not say.
-                try:
-                    read([key])
-                except Exception as cause:
-                    raise CheckpointError(
-                        f"checkpoint {folder.parent}: array {name!r} cannot be read (missing or "
-                        f"damaged file in {path / key}); make the checkpoint again, or restore it "
-                        "from a copy."
-                    ) from cause
-            raise CheckpointError(
-                f"checkpoint {path}: cannot be read ({type(error).__name__}); make the checkpoint "
-                "again, or restore it from a copy."
-            ) from error
+    tree = ocp.args.PyTreeRestore(
+        item={key: 0 for key in keys},
+        restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys},
+    )
+    try:
+        with _quiet(), checkpointer:
+            return checkpointer.restore(folder.absolute(), args=tree)
+    except Exception as error:  # orbax raises many kinds.
+        raise CheckpointError(
+            f"checkpoint {folder}: cannot be read by orbax ({type(error).__name__}: {error}); "
+            "make the checkpoint again, or restore it from a copy."
+        ) from error
 
 
 def _unwritable(path: pathlib.Path, error: OSError, needed: int) -> CheckpointError:

@@ -23,7 +23,16 @@ COPIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-BUFFERS = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+# What no output depends on: buffers, the pooler, the head for next sentences.
+BUFFERS = (
+    "embeddings.position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+    "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+)
+# Spellings of old checkpoints.
+RENAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Bert(nnx.Module):
           token_types: ``(batch, tokens)`` int32 segment of each token; default zero.
 
         Returns:
-          ``(batch, tokens, hidden)`` float32, with the masked-token head ``(batch, tokens, vocab)``.
+          ``(batch, tokens, hidden)`` float32; with the head, ``(batch, tokens, vocab)``.
         """
         blocks.check_length(tokens.shape[1], self.config.max_position_embeddings)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -165,8 +174,6 @@ def read_config(fields: Fields, model_type: str) -> BertConfig:
     if hidden % heads:
         raise f.error("num_attention_heads", f"{heads} must divide the hidden size {hidden}")
     f.only("position_embedding_type", "absolute")
-    f.only("is_decoder", False)
-    f.only("add_cross_attention", False)
     f.only("tie_word_embeddings", True)
     config = BertConfig(
         vocab_size=f.size("vocab_size"),

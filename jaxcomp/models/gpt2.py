@@ -22,7 +22,8 @@ MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
 PREFIX = "transformer."
 LAYERS = "h"
 COPIES = {"lm_head.weight": "transformer.wte.weight"}
-BUFFERS = ("attn.bias", "attn.masked_bias")
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+RENAMES: dict[str, str] = {}
 ACTIVATIONS = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -208,7 +209,6 @@ def read_config(fields: Fields, model_type: str) -> GPT2Config:
     f.only("scale_attn_weights", True)
     f.only("scale_attn_by_inverse_layer_idx", False)
     f.take("reorder_and_upcast_attn", False)  # An order of operations, not another result.
-    f.only("add_cross_attention", False)
     positions = f.size("n_positions")
     f.only("n_ctx", positions)  # An old name of n_positions.
     config = GPT2Config(

@@ -249,14 +249,16 @@ def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
     if isinstance(layers, nnx.List):
         outputs = []
         for i, layer in enumerate(layers):
-            graph, state = nnx.split(layer)
-
-            def one(state, x, item, graph=graph):
-                return body(nnx.merge(graph, state), x, item)
-
             item = jax.tree.map(lambda a, i=i: a[i], inputs)
-            step = jax.checkpoint(one) if remat else one
-            x, output = step(state, x, item)
+            if remat:
+                graph, state = nnx.split(layer)
+
+                def step(state, x, item, graph=graph):
+                    return body(nnx.merge(graph, state), x, item)
+
+                x, output = jax.checkpoint(step)(state, x, item)
+            else:
+                x, output = body(layer, x, item)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     graph, state = nnx.split(layers)

@@ -30,7 +30,8 @@ MODEL_TYPES = {
 PREFIX = "model."
 LAYERS = "layers"
 # Buffers of old checkpoints, which hold nothing learned.
-BUFFERS = ("rotary_emb.inv_freq",)
+BUFFERS = (".rotary_emb.inv_freq",)
+RENAMES: dict[str, str] = {}
 # Names under which a checkpoint may store a tensor a second time.
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -254,7 +255,8 @@ class Llama(nnx.Module):
             inputs |= {"k": cache["k"], "v": cache["v"]}
         if any(w is not None for w in windows):
             no_limit = np.iinfo(np.int32).max
-            inputs["window"] = jnp.asarray([no_limit if w is None else w for w in windows])
+            limits = [no_limit if w is None else w for w in windows]
+            inputs["window"] = jnp.asarray(limits, jnp.int32)
         # The mask is about the order of tokens, whatever positions are given.
         order = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         order = order if cache is None else order + cache["length"]
@@ -300,6 +302,7 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
         raise f.error("head_dim", f"must be even for rotary positions, got {head_dim}")
     f.only("hidden_act", "silu")
     f.take("pretraining_tp", 1)  # How a sum is split, not what it is.
+    f.only("use_mrope", False)
     longest = f.size("max_position_embeddings", 2048)
     theta, scaling = read_rope(f, longest)
     bias = f.flag("attention_bias", False) if model_type in ("llama", "qwen3") else False

@@ -169,6 +169,9 @@ def read_config(folder: str | os.PathLike) -> tuple[Any, str]:
     family, kind = ARCHITECTURES[architecture]
     fields = Fields(values, str(path))
     fields.take("quantization_config", None)
+    for flag in ("is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_encoder_decoder"):
+        fields.only(flag, False)
+    fields.only("cross_attention_hidden_size", None)
     return family.read_config(fields, kind), name or kind
 
 
@@ -187,6 +190,11 @@ def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") 
       ModelError: a tensor is missing, left over, or not floating point.
     """
     family, _ = FAMILIES[type(config)]
+    for old, new in family.RENAMES.items():
+        tensors = {
+            name.removesuffix(old) + new if name.endswith(old) else name: value
+            for name, value in tensors.items()
+        }
     left, values, missing = dict(tensors), {}, []
 
     def find(name):

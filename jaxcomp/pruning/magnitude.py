@@ -76,7 +76,13 @@ def prune(
     """
     mask = _mask(scores, allowed, sparsity=sparsity, nm=nm, scope=scope)
     weight = masks.apply_mask(w, mask)
-    return mask, weight, common.sparse_parts(weight, mask, nm)
+    kept = None
+    if allowed is None and nm is None:
+        # Known without looking, so that this also runs under jit.
+        out, size = w.shape[-2:]
+        rows, group = (out, size) if scope == "row" else (1, out * size)
+        kept = rows * (group - masks.dropped_count(sparsity, group))
+    return mask, weight, common.sparse_parts(weight, mask, nm, kept=kept)
 
 
 def magnitude(

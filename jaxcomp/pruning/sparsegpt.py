@@ -69,6 +69,13 @@ class _Result(NamedTuple):
     error: jax.Array | None
 
 
+def _counts(sparsity, block_size, out, size):
+    """Weights dropped of a whole block and of the shorter last one, and the number of whole ones."""
+    block = min(block_size, size)
+    full = masks.dropped_count(sparsity, out * block)
+    return full, masks.dropped_count(sparsity, out * (size % block)), size // block
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "report"),
@@ -79,8 +86,7 @@ def _sparsegpt(
     dtype = common.working_dtype(w)
     out, size = w.shape[-2:]
     block = min(block_size, size)
-    full = masks.dropped_count(sparsity or 0.0, out * block)
-    last = masks.dropped_count(sparsity or 0.0, out * (size % block))
+    full, last, _ = _counts(sparsity or 0.0, block_size, out, size)
 
     def choose(scores, start, permitted):
         if permitted is not None:
@@ -136,9 +142,15 @@ def _solve(w, h, allowed, path, options, report):
     common.check_weight(w, path)
     common.check_hessian(h, w, path)
     result = _sparsegpt(w, h, allowed, **options, nm=nm, report=report)
+    kept = None
+    if allowed is None and nm is None:
+        # Known without looking, so that this also runs under jit.
+        full, last, blocks = _counts(options["sparsity"], options["block_size"], *w.shape[-2:])
+        kept = w.shape[-2] * w.shape[-1] - blocks * full - last
     if fmt is None:
-        return common.sparse_parts(result.rounded.values, result.mask, nm, w.dtype), result
-    return common.store(fmt, result.rounded, result.mask, nm), result
+        values = result.rounded.values
+        return common.sparse_parts(values, result.mask, nm, w.dtype, kept), result
+    return common.store(fmt, result.rounded, result.mask, nm, kept), result
 
 
 def sparsegpt(

@@ -451,11 +451,17 @@ _build_sparse = functools.partial(jax.jit, static_argnums=0, static_argnames=("k
 
 
 def _kept(mask: jax.Array, nm: tuple[int, int] | None) -> int | None:
-    return None if nm is not None else int(np.asarray(mask).sum((-1, -2)).max())
+    if nm is not None or isinstance(mask, jax.core.Tracer):
+        return None
+    return int(np.asarray(mask).sum((-1, -2)).max())
 
 
 def store(
-    fmt: Element, rounded: Rounded, mask: jax.Array | None, nm: tuple[int, int] | None
+    fmt: Element,
+    rounded: Rounded,
+    mask: jax.Array | None,
+    nm: tuple[int, int] | None,
+    kept: int | None = None,
 ) -> tuple[Any, ...]:
     """The parts that hold a rounded matrix.
 
@@ -464,6 +470,7 @@ def store(
       rounded: the matrix.
       mask: weights that are kept, None for all.
       nm: (n, m) where the mask has that pattern.
+      kept: weights that the mask keeps of a matrix, if known; None counts them.
 
     Returns:
       One part: dense codes, or under a mask an ``NMPart`` or ``SparsePart`` (for a codebook, whose
@@ -481,13 +488,17 @@ def store(
         qparams=r.qparams,
         context=r.context,
         group_index=r.group_index,
-        kept=_kept(mask, nm),
+        kept=_kept(mask, nm) if kept is None else kept,
     )
     return (part,)
 
 
 def sparse_parts(
-    w: jax.Array, mask: jax.Array, nm: tuple[int, int] | None = None, dtype: Any = None
+    w: jax.Array,
+    mask: jax.Array,
+    nm: tuple[int, int] | None = None,
+    dtype: Any = None,
+    kept: int | None = None,
 ) -> tuple[Any, ...]:
     """The parts that hold a pruned weight in its own dtype.
 
@@ -496,12 +507,14 @@ def sparse_parts(
       mask: bool like ``w``, weights that are kept.
       nm: (n, m) where the mask has that pattern.
       dtype: in which values are stored; None is that of ``w``.
+      kept: weights that the mask keeps of a matrix, if known; None counts them.
 
     Returns:
       One ``NMPart`` or ``SparsePart``.
     """
     w = w.astype(dtype or w.dtype)
-    return (_build_sparse(_sparse_format(None, nm), mask, w, kept=_kept(mask, nm)),)
+    kept = _kept(mask, nm) if kept is None else kept
+    return (_build_sparse(_sparse_format(None, nm), mask, w, kept=kept),)
 
 
 def pattern(layer: Layer) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxcomp import functional
+from jaxcomp.functional import functional
 from jaxcomp.io import safetensors
 from jaxcomp.models import Llama, LlamaConfig, to_hf
 
@@ -40,7 +40,7 @@ PLAIN = {
 
 
 def write_folder(folder: pathlib.Path, dtype=np.float32, **changes) -> pathlib.Path:
-    """A folder in Hugging Face layout with a random Llama of ``PLAIN``; ``changes`` go to config.json."""
+    """A Hugging Face folder with a random Llama of ``PLAIN``; ``changes`` go to config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(64, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)
     _, params = functional(Llama(config, rngs=nnx.Rngs(0)))

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcomp import functional
+from jaxcomp import formats
 from jaxcomp.errors import JaxcompError, ModelError
+from jaxcomp.functional import functional
 from jaxcomp.models import GPT2, Bert, BertConfig, GPT2Config, Llama, build, generate
 from jaxcomp.models.generate import sample
 from jaxcomp.models.llama import rope_frequencies
+from jaxcomp.quantization import rtn
 from tests.helpers import x64
 from tests.models.helpers import TINY, tokens
 
@@ -22,7 +24,12 @@ GPT = GPT2Config(64, 16, 32, 2, 4, 64)
 
 @pytest.fixture(scope="module")
 def llama():
-    return functional(Llama(TINY, rngs=nnx.Rngs(0)))
+    return jitted(Llama(TINY, rngs=nnx.Rngs(0)))
+
+
+def jitted(model):
+    apply, params = functional(model)
+    return jax.jit(apply), params
 
 
 def stack(params):
@@ -34,14 +41,14 @@ def stack(params):
 @pytest.mark.parametrize("remat", [False, True])
 def test_scanned_layers_equal_unrolled_ones(llama, remat):
     apply, params = llama
-    scanned, template = functional(Llama(TINY, scan=True, remat=remat, rngs=nnx.Rngs(1)))
+    scanned, template = jitted(Llama(TINY, scan=True, remat=remat, rngs=nnx.Rngs(1)))
     stacked = stack(params)
     assert jax.tree.map(jnp.shape, template) == jax.tree.map(jnp.shape, stacked)
     x = tokens(2, 9)
     np.testing.assert_allclose(scanned(stacked, x), apply(params, x), atol=1e-5)
     loss = lambda f: lambda p: (f(p, x) ** 2).mean()  # noqa: E731
-    want = stack(jax.grad(loss(apply))(params))
-    got = jax.grad(loss(scanned))(stacked)
+    want = stack(jax.jit(jax.grad(loss(apply)))(params))
+    got = jax.jit(jax.grad(loss(scanned)))(stacked)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
@@ -49,10 +56,11 @@ def test_scanned_layers_equal_unrolled_ones(llama, remat):
 def test_cached_logits_equal_uncached_ones(scan):
     model = Llama(TINY, scan=scan, rngs=nnx.Rngs(2))
     x = tokens(2, 10)
-    want = model(x)
+    apply, params = jitted(model)
+    want = apply(params, x)
     cache, got = model.init_cache(2, 12), []
     for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
-        logits, cache = model(part, cache=cache)
+        logits, cache = apply(params, part, cache=cache)
         got.append(logits)
     assert int(cache["length"]) == 10
     np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
@@ -60,10 +68,10 @@ def test_cached_logits_equal_uncached_ones(scan):
 
 def test_a_token_sees_neither_later_ones_nor_those_beyond_the_window():
     config = dataclasses.replace(TINY, sliding_windows=(3,), num_hidden_layers=1)
-    model = Llama(config, rngs=nnx.Rngs(3))
+    apply, params = jitted(Llama(config, rngs=nnx.Rngs(3)))
     x = tokens(1, 8)
     changed = x.at[0, 4].set((x[0, 4] + 1) % 64)
-    differs = np.abs(np.asarray(model(x) - model(changed)))[0].max(-1) > 1e-6
+    differs = np.abs(np.asarray(apply(params, x) - apply(params, changed)))[0].max(-1) > 1e-6
     assert differs.tolist() == [False] * 4 + [True] * 3 + [False]
 
 
@@ -98,7 +106,7 @@ def test_bfloat16_weights_in_float32_activations(llama):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     again = jax.tree.map(lambda a: a.astype(jnp.float32), half)
     np.testing.assert_allclose(apply(half, x), apply(again, x), atol=1e-6)
-    slim, _ = functional(Llama(TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    slim, _ = jitted(Llama(TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     logits = slim(half, x)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, apply(params, x), atol=0.05)
@@ -109,7 +117,7 @@ def test_float64(llama):
     with x64():
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
         apply, _ = functional(build(TINY, dtype=jnp.float64))
-        logits = apply(wide, np.asarray(tokens(1, 4)))
+        logits = jax.jit(apply)(wide, np.asarray(tokens(1, 4)))
         assert logits.dtype == jnp.float64
 
 
@@ -140,7 +148,7 @@ def test_generate_greedy_equals_repeated_full_forward(llama):
     want = x
     for _ in range(6):
         padded = jnp.pad(want, ((0, 0), (0, 10 - want.shape[1])))  # One compilation for all.
-        logits = jax.jit(apply)(params, padded)[:, want.shape[1] - 1]
+        logits = apply(params, padded)[:, want.shape[1] - 1]
         want = jnp.concatenate([want, logits.argmax(-1)[:, None]], axis=1)
     np.testing.assert_array_equal(got, want)
 
@@ -168,7 +176,7 @@ def test_generate_samples_reproducibly_from_a_key(llama):
 
 
 def test_generate_with_gpt2():
-    apply, params = functional(GPT2(GPT, rngs=nnx.Rngs(0)))
+    apply, params = jitted(GPT2(GPT, rngs=nnx.Rngs(0)))
     x = tokens(1, 4)
     got = generate(apply, params, GPT, x, 3)
     logits = apply(params, got)
@@ -228,3 +236,24 @@ def test_generate_refuses_an_encoder():
 def test_sequences_beyond_learned_positions_are_refused(model):
     with pytest.raises(ModelError, match="the model has 16"):
         model(tokens(1, 17))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_compressed_weights_stand_in_for_dense_ones(scan):
+    apply, params = jitted(Llama(TINY, scan=scan, rngs=nnx.Rngs(0)))
+
+    def compress(path, leaf):
+        name = "/".join(str(key.key) for key in path)
+        if not name.endswith("kernel"):
+            return leaf
+        axes = ((0,) if scan and name.startswith("layers") else (), (leaf.ndim - 1,))
+        axes += ((leaf.ndim - 2,),)
+        part = rtn(formats.to_matrix(leaf, *axes), formats.Int(8))
+        return formats.CompressedArray.from_matrix(part.parts, leaf.shape, leaf.dtype, *axes)
+
+    compressed = jax.tree_util.tree_map_with_path(compress, params)
+    x = tokens(2, 6)
+    got = apply(compressed, x)
+    np.testing.assert_allclose(got, apply(formats.materialize(compressed), x), atol=1e-6)
+    error = np.abs(np.asarray(got - apply(params, x))).max()
+    assert 0 < error < 0.02

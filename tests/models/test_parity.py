@@ -160,6 +160,18 @@ def test_pretrained_minilm_equals_transformers():
     )
 
 
+def test_tinylm_logits_equal_transformers():
+    folder = pathlib.Path(models.__file__).parents[1] / "assets" / "tinylm"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = models.load(folder)
+    text = (folder / "heldout.txt").read_text()[:3000]
+    tokens = np.asarray([ours.tokenizer.encode(text).ids[:256]], np.int32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
+    got = jax.jit(ours.apply)(ours.params, tokens)
+    np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE, rtol=0)
+
+
 def test_saved_folder_is_read_back_by_transformers(tmp_path):
     config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2)
     model = randomize(transformers.LlamaForCausalLM(config), seed=5)

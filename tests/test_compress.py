@@ -1,0 +1,506 @@
+"""compress: the sequential pass against what the same algorithms give when called by hand."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcomp as jc
+from jaxcomp import calibration
+from jaxcomp.compress import _Run, make_plan
+from jaxcomp.dispatch import Dispatcher
+from jaxcomp.formats import NM, CompressedArray, InputScale, Int, to_matrix
+from jaxcomp.graph import Plain, interpret, trace
+from jaxcomp.graph.sequential import Many, Sequential, _Leaf
+from jaxcomp.graph.sites import to_tokens
+from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
+from jaxcomp.quantization import AWQ, GPTQ, RTN, SmoothQuant, gptq
+from jaxcomp.recipe import Recipe
+from jaxcomp.step import Activation
+
+INT4 = Int(4, group_size=8)
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def inputs(count=3, rows=32, size=16):
+    """Correlated calibration batches."""
+    mix = normal(size, size, seed=99)
+    return [(normal(rows, size, seed=i) @ mix,) for i in range(count)]
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+MLP = {"a": normal(16, 24, seed=1) / 4, "b": normal(24, 8, seed=2) / 5}
+
+
+def block(x, p):
+    h = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["gain"]
+    return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+
+
+def blocks(layers=3, size=16, inner=32):
+    return {
+        "gain": 1 + 0.1 * normal(layers, size, seed=3),
+        "gate": normal(layers, size, inner, seed=4) / 4,
+        "up": normal(layers, size, inner, seed=5) / 4,
+        "down": normal(layers, inner, size, seed=6) / 6,
+    }
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, q: (block(x, q), None), x, p)[0]
+
+
+def scanned_remat(p, x):
+    return jax.lax.scan(jax.checkpoint(lambda x, q: (block(x, q), None)), x, p)[0]
+
+
+def unrolled(p, x):
+    for q in p:
+        x = block(x, q)
+    return x
+
+
+def unstack(p, layers=3):
+    return [jax.tree.map(lambda a: a[i], p) for i in range(layers)]  # noqa: B023
+
+
+def matrix(w):
+    return jnp.asarray(w).T
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_each_weight_sees_the_input_from_compressed_predecessors():
+    data = inputs()
+    result = jc.compress(mlp, MLP, Recipe(steps=(GPTQ(format=INT4),)), data)
+    x = jnp.concatenate([b[0] for b in data])
+    first = gptq(matrix(MLP["a"]), x.T @ x, INT4)
+    np.testing.assert_allclose(
+        result.params["a"].materialize(), first.materialize().T, rtol=1e-5, atol=1e-6
+    )
+    hidden = jnp.tanh(x @ result.params["a"].materialize())
+    second = gptq(matrix(MLP["b"]), hidden.T @ hidden, INT4)
+    np.testing.assert_allclose(
+        result.params["b"].materialize(), second.materialize().T, rtol=1e-5, atol=1e-6
+    )
+    # With inputs of the dense predecessor the result would be another.
+    dense = jnp.tanh(x @ MLP["a"])
+    other = gptq(matrix(MLP["b"]), dense.T @ dense, INT4)
+    assert jnp.abs(other.materialize().T - result.params["b"].materialize()).max() > 1e-3
+
+
+@pytest.mark.parametrize("apply", [scanned, scanned_remat])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (GPTQ(format=INT4),),
+        (SmoothQuant(), RTN(format=Int(8, full_range=False), activation=Activation())),
+        (SparseGPT(n=2, m=4), RTN(format=INT4)),
+    ],
+)
+def test_scanned_layers_equal_unrolled_ones(apply, steps):
+    params, data = blocks(), inputs()
+    recipe = Recipe(steps=steps)
+    stacked = jc.compress(apply, params, recipe, data).params
+    single = jc.compress(unrolled, unstack(params), recipe, data).params
+    assert isinstance(stacked["down"], CompressedArray) and stacked["down"].shape == (3, 32, 16)
+    for i in range(3):
+        for name in ("gate", "up", "down"):
+            same(jax.tree.map(lambda a: a[i], stacked[name].parts), single[i][name].parts)  # noqa: B023
+        np.testing.assert_array_equal(stacked["gain"][i], single[i]["gain"])
+    x = data[0][0]
+    np.testing.assert_allclose(
+        jc.dispatch(apply)(stacked, x), jc.dispatch(unrolled)(single, x), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("apply, params", [(unrolled, unstack(blocks())), (scanned, blocks())])
+def test_one_forward_pass(apply, params):
+    """Contractions executed: one for each site, position and batch, and none besides."""
+    data = inputs(count=2)
+    graph = trace(apply, params, *data[0])
+    recipe = Recipe(steps=(GPTQ(format=INT4, include=("*gate*", "*up*")),))
+    named, _ = leaf_paths(params)
+    run = _Run(graph, recipe, make_plan(graph, recipe), dict(named), False)
+    run.calibrated(named, data)
+    compressed_sites = 3 * 2 * len(data)
+    assert run.contractions >= compressed_sites
+    # gate and up run site by site; down is left dense and counted once when its segment is built.
+    seen = Counting()
+    leaves = [v for _, v in named]
+    for batch in data:
+        interpret(graph.program, [*leaves, *batch], seen, {})
+    assert seen.count * (3 if apply is scanned else 1) == 3 * 3 * len(data)
+    assert run.contractions == compressed_sites + 3
+
+
+class Counting(Plain):
+    def __init__(self):
+        self.count = 0
+
+    def site(self, op, operands, leaf, state):
+        self.count += 1
+        return super().site(op, operands, leaf, state)
+
+
+def test_statistics_of_every_kind_of_site_give_the_output():
+    """y = x Wᵀ in the canonical form, so tr(W H Wᵀ) is the energy of the output."""
+    cases = {
+        "heads": (
+            lambda p, x: jnp.einsum("tdh,hde->te", x, p["w"]), normal(2, 4, 6), normal(5, 4, 2),
+        ),
+        "experts": (
+            lambda p, x: jnp.einsum("eti,eio->teo", x, p["w"]), normal(3, 8, 6), normal(3, 5, 8),
+        ),
+        "convolution": (
+            lambda p, x: jax.lax.conv_general_dilated(
+                x, p["w"], (2, 1), [(1, 0), (0, 2)], rhs_dilation=(1, 2),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            ),
+            normal(3, 2, 4, 6), normal(2, 7, 6, 4),
+        ),
+        "convolution, channels first": (
+            lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME"),
+            normal(6, 4, 3, 2), normal(2, 4, 5, 6),
+        ),
+        "ragged": (
+            lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 0, 3])),
+            normal(3, 8, 6), normal(5, 8),
+        ),
+    }
+    for name, (apply, w, x) in cases.items():
+        graph = trace(apply, {"w": w}, x)
+        (op,) = [op for op in graph.program.ops if op.kind == "site"]
+        passes = Sequential(_Always(), Dispatcher(), 1)
+        env = dict(graph.program.constants)
+        env.update(zip(graph.program.inputs, [_Leaf(w), Many([x])], strict=True))
+        for other in graph.program.ops:
+            if other is op:
+                break
+            passes.segment(graph.program, [other], env, {i: 10**9 for i in other.outputs}, 0, 1)
+        state = passes.statistics(graph.program, op, env, 1, frozenset({"hessian", "sumsq"}))
+        layout = op.site.layout
+        m = to_matrix(w, layout.stack_axes, layout.out_axes, layout.in_axes)
+        energy = jnp.einsum("...oi,...ij,...oj->", m, state.hessian, m)
+        np.testing.assert_allclose(energy, (apply({"w": w}, x) ** 2).sum(), rtol=1e-4, err_msg=name)
+        diagonal = jnp.diagonal(state.hessian, axis1=-2, axis2=-1)
+        np.testing.assert_allclose(diagonal, state.sumsq, rtol=1e-5)
+
+
+class _Always:
+    def needs(self, site):
+        return frozenset({"hessian"})
+
+
+def test_convolution_patches_have_the_order_of_the_matrix():
+    w, x = normal(3, 2, 4, 6), normal(2, 7, 6, 4)
+    apply = lambda p, x: jax.lax.conv_general_dilated(  # noqa: E731
+        x, p["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    graph = trace(apply, {"w": w}, x)
+    (op,) = [op for op in graph.program.ops if op.kind == "site"]
+    layout = op.site.layout
+    m = to_matrix(w, layout.stack_axes, layout.out_axes, layout.in_axes)
+    y = to_tokens(op.eqn, op.site, x) @ m.T
+    np.testing.assert_allclose(y.reshape(2, 5, 5, 6), apply({"w": w}, x), rtol=1e-4, atol=1e-4)
+
+
+def test_data_free_recipes_evaluate_nothing():
+    def apply(p, x):
+        jax.debug.callback(lambda: pytest.fail("the model was evaluated"))
+        return mlp(p, x)
+
+    result = jc.compress(apply, MLP, Recipe(steps=(RTN(format=INT4),)), inputs(1))
+    assert [r.format for r in result.report.rows] == ["int4 g8", "int4 g8"]
+
+
+def test_experts_without_tokens_are_said():
+    params = {"w": normal(3, 16, 8)}
+    apply = lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([20, 0, 12]))  # noqa: E731
+    result = jc.compress(apply, params, Recipe(steps=(GPTQ(format=INT4),)), inputs(1))
+    assert "no calibration tokens" in result.report.rows[0].notes
+    # The expert that saw nothing is rounded to nearest rather than zeroed.
+    error = jnp.linalg.norm(params["w"][1] - result.params["w"].materialize()[1])
+    assert error < 0.2 * jnp.linalg.norm(params["w"][1])
+
+
+def test_branches_loops_and_shared_weights():
+    params = {"w": normal(16, 16) / 4, "v": normal(16, 16, seed=1) / 4}
+
+    def apply(p, x):
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x @ p["v"], x)
+        x = jax.lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ p["w"]), x)
+        return jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ p["v"]), (0, x))[1]
+
+    data = [(jnp.abs(x),) for (x,) in inputs(1)] + [(-jnp.abs(x),) for (x,) in inputs(1)]
+    result = jc.compress(apply, params, Recipe(steps=(GPTQ(format=INT4),)), data)
+    assert all(isinstance(v, CompressedArray) for v in result.params.values())
+    # Each weight was calibrated where it was first used: on the batches that took its branch.
+    x = data[0][0]
+    expected = gptq(matrix(params["w"]), x.T @ x, INT4).materialize().T
+    np.testing.assert_allclose(result.params["w"].materialize(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_branch_that_the_data_never_takes():
+    params = {"w": normal(16, 16), "v": normal(16, 16)}
+
+    def apply(p, x):
+        return jax.lax.cond(x.sum() > -1e9, lambda x: x @ p["w"], lambda x: x @ p["v"], x)
+
+    with pytest.raises(jc.DataError, match=r"v \(16, 16\): the calibration data never reached it"):
+        jc.compress(apply, params, Recipe(steps=(GPTQ(format=INT4),)), inputs(1))
+
+
+def test_smoothing_folds_into_gain_and_rows_and_changes_nothing():
+    """SmoothQuant without a quantizer is the identity, with no transform left at run time."""
+    params, data = blocks(), inputs()
+    params["up"] = params["up"].at[:, :, 3].multiply(50.0)
+    result = jc.compress(scanned, params, Recipe(steps=(SmoothQuant(),)), data)
+    x = data[0][0]
+    np.testing.assert_allclose(
+        jc.dispatch(scanned)(result.params, x), scanned(params, x), rtol=1e-4, atol=1e-4
+    )
+    assert jnp.abs(result.params["gain"] - params["gain"]).max() > 0.1
+    for name in ("gate", "up", "down"):
+        (part,) = result.params[name].parts
+        assert not isinstance(part, InputScale)
+    notes = {r.path: r.notes for r in result.report.rows}
+    assert "gain" in notes["gate"] and "up" in notes["down"]
+
+
+def test_smoothing_stays_where_it_cannot_be_folded():
+    """Another reader of the norm's output would see the scale: it must stay with the weights."""
+
+    def apply(p, x):
+        h = x * p["gain"]
+        return h @ p["w"] + h.sum(-1, keepdims=True)
+
+    params = {"gain": 1 + 0.1 * normal(16), "w": normal(16, 8)}
+    data = inputs()
+    result = jc.compress(apply, params, Recipe(steps=(SmoothQuant(),)), data)
+    same(result.params["gain"], params["gain"])
+    assert isinstance(result.params["w"].parts[0], InputScale)
+    x = data[0][0]
+    np.testing.assert_allclose(
+        jc.dispatch(apply)(result.params, x), apply(params, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_smoothing_a_part_of_a_group_is_not_folded():
+    params, data = blocks(), inputs()
+    result = jc.compress(scanned, params, Recipe(steps=(SmoothQuant(include=("up",)),)), data)
+    same(result.params["gain"], params["gain"])
+    x = data[0][0]
+    np.testing.assert_allclose(
+        jc.dispatch(scanned)(result.params, x), scanned(params, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_layer_norm_with_bias_folds_both():
+    def apply(p, x):
+        c = x - x.mean(-1, keepdims=True)
+        h = c * (jax.lax.rsqrt((c * c).mean(-1, keepdims=True)) * p["gain"]) + p["bias"]
+        return h @ p["w"]
+
+    params = {"gain": 1 + 0.1 * normal(16), "bias": normal(16, seed=1), "w": normal(16, 8)}
+    data = inputs()
+    result = jc.compress(apply, params, Recipe(steps=(SmoothQuant(),)), data)
+    assert not isinstance(result.params["w"].parts[0], InputScale)
+    ratio = result.params["gain"] / params["gain"]
+    np.testing.assert_allclose(result.params["bias"] / params["bias"], ratio, rtol=1e-5)
+    x = data[0][0]
+    np.testing.assert_allclose(
+        jc.dispatch(apply)(result.params, x), apply(params, x), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (SmoothQuant(), GPTQ(format=Int(8, full_range=False), activation=Activation())),
+        (SparseGPT(n=2, m=4), GPTQ(format=INT4)),
+        (Wanda(sparsity=0.5), GPTQ(format=INT4)),
+        (Magnitude(sparsity=0.5), RTN(format=INT4)),
+        (AWQ(format=INT4),),
+    ],
+)
+def test_steps_compose(steps):
+    data = inputs()
+    result = jc.compress(mlp, MLP, Recipe(steps=steps), data)
+    x = data[0][0]
+    exact = mlp(MLP, x)
+    got = jc.dispatch(mlp)(result.params, x)
+    assert jnp.linalg.norm(got - exact) < 0.75 * jnp.linalg.norm(exact)
+    first = steps[0]
+    if hasattr(first, "sparsity"):
+        for w in jc.materialize(result.params).values():
+            zeros = float((w == 0).mean())
+            assert zeros >= 0.5  # the quantizer kept every zero
+        if isinstance(first, SparseGPT):
+            kept = (matrix(jc.materialize(result.params)["a"]) != 0).reshape(24, 4, 4).sum(-1)
+            assert int(kept.max()) <= 2
+
+
+def test_report_counts_every_bit():
+    result = jc.compress(mlp, MLP, Recipe(steps=(RTN(format=INT4, include=("a",)),)), inputs(1))
+    report = result.report
+    assert report.rows[0].nbits == 16 * 24 * 4 + 16 * 24 // 8 * 32
+    assert report.other_nbits == 24 * 8 * 32
+    assert report.original_nbits == (16 * 24 + 24 * 8) * 32
+    assert report.nbits == jc.nbits(result.params)
+
+
+# Input that cannot be used.
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ((RTN(format=Int(4, group_size=7)),), r"a \(24, 16\): group_size 7 does not divide .*16"),
+        ((SparseGPT(n=2, m=5),), r"a \(24, 16\).*5"),
+        ((GPTQ(format=INT4, include=("*nothing*",)),), "nothing"),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused_before_any_work(steps, message):
+    def apply(p, x):
+        jax.debug.callback(lambda: pytest.fail("the model was evaluated"))
+        return mlp(p, x)
+
+    with pytest.raises(jc.JaxcompError, match=message):
+        jc.compress(apply, MLP, Recipe(steps=steps), inputs())
+
+
+def test_no_batches_and_uneven_batches():
+    recipe = Recipe(steps=(RTN(format=INT4),))
+    with pytest.raises(jc.DataError, match="no calibration batches"):
+        jc.compress(mlp, MLP, recipe, [])
+    with pytest.raises(jc.DataError, match="batch 1 has the structure"):
+        jc.compress(mlp, MLP, recipe, [(normal(2, 16),), (normal(2, 16), normal(2, 16))])
+
+
+def test_nan_in_weights_and_activations():
+    bad = {**MLP, "b": MLP["b"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(jc.JaxcompError, match=r"b.*NaN or infinite"):
+        jc.compress(mlp, bad, Recipe(steps=(RTN(format=INT4),)), inputs(1))
+    data = [(normal(4, 16).at[1, 2].set(jnp.nan),)]
+    with pytest.raises(jc.JaxcompError, match=r"^a.*NaN"):
+        jc.compress(mlp, MLP, Recipe(steps=(GPTQ(format=INT4),)), data)
+
+
+def test_a_vector_named_outright():
+    params = {**MLP, "gain": jnp.ones(16)}
+    apply = lambda p, x: mlp(p, x * p["gain"])  # noqa: E731
+    with pytest.raises(jc.RecipeError, match=r"gain \(16,\): named by the recipe"):
+        jc.compress(apply, params, Recipe(steps=(RTN(format=INT4, include=("gain", "a")),)), inputs(1))
+
+
+def test_grouped_convolution_needs_a_data_free_algorithm():
+    params = {"w": normal(3, 3, 1, 4)}
+    apply = lambda p, x: jax.lax.conv_general_dilated(  # noqa: E731
+        x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+    )
+    data = [(normal(1, 5, 5, 4),)]
+    jc.compress(apply, params, Recipe(steps=(RTN(format=Int(8)),)), data)
+    with pytest.raises(jc.JaxcompError, match="grouped convolution"):
+        jc.compress(apply, params, Recipe(steps=(GPTQ(format=Int(8)),)), data)
+
+
+# The journal.
+
+
+def recorded(path: pathlib.Path):
+    return {f.name: f.read_bytes() for f in sorted((path / "records").iterdir())}
+
+
+def test_a_run_resumes_from_its_journal_to_the_same_bytes(tmp_path, monkeypatch):
+    params, data = unstack(blocks()), inputs()
+    recipe = Recipe(steps=(SmoothQuant(), GPTQ(format=INT4)))
+    whole = jc.compress(unrolled, params, recipe, data, journal=str(tmp_path / "whole"))
+    calls, run_step = [], jc.compress.__globals__["run"]
+
+    def stop_after(count):
+        def step(*args):
+            calls.append(1)
+            if len(calls) > count:
+                raise KeyboardInterrupt
+            return run_step(*args)
+
+        return step
+
+    monkeypatch.setitem(jc.compress.__globals__, "run", stop_after(5))
+    with pytest.raises(KeyboardInterrupt):
+        jc.compress(unrolled, params, recipe, data, journal=str(tmp_path / "cut"))
+    done = len(recorded(tmp_path / "cut"))
+    assert 0 < done < 9
+    calls.clear()
+    monkeypatch.setitem(jc.compress.__globals__, "run", stop_after(10**9))
+    again = jc.compress(unrolled, params, recipe, data, journal=str(tmp_path / "cut"))
+    assert 0 < len(calls) < 2 * 6  # six groups of two steps each; some were not done again
+    same(jax.tree.leaves(again.params), jax.tree.leaves(whole.params))
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    data, recipe = inputs(), Recipe(steps=(GPTQ(format=INT4),))
+    jc.compress(mlp, MLP, recipe, data, journal=str(tmp_path / "j"))
+    other = Recipe(steps=(GPTQ(format=Int(3, group_size=8)),))
+    changed = {**MLP, "a": MLP["a"].at[0, 0].add(1.0)}
+    for arguments, what in [
+        ((mlp, MLP, other, data), "recipe"),
+        ((mlp, MLP, recipe, data[:2]), "data"),
+        ((mlp, changed, recipe, data), "model"),
+    ]:
+        with pytest.raises(jc.JaxcompError, match=what):
+            jc.compress(*arguments, journal=str(tmp_path / "j"))
+
+
+def test_memory_mapped_weights_and_results(tmp_path):
+    files = {}
+    for name, value in MLP.items():
+        np.save(tmp_path / f"{name}.npy", value)
+        files[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    recipe, data = Recipe(steps=(GPTQ(format=INT4),)), inputs()
+    got = jc.compress(mlp, files, recipe, data, journal=str(tmp_path / "j")).params
+    same(jax.tree.leaves(got), jax.tree.leaves(jc.compress(mlp, MLP, recipe, data).params))
+    for leaf in jax.tree.leaves(got):
+        assert isinstance(leaf, np.ndarray) and not leaf.flags.owndata and not leaf.flags.writeable
+
+
+def test_float64_models_stay_float64():
+    from tests.helpers import x64
+
+    with x64():
+        params = {k: jnp.asarray(v, jnp.float64) for k, v in MLP.items()}
+        data = [(jnp.asarray(x, jnp.float64),) for (x,) in inputs()]
+        result = jc.compress(mlp, params, Recipe(steps=(RTN(format=Int(16)),)), data)
+        assert result.params["a"].dtype == jnp.float64
+        got = jc.dispatch(mlp)(result.params, data[0][0])
+        np.testing.assert_allclose(got, mlp(params, data[0][0]), rtol=1e-3, atol=1e-3)
+
+
+def test_hessian_is_exact_and_streams():
+    x = normal(40, 16)
+    state = calibration.init(16, frozenset({"hessian", "range", "absmean"}))
+    for part in jnp.split(x, 4):
+        state = calibration.update(state, part)
+    wide = np.asarray(x, np.float64)
+    np.testing.assert_allclose(state.hessian, wide.T @ wide, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.abssum, np.abs(wide).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(state.minimum, x.min(0))
+    assert float(state.count) == 40
+
+
+def test_pattern_format_is_stored_as_such():
+    result = jc.compress(mlp, MLP, Recipe(steps=(Magnitude(n=2, m=4),)), inputs(1))
+    assert result.report.rows[0].format.startswith("2:4")
+    assert NM(2, 4) == NM(2, 4)
