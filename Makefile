@@ -8,7 +8,7 @@ OUTPUT ?= demo-output
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench configs readme clean
 
 help:
 	@echo "make demo    compress the embedded model several ways; results in $(OUTPUT)/"
@@ -41,6 +41,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# The YAML files are the presets, written down.
+configs: $(STAMP)
+	$(BIN)/python -c 'from jaxcomp import presets; presets.write("configs")'
+
+# After `make demo`: its table in README.md.
+readme:
+	$(PYTHON) scripts/update_readme.py $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) $(OUTPUT) build dist jaxcomp.egg-info

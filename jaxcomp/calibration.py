@@ -116,3 +116,22 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
         minimum=combine(s.minimum, jnp.minimum, lambda: low.min(-2)),
         maximum=combine(s.maximum, jnp.maximum, lambda: high.max(-2)),
     )
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics of the tokens of both.
+
+    Args:
+      a: statistics.
+      b: statistics with the same fields.
+
+    Returns:
+      Sums added, extremes combined.
+    """
+    ops = {"absmax": jnp.maximum, "maximum": jnp.maximum, "minimum": jnp.minimum}
+    return Statistics(
+        **{
+            name: None if x is None else ops.get(name, jnp.add)(x, getattr(b, name))
+            for name, x in a._asdict().items()
+        }
+    )

@@ -193,9 +193,14 @@ def evaluate(
       json: print one line of JSON.
       debug: show tracebacks of errors.
     """
-    from jaxcomp import dispatch, evaluation
+    from jaxcomp import dispatch, evaluation, models
 
     loaded = load_model(model)
+    if isinstance(loaded.config, models.BertConfig):
+        raise ModelError(
+            f"model {model}: predicts no next token, so it has no perplexity; evaluate takes "
+            "causal language models."
+        )
     batches = token_batches(loaded, text, length, batch_size, samples)
     other = None
     if reference is not None:

@@ -248,7 +248,10 @@ class _Run:
         for target, record in zip(group, records, strict=True):
             self.records[target.site.path][target.index] = record
             self.progress.advance(target.site.path)
-        return [_for_evaluation(r.array) for r in records]
+        # What the scale was folded into has been evaluated without it: the pass goes on with the scale
+        # at the input.
+        scale = next((jnp.asarray(fold[3]) for r in records for fold in r.folds), None)
+        return [_for_evaluation(_input_scaled(r.array, scale)) for r in records]
 
     def _recall(self, path: str, index: Index) -> Record | None:
         if self.journal is None:
@@ -504,6 +507,12 @@ def _for_evaluation(array: CompressedArray) -> Any:
         )
     )
     return array if quantized else _materialize(array)
+
+
+def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> CompressedArray:
+    if scale is None:
+        return array
+    return array.replace(parts=tuple(formats.InputScale(p, scale) for p in array.parts))
 
 
 _materialize = jax.jit(lambda array: array.materialize())

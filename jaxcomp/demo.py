@@ -21,7 +21,7 @@ from jaxcomp.recipe import Recipe
 from jaxcomp.report import megabytes
 
 SAMPLES, LENGTH, BATCH_SIZE = 128, 256, 16
-HELD_OUT = 128
+HELD_OUT = 64
 RESULTS = "results.json"
 
 RECIPES: dict[str, str] = {
@@ -243,13 +243,21 @@ def plot(rows: collections.abc.Sequence[Row], path: pathlib.Path) -> None:
     for row in rows:
         families.setdefault(row.recipe.split()[0], []).append(row)
     for family, members in families.items():
-        members = sorted(members, key=lambda row: row.nbytes)
+        labels = [r.recipe.removeprefix(family).removesuffix(" g128").strip() for r in members]
         sizes = [row.nbytes / 1e6 for row in members]
-        axes.plot(sizes, [row.perplexity for row in members], "o-", label=family, alpha=0.8)
-        for size, row in zip(sizes, members, strict=True):
-            label = row.recipe.removeprefix(family).removesuffix(" g128").strip()
-            at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(label, (size, row.perplexity), **at)
+        ladder = all(label.startswith("W") for label in labels)  # Of bits: worth a line.
+        style = "o-" if ladder else "o"
+        axes.plot(sizes, [row.perplexity for row in members], style, label=family, alpha=0.8)
+        for size, row, label in zip(sizes, members, labels, strict=True):
+            left = family in ("RTN", "Wanda")  # So that labels do not meet.
+            axes.annotate(
+                label,
+                (size, row.perplexity),
+                xytext=(-6, -3) if left else (6, -3),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=8,
+            )
     if rows[0].preset is None:
         axes.axhline(rows[0].perplexity, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")

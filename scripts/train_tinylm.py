@@ -36,6 +36,16 @@ SKIP = {
     "test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__",
     "lib-dynload", "ensurepip", "turtledemo", "dist-packages",
 }  # fmt: skip
+CARD = """\
+# tinylm
+
+A Llama of 3.7 million parameters (4 layers, 256 wide, 4 query and 2 key-value heads, byte-level BPE
+of 2048 tokens, context 256) trained on the source of the Python standard library, small enough to
+ship and good enough for compression to hurt. `scripts/train_tinylm.py` makes this folder anew.
+
+`calibration.txt` is from files it was trained on, `heldout.txt` from files it has never seen. Both
+are excerpts of the Python standard library, under the licence in LICENSE.txt.
+"""
 CONFIG = LlamaConfig(
     vocab_size=2048,
     hidden_size=256,
@@ -158,6 +168,7 @@ def write_folder(output: pathlib.Path, tokenizer, train, heldout) -> None:
     )
     body = licence.read_text() if licence.exists() else "https://docs.python.org/3/license.html\n"
     write_text(output / "LICENSE.txt", notice + body)
+    write_text(output / "README.md", CARD)
 
 
 def write_weights(output: pathlib.Path, params: dict) -> None:

@@ -126,7 +126,7 @@ ALGORITHMS = (
 
 
 def make(stack=(), out=6, size=13, tokens=40, seed=0, dtype=np.float32):
-    """Weights and inputs of odd sizes; the first rows are zero, constant, and one with an outlier."""
+    """Weights and inputs of odd sizes; the first rows: zero, constant, one with an outlier."""
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(*stack, out, size))
     w[..., 0, :] = 0
@@ -262,7 +262,7 @@ class ConformanceSuite:
     @functions
     def test_nan_is_refused_with_the_path(self, algorithm):
         w, x = make()
-        with pytest.raises(ValueError, match="p: .*NaN"):
+        with pytest.raises(ValueError, match=r"p: .*NaN"):
             run(algorithm.step, layers(algorithm.step, w.at[3, 3].set(jnp.nan), x))
 
     @functions

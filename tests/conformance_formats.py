@@ -33,7 +33,7 @@ class Case:
       rows_tolerance: relative error of ``scale_rows`` by any factors.
       keeps_zero: whether zeros stay exactly zero.
       idempotent: whether ``make`` gives its own output back (the same grid again).
-      again: part, dense matrix -> values of the same grid, where ``make`` alone would choose another.
+      again: part, dense matrix -> values of the same grid, where ``make`` would fit another.
     """
 
     name: str

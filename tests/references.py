@@ -1,13 +1,14 @@
 """Independent NumPy float64 references of the layer algorithms, written from the papers.
 
-One column at a time, no blocks, the inverse Hessian and its Cholesky factor as the papers print them.
+One column at a time, no blocks, the inverse Hessian and its Cholesky factor as the papers print
+them.
 """
 
 import numpy as np
 
 
 def int_grid(w, bits, symmetric=True, full_range=True):
-    """Scale and zero point of one group's rows: w (out, cols) -> (out, 1), unsigned codes 0..2^b-1."""
+    """Scale and zero point of one group: w (out, cols) -> (out, 1), unsigned codes 0..2^b-1."""
     low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
     top = 2**bits - 1
     if symmetric:
@@ -58,7 +59,7 @@ def gptq(
     """GPTQ column by column; returns the quantized weight and sum of squared errors over U_kk."""
     w = np.array(w, np.float64)
     original = w.copy()
-    rows, size = w.shape
+    size = w.shape[1]
     group = group or size
     hd, dead = damped(h, damping)
     if not dead.all():
@@ -68,7 +69,10 @@ def gptq(
     u = inverse_factor(hd)
     q = np.zeros_like(w)
     loss = 0.0
-    fit = lambda cols: int_grid(cols, bits, symmetric, full_range)
+
+    def fit(cols):
+        return int_grid(cols, bits, symmetric, full_range)
+
     narrow = symmetric and not full_range
     grids = [fit(original[:, k : k + group]) for k in range(0, size, group)]
     for k in range(size):
@@ -86,7 +90,7 @@ def gptq(
 def sparsegpt(w, h, sparsity=None, nm=None, block=128, damping=0.01, bits=None, group=None):
     """SparseGPT column by column; masks at block (or M) starts, with exact counts."""
     w = np.array(w, np.float64)
-    rows, size = w.shape
+    size = w.shape[1]
     hd, dead = damped(h, damping)
     if not dead.all():
         w[:, dead] = 0

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
 from jaxcomp import calibration
@@ -250,6 +252,26 @@ def test_branches_loops_and_shared_weights():
     x = data[0][0]
     expected = gptq(matrix(params["w"]), x.T @ x, INT4).materialize().T
     np.testing.assert_allclose(result.params["w"].materialize(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("specs", [(P("a", "b"), P("b", None)), (P("a"), P(None, "b")), (P("a"), P())])
+def test_inside_shard_map(specs):
+    """Statistics are summed over the devices: the same result as without the shard_map."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    params, data = {"w": normal(16, 24, seed=1)}, inputs()
+
+    def local(x, w):
+        y = x @ w
+        return jax.lax.psum(y, "b") if specs[1] == P("b", None) else y
+
+    def apply(p, x):
+        out = P("a", "b") if specs[1] == P(None, "b") else P("a")
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(x, p["w"])
+
+    recipe = Recipe(steps=(GPTQ(format=INT4),))
+    got = jc.compress(apply, params, recipe, data).params["w"].materialize()
+    expected = jc.compress(lambda p, x: x @ p["w"], params, recipe, data).params["w"].materialize()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_branch_that_the_data_never_takes():

@@ -53,15 +53,25 @@ def stack_arrays(arrays: Sequence[CompressedArray]) -> CompressedArray:
 
 
 def _padded(arrays: list[CompressedArray]) -> list[CompressedArray]:
-    for k, part in enumerate(arrays[0].parts):
-        if not isinstance(part, DenseColumns):
-            continue
-        width = max(a.parts[k].indices.shape[-1] for a in arrays)
-        arrays = [
-            a.replace(parts=(*a.parts[:k], _widened(a.parts[k], width), *a.parts[k + 1 :]))
-            for a in arrays
-        ]
-    return arrays
+    """Slices whose outlier columns and kept values are padded to the longest."""
+    columns = zip(*(array.parts for array in arrays), strict=True)
+    parts = zip(*(_padded_parts(list(parts)) for parts in columns), strict=True)
+    return [array.replace(parts=tuple(p)) for array, p in zip(arrays, parts, strict=True)]
+
+
+def _padded_parts(parts: list[Any]) -> list[Any]:
+    if len({type(part) for part in parts}) > 1:
+        return parts
+    if isinstance(parts[0], (InputScale, InputQuant)):
+        inner = _padded_parts([part.part for part in parts])
+        return [part.replace(part=i) for part, i in zip(parts, inner, strict=True)]
+    if isinstance(parts[0], DenseColumns):
+        width = max(part.indices.shape[-1] for part in parts)
+        return [_widened(part, width) for part in parts]
+    if isinstance(parts[0], SparsePart):
+        kept = max(part.kept for part in parts)
+        return [part if part.kept == kept else part.padded(kept) for part in parts]
+    return parts
 
 
 def _widened(part: DenseColumns, width: int) -> DenseColumns:

@@ -168,11 +168,7 @@ def varying_like(leaf: Any, aval: Any) -> Any:
     if not axes:
         return leaf
 
-    def cast(value):
-        missing = tuple(sorted(axes - _varying(jax.typeof(value))))
-        return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-    return jax.tree.map(cast, leaf)
+    return jax.tree.map(lambda value: vary_over(value, axes), leaf)
 
 
 def _varying(aval: Any) -> frozenset:
@@ -181,3 +177,22 @@ def _varying(aval: Any) -> frozenset:
         return frozenset(aval.vma)
     manual = getattr(aval, "manual_axis_type", None) or getattr(aval, "mat", None)
     return frozenset(getattr(manual, "varying", ()))
+
+
+def shard_map(eqn: Any, function: Any, out_specs: Any = None) -> Any:
+    """A function in place of the body of a shard_map equation, with its mesh and specs."""
+    params = eqn.params
+    return jax.shard_map(
+        function,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]) if out_specs is None else out_specs,
+        check_vma=params.get("check_vma", True),
+        axis_names=params.get("newly_manual_axes", params.get("manual_axes", frozenset())),
+    )
+
+
+def vary_over(value: Any, axes: frozenset) -> Any:
+    """A value inside a shard_map marked as varying over mesh axes."""
+    missing = tuple(sorted(axes - _varying(jax.typeof(value))))
+    return jax.lax.pcast(value, missing, to="varying") if missing else value

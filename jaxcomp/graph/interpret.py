@@ -244,30 +244,18 @@ def _cond(op, env, read, program, handler, state):
 
 
 def _shard_map(op, env, read, program, handler, state):
-    (body,) = op.bodies
-    params = op.eqn.params
     if state:
         raise JaxcompError(
             f"sites {sorted(state)} lie inside a shard_map, where a site's state has no sharding; "
             "apply the transform inside the shard_map, or exclude these weights"
         )
-    values, specs = [], []
-    for i, keep, spec in zip(op.inputs, op.kept, params["in_specs"], strict=True):
+    values = []
+    for i, keep, spec in zip(op.inputs, op.kept, op.eqn.params["in_specs"], strict=True):
         whole = all(axis is None for axis in spec)
-        if keep and is_compressed(env[i]) and whole:
-            values.append(env[i])
-        else:
-            values.append(read(i))
-        specs.append(spec)
-    fn = jax.shard_map(
-        lambda *values: tuple(interpret(body, list(values), handler, {})[0]),
-        mesh=params["mesh"],
-        in_specs=tuple(specs),
-        out_specs=tuple(params["out_specs"]),
-        check_vma=params.get("check_vma", True),
-        axis_names=params.get("newly_manual_axes", params.get("manual_axes", frozenset())),
-    )
-    return list(fn(*values)), state
+        values.append(env[i] if keep and is_compressed(env[i]) and whole else read(i))
+    (body,) = op.bodies
+    run = lambda *values: tuple(interpret(body, list(values), handler, {})[0])  # noqa: E731
+    return list(_compat.shard_map(op.eqn, run)(*values)), state
 
 
 _STRUCTURED = {

@@ -19,7 +19,7 @@ import numpy as np
 from jaxcomp import calibration
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
-from jaxcomp.graph import _compat
+from jaxcomp.graph import _compat, sharded
 from jaxcomp.graph.interpret import Handler
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site, is_grouped, to_tokens
@@ -313,20 +313,57 @@ class Sequential:
 
     def structure(self, program, op, env, active) -> None:
         """Evaluates a loop, a conditional or a call that holds sites."""
-        if op.kind == "shard_map":
-            wanted = [s.path for s in op.bodies[0].sites if self.compressor.needs(s) is not None]
-            if wanted:
-                raise JaxcompError(
-                    f"{', '.join(sorted(set(wanted)))}: used inside a shard_map, whose shards are not "
-                    "seen one by one in calibration; compress the function without the shard_map (the "
-                    "parameters are the same), use a recipe without calibration, or exclude these paths"
-                )
         results = getattr(self, "_" + op.kind)(program, op, env, active)
         env.update(zip(op.outputs, results, strict=True))
 
     def _shard_map(self, program, op, env, active):
-        function = jax.jit(lambda *values: _compat.bind(op.eqn, *values))
-        return self._each(function, [self.read(program, env, i) for i in op.inputs], len(active))
+        """A shard_map is one step: its sites are calibrated together, then it runs compressed."""
+        (body,) = op.bodies
+        count = len(active)
+        inputs = dict(zip(body.inputs, op.inputs, strict=True))
+        roots = _roots(body)
+        sites = [o for o in body.ops if o.kind == "site" and self.compressor.needs(o.site) is not None]
+        direct = {o.site.id for o in body.ops if o.kind == "site"}
+        for site in body.sites:
+            if site.id not in direct and self.compressor.needs(site) is not None:
+                raise JaxcompError(
+                    f"{site.path}: used by a loop inside a shard_map, which calibration cannot look "
+                    "into; put the shard_map inside the loop, or exclude this path"
+                )
+        values = [
+            env[i].value if isinstance(env[i], _Leaf) and keep else self.read(program, env, i)
+            for i, keep in zip(op.inputs, op.kept, strict=True)
+        ]
+        weights = {o.site.id: inputs[roots[o.inputs[o.site.operand]]] for o in sites}
+        todo = [o for o in sites if _key(o.site, env[weights[o.site.id]]) not in self.done]
+        needs = frozenset().union(*(self.compressor.needs(o.site) for o in todo))
+        state = {}
+        if needs:
+            leading = {o.site.id: o.site.layout.sizes(o.site.batch_axes) for o in todo}
+            state = {
+                o.site.id: calibration.init(o.site.in_size, needs, leading[o.site.id]) for o in todo
+            }
+            gather = jax.jit(lambda state, values: sharded.statistics(op, values, state))
+            for b in range(count):
+                state = gather(state, [v[b] if isinstance(v, Many) else v for v in values])
+        groups: dict[int, list[Op]] = {}
+        for other in todo:
+            groups.setdefault(other.site.input_group, []).append(other)
+        for group in groups.values():
+            targets = []
+            for other in group:
+                leaf = env[weights[other.site.id]]
+                index = _key(other.site, leaf)[1]
+                targets.append(Target(other, index, _fixed(other.site, leaf.value)))
+            results = self.compressor.compress(body, targets, state.get(group[0].site.id))
+            for target, result in zip(targets, results, strict=True):
+                self.done[(target.site.path, target.index)] = result
+        for other in sites:
+            root = weights[other.site.id]
+            values[op.inputs.index(root)] = self.done[_key(other.site, env[root])]
+        function = jax.jit(lambda *values: sharded.evaluate(op, values, self.handler, {})[0])
+        self.contractions += len(direct) * count
+        return self._each(function, values, count)
 
     def _each(self, function, values, count):
         many = [isinstance(v, Many) for v in values]

@@ -62,29 +62,31 @@ class SparseGPT(Step, frozen=True, tag="sparsegpt"):
         return frozenset({"hessian"})
 
 
-class _Result(NamedTuple):
-    rounded: Any
+class _Rows(NamedTuple):
+    """What the loop gives; every array has the rows (outputs) first."""
+
+    values: jax.Array
+    codes: jax.Array | None
+    qparams: Any
+    context: Any
     mask: jax.Array
-    damping: jax.Array
-    error: jax.Array | None
+    energy: Any
 
 
 def _counts(sparsity, block_size, out, size):
-    """Weights dropped of a whole block and of the shorter last one, and the number of whole ones."""
+    """Weights dropped of a whole block and of the last, shorter one; number of whole ones."""
     block = min(block_size, size)
     full = masks.dropped_count(sparsity, out * block)
     return full, masks.dropped_count(sparsity, out * (size % block)), size // block
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "report"),
-)
-def _sparsegpt(
-    w, h, allowed, damping, *, sparsity, nm, fmt, block_size, clipping, percentile, report
-):
-    dtype = common.working_dtype(w)
-    out, size = w.shape[-2:]
+_STATIC = ("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "report")
+
+
+def _rows(w, allowed, h, upper, *, sparsity, nm, fmt, block_size, clipping, percentile, report):
+    """Prunes rows of a matrix; all of them where the mask of a block is chosen over them."""
+    dtype = upper.dtype
+    out, size = w.shape
     block = min(block_size, size)
     full, last, _ = _counts(sparsity or 0.0, block_size, out, size)
 
@@ -100,57 +102,89 @@ def _sparsegpt(
             keep = masks.drop_smallest(scores, count, (-2, -1))
         return keep if permitted is None else keep & permitted
 
+    w, h = w.astype(dtype), h.astype(dtype)
+    original, diagonal = w, jnp.diagonal(h)
+    w = jnp.where((diagonal <= 0) & jnp.any(diagonal > 0), 0.0, w)
+    if allowed is not None:
+        w = jnp.where(allowed, w, 0.0)
+    context = None if fmt is None else grid.prepare(fmt, w)
+    solution = obs.solve(
+        w,
+        upper,
+        fmt=fmt,
+        context=context,
+        mask=allowed,
+        choose=choose,
+        choose_size=block if nm is None else nm[1],
+        block_size=block_size,
+        clipping=clipping,
+        percentile=percentile,
+    )
+    energy = common.energies(original, solution.values, h) if report else None
+    s = solution
+    return _Rows(s.values, s.codes, s.qparams, context, s.mask, energy)
+
+
+_rows_jit = jax.jit(_rows, static_argnames=_STATIC)
+_factor_jit = jax.jit(obs.inverse_factor)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _sparsegpt(w, h, allowed, damping, **options):
     def one(w, h, allowed):
-        w, h = w.astype(dtype), h.astype(dtype)
-        diagonal = jnp.diagonal(h)
-        factor = obs.inverse_factor(h, damping)
-        w = jnp.where((diagonal <= 0) & jnp.any(diagonal > 0), 0.0, w)
-        if allowed is not None:
-            w = jnp.where(allowed, w, 0.0)
-        context = None if fmt is None else grid.prepare(fmt, w)
-        solution = obs.solve(
-            w,
-            factor.upper,
-            fmt=fmt,
-            context=context,
-            mask=allowed,
-            choose=choose,
-            choose_size=block if nm is None else nm[1],
-            block_size=block_size,
-            clipping=clipping,
-            percentile=percentile,
-        )
-        rounded = common.Rounded(solution.values, solution.codes, solution.qparams, context)
-        return _Result(rounded, solution.mask, factor.damping, None)
+        factor = obs.inverse_factor(h.astype(common.working_dtype(w)), damping)
+        return _rows(w, allowed, h, factor.upper, **options), factor
 
-    result = common.over_stack(one, w, (h, 2), (allowed, 2))
-    if report:
-        result = result._replace(error=common.relative_error(w, result.rounded.values, h))
-    return result
+    return common.over_stack(one, w, (h, 2), (allowed, 2))
 
 
-def _solve(w, h, allowed, path, options, report):
-    """Checks everything, runs the algorithm, and returns parts and the result."""
+def _solve(w, h, allowed, path, options, report, known=None):
+    """Checks everything and runs the algorithm.
+
+    Args:
+      w: the weight.
+      h: its Hessian.
+      allowed: weights that were not dropped before, or None.
+      path: its name.
+      options: of ``sparsegpt``.
+      report: also compute the error.
+      known: the factor of this very ``h``, if there is one.
+
+    Returns:
+      Parts, the loop's result, the error (None without ``report``), and the factor.
+    """
     options = dict(options)
-    n, m = options.pop("n"), options.pop("m")
+    n, m, damping = options.pop("n"), options.pop("m"), options.pop("damping")
     nm = masks.check_target(options["sparsity"], n, m, w.shape[-1], path)
     fmt = options["fmt"]
     if fmt is not None:
         common.check_format(fmt, w, np.broadcast_to(True, w.shape), nm, path)
     common.check_choice("clipping", options["clipping"], common.CLIPPINGS, path)
-    common.check_damping(options["damping"], options["block_size"], path)
+    common.check_damping(damping, options["block_size"], path)
     common.check_weight(w, path)
     common.check_hessian(h, w, path)
-    result = _sparsegpt(w, h, allowed, **options, nm=nm, report=report)
+    options |= {"nm": nm, "report": report}
+    if nm is not None and common.splits_rows(w, h, fmt):
+        if known is None:
+            known = _factor_jit(h.astype(common.working_dtype(w)), damping)
+        factor = known
+        result = common.by_rows(
+            lambda w, allowed: _rows_jit(w, allowed, h, factor.upper, **options), w, allowed
+        )
+    else:
+        result, factor = _sparsegpt(w, h, allowed, damping, **options)
     kept = None
     if allowed is None and nm is None:
         # Known without looking, so that this also runs under jit.
         full, last, blocks = _counts(options["sparsity"], options["block_size"], *w.shape[-2:])
         kept = w.shape[-2] * w.shape[-1] - blocks * full - last
     if fmt is None:
-        values = result.rounded.values
-        return common.sparse_parts(values, result.mask, nm, w.dtype, kept), result
-    return common.store(fmt, result.rounded, result.mask, nm, kept), result
+        parts = common.sparse_parts(result.values, result.mask, nm, w.dtype, kept)
+    else:
+        rounded = common.Rounded(result.values, result.codes, result.qparams, result.context)
+        parts = common.store(fmt, rounded, result.mask, nm, kept)
+    error = common.error_of(result.energy) if report else None
+    return parts, result, error, factor
 
 
 def sparsegpt(
@@ -205,7 +239,7 @@ def sparsegpt(
         clipping=clipping,
         percentile=percentile,
     )
-    parts, _ = _solve(w, h, mask, "", options, report=False)
+    parts, *_ = _solve(w, h, mask, "", options, report=False)
     return common.compressed(parts, w)
 
 
@@ -214,12 +248,16 @@ def _(step: SparseGPT, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     names = ("sparsity", "n", "m", "damping", "block_size", "clipping", "percentile")
     options = {"fmt": step.format, **{name: getattr(step, name) for name in names}}
     results = []
+    hessian = factor = None
     for layer in layers:
         common.check_statistics(layer, "hessian")
-        h = layer.statistics.hessian
-        parts, result = _solve(layer.weight, h, layer.mask, layer.path, options, report=True)
-        weight = result.rounded.values.astype(layer.weight.dtype)
-        layer = common.pruned(layer, result.mask, weight, parts, result.error)
-        common.report_damping(layer, result.damping, step.damping)
+        if layer.statistics.hessian is not hessian:
+            hessian, factor = layer.statistics.hessian, None
+        parts, result, error, factor = _solve(
+            layer.weight, hessian, layer.mask, layer.path, options, True, factor
+        )
+        weight = result.values.astype(layer.weight.dtype)
+        layer = common.pruned(layer, result.mask, weight, parts, error)
+        common.report_damping(layer, factor.damping, step.damping)
         results.append(layer)
     return tuple(results)

@@ -24,11 +24,11 @@ class Rounded(NamedTuple):
 
     Attributes:
       values: ``(*stack, out, in)``, what is stored stands for these.
-      codes: int32 like ``values``, or None once they are in ``part``.
+      codes: int32 like ``values``, or None when they are in ``part``.
       qparams: scales and zero points of the groups.
       context: what the whole matrix shares.
       group_index: group of each input where groups are not consecutive, else None.
-      part: the stored matrix; None for a masked one, which ``store`` makes.
+      part: the stored matrix; None leaves it to ``store`` to make it.
     """
 
     values: jax.Array
@@ -186,20 +186,106 @@ def over_stack(function, w: Any, *operands: Any):
     return function(w, *values)
 
 
+def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | None) -> jax.Array:
+    """Rows' shares of tr(E H Eᵀ) and tr(W H Wᵀ).
+
+    Args:
+      w: ``(*stack, out, in)``.
+      approximation: what stands in for it; E is the difference.
+      h: ``(in, in)`` or ``(*stack, in, in)``; None stands for the identity.
+
+    Returns:
+      ``(*stack, out, 2)``.
+    """
+    both = jnp.stack([w - approximation, w])
+    moved = both
+    if h is not None:
+        moved = jnp.matmul(both, h, precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(jnp.sum(moved * both, axis=-1), 0, -1)
+
+
+def error_of(energy: Any) -> float:
+    """Relative error of a layer from what ``energies`` gave.
+
+    Args:
+      energy: ``(*stack, out, 2)``.
+
+    Returns:
+      sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)).
+    """
+    lost, whole = np.asarray(energy, np.float64).reshape(-1, 2).sum(0)
+    return float(np.sqrt(max(lost, 0.0) / (whole if whole > 0 else 1.0)))
+
+
 @jax.jit
 def _relative_error(w, approximation, h):
     dtype = working_dtype(w)
-    w = w.astype(dtype)
-    e = w - approximation.astype(dtype)
+    h = None if h is None else h.astype(dtype)
+    energy = energies(w.astype(dtype), approximation.astype(dtype), h)
+    lost, whole = energy.reshape(-1, 2).sum(0)
+    return jnp.sqrt(jnp.maximum(lost, 0) / jnp.where(whole > 0, whole, 1))
 
-    def energy(a):
-        if h is None:
-            return jnp.sum(a * a)
-        moved = jnp.matmul(a, h.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-        return jnp.sum(moved * a)
 
-    whole = energy(w)
-    return jnp.sqrt(jnp.maximum(energy(e), 0) / jnp.where(whole > 0, whole, 1))
+# Rows that a compiled loop takes at a time on the CPU.
+ROWS = 256
+
+
+def splits_rows(w: Any, h: Any, fmt: Any) -> bool:
+    """Whether the column loop runs over slabs of ``ROWS`` rows of a matrix.
+
+    Rows are independent of one another, so one compilation for an input size serves weights of
+    every output size, and a slab stays in the CPU's cache. Accelerators take all rows at once.
+
+    Args:
+      w: the weight.
+      h: its Hessian.
+      fmt: element format or None; one whose rows share something is not split.
+
+    Returns:
+      True on the CPU for a single matrix of concrete values whose rows share no scale.
+    """
+    if w.ndim != 2 or any(isinstance(a, jax.core.Tracer) for a in (w, h)):
+        return False
+    if getattr(fmt, "out_group_size", 1) != 1 or getattr(fmt, "kind", None) == "nvfp4":
+        return False
+    arrays = [a for a in (w, h) if isinstance(a, jax.Array)]
+    here = all(d.platform == "cpu" for a in arrays for d in a.devices())
+    return here and jax.default_backend() == "cpu" and all(a.is_fully_addressable for a in arrays)
+
+
+def by_rows(function: Any, *operands: Any) -> Any:
+    """Applies a compiled function to slabs of ``ROWS`` rows, the last filled up with zeros.
+
+    Args:
+      function: of slabs; every array of its result has the rows first, or does not depend on them
+        (a first axis that is not ``ROWS`` long).
+      *operands: arrays ``(out, ..)``, or None.
+
+    Returns:
+      The result for all rows.
+    """
+    out = operands[0].shape[0]
+    operands = [None if a is None else np.asarray(a) for a in operands]
+
+    def slab(a, start):
+        if a is None:
+            return None
+        piece = a[start : start + ROWS]
+        if len(piece) == ROWS:
+            return piece
+        full = np.zeros((ROWS, *a.shape[1:]), a.dtype)
+        full[: len(piece)] = piece
+        return full
+
+    results = [function(*(slab(a, start) for a in operands)) for start in range(0, out, ROWS)]
+
+    def join(*pieces):
+        if pieces[0].shape[0] != ROWS:
+            return pieces[0]
+        # In NumPy: these are host buffers, and nothing needs compiling.
+        return jnp.asarray(np.concatenate([np.asarray(p) for p in pieces])[:out])
+
+    return jax.tree.map(join, *results)
 
 
 def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None = None) -> jax.Array:
@@ -476,10 +562,10 @@ def store(
       One part: dense codes, or under a mask an ``NMPart`` or ``SparsePart`` (for a codebook, whose
       zero level holds what is pruned, dense codes).
     """
-    if mask is None:
-        return (rounded.part,)
     r = rounded
-    if isinstance(fmt, Codebook):
+    if r.part is not None:
+        return (r.part,)
+    if mask is None or isinstance(fmt, Codebook):
         return (grid.build(fmt, r.codes, r.qparams, r.context, r.group_index),)
     part = _build_sparse(
         _sparse_format(fmt, nm),
@@ -539,7 +625,7 @@ def quantized(
     parts: Sequence[Any],
     values: jax.Array,
     activation: Activation | None,
-    error: jax.Array | None = None,
+    error: Any = None,
 ) -> Layer:
     """The layer after a quantizing step.
 
@@ -566,7 +652,7 @@ def pruned(
     mask: jax.Array,
     weight: jax.Array,
     parts: Sequence[Any],
-    error: jax.Array | None = None,
+    error: Any = None,
 ) -> Layer:
     """The layer after a pruning step.
 

@@ -65,108 +65,134 @@ class GPTQ(Step, frozen=True, tag="gptq"):
         return frozenset({"hessian"}) | common.activation_needs(self.activation)
 
 
-class _Result(NamedTuple):
-    rounded: Any
-    damping: jax.Array
-    error: jax.Array | None
+class _Rows(NamedTuple):
+    """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared."""
+
+    values: jax.Array
+    codes: jax.Array
+    qparams: Any
+    context: Any
+    energy: Any
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "fmt",
-        "block_size",
-        "order",
-        "static_groups",
-        "clipping",
-        "percentile",
-        "report",
-    ),
-)
-def _gptq(
-    w, h, mask, damping, *, fmt, block_size, order, static_groups, clipping, percentile, report
-):
-    dtype = common.working_dtype(w)
-    size = w.shape[-1]
+_STATIC = ("fmt", "block_size", "static", "clipping", "percentile", "report")
+
+
+def _hessian(h, damping, *, order):
+    """Factor of the inverse Hessian in the order of the columns, and that order."""
+    permutation = None
+    if order == "activation":
+        permutation = jnp.argsort(-jnp.diagonal(h), stable=True)
+        h = h[permutation][:, permutation]
+    return obs.inverse_factor(h, damping), permutation
+
+
+def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, percentile, report):
+    """Quantizes rows of a matrix."""
+    dtype, size = upper.dtype, w.shape[-1]
+    w, h = w.astype(dtype), h.astype(dtype)
+    original, diagonal = w, jnp.diagonal(h)
     group = grid.group_size_of(fmt, size)
-    static = static_groups or group == size
-    fit = functools.partial(grid.fit, fmt, clipping=clipping, percentile=percentile)
+    w = jnp.where((diagonal <= 0) & jnp.any(diagonal > 0), 0.0, w)
+    importance = None
+    if mask is not None:
+        w = jnp.where(mask, w, 0.0)
+    if isinstance(fmt, Codebook):
+        importance = jnp.broadcast_to(diagonal, w.shape)
+    context = grid.prepare(fmt, w, importance)
+    qparams = column_group = None
+    if static or group == size:
+        fit = functools.partial(grid.fit, clipping=clipping, percentile=percentile)
+        qparams = fit(fmt, w, context, mask=mask)
+    if permutation is not None:
+        column_group = permutation // group
+        w = w[:, permutation]
+        mask = None if mask is None else mask[:, permutation]
+    solution = obs.solve(
+        w,
+        upper,
+        fmt=fmt,
+        context=context,
+        qparams=qparams,
+        column_group=column_group,
+        mask=mask,
+        block_size=block_size,
+        clipping=clipping,
+        percentile=percentile,
+    )
+    values, codes = solution.values, solution.codes
+    if permutation is not None:
+        back = jnp.argsort(permutation)
+        values, codes = values[:, back], codes[:, back]
+    energy = common.energies(original, values, h) if report else None
+    return _Rows(values, codes, solution.qparams, context, energy)
 
+
+_rows_jit = jax.jit(_rows, static_argnames=_STATIC)
+_hessian_jit = jax.jit(_hessian, static_argnames=("order",))
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "order"))
+def _gptq(w, h, mask, damping, *, order, **options):
     def one(w, h, mask):
-        w, h = w.astype(dtype), h.astype(dtype)
-        diagonal = jnp.diagonal(h)
-        permutation = None
-        if order == "activation":
-            permutation = jnp.argsort(-diagonal, stable=True)
-            h = h[permutation][:, permutation]
-        factor = obs.inverse_factor(h, damping)
-        dead = (diagonal <= 0) & jnp.any(diagonal > 0)
-        w = jnp.where(dead, 0.0, w)
-        importance = None
-        if mask is not None:
-            w = jnp.where(mask, w, 0.0)
-            importance = mask.astype(dtype)
-        if isinstance(fmt, Codebook):
-            importance = diagonal if mask is None else importance * diagonal
-            importance = jnp.broadcast_to(importance, w.shape)
-        context = grid.prepare(fmt, w, importance)
-        qparams = fit(w, context, mask=mask) if static else None
-        column_group = group_index = None
-        if permutation is not None:
-            column_group = permutation // group
-            w = w[:, permutation]
-            mask = None if mask is None else mask[:, permutation]
-        solution = obs.solve(
-            w,
-            factor.upper,
-            fmt=fmt,
-            context=context,
-            qparams=qparams,
-            column_group=column_group,
-            mask=mask,
-            block_size=block_size,
-            clipping=clipping,
-            percentile=percentile,
-        )
-        values, codes = solution.values, solution.codes
-        if permutation is not None:
-            back = jnp.argsort(permutation)
-            values, codes = values[:, back], codes[:, back]
-            if not static:
-                group_index = back // group
-        part = None
-        if mask is None:
-            part = grid.build(fmt, codes, solution.qparams, context, group_index)
-            codes = None
-        rounded = common.Rounded(values, codes, solution.qparams, context, group_index, part)
-        return _Result(rounded, factor.damping, None)
+        factor, permutation = _hessian(h.astype(common.working_dtype(w)), damping, order=order)
+        return _rows(w, mask, h, factor.upper, permutation, **options), factor, permutation
 
-    result = common.over_stack(one, w, (h, 2), (mask, 2))
-    if report:
-        result = result._replace(error=common.relative_error(w, result.rounded.values, h))
-    return result
+    return common.over_stack(one, w, (h, 2), (mask, 2))
 
 
-def _solve(w, h, mask, nm, path, options, report):
-    """Checks everything, runs the algorithm, and returns parts and the result."""
-    fmt = options["fmt"]
+def _solve(w, h, mask, nm, path, options, report, known=None):
+    """Checks everything and runs the algorithm.
+
+    Args:
+      w: the weight.
+      h: its Hessian.
+      mask: its mask or None.
+      nm: the mask's pattern or None.
+      path: its name.
+      options: of ``gptq``.
+      report: also compute the error.
+      known: what ``_hessian`` gave for this very ``h``, if it was called before.
+
+    Returns:
+      Parts, the values they hold, the damping used, the error (None without ``report``), and what
+      ``_hessian`` gave where it was called.
+    """
+    fmt, order, damping = options["fmt"], options["order"], options["damping"]
     common.check_format(fmt, w, mask, nm, path)
     common.check_choice("clipping", options["clipping"], common.CLIPPINGS, path)
-    common.check_choice("order", options["order"], ("natural", "activation"), path)
-    common.check_damping(options["damping"], options["block_size"], path)
+    common.check_choice("order", order, ("natural", "activation"), path)
+    common.check_damping(damping, options["block_size"], path)
     static = options["static_groups"]
-    static = options["order"] == "activation" if static is None else static
-    loose = options["order"] == "activation" and not static
-    if loose and grid.group_size_of(fmt, w.shape[-1]) != w.shape[-1]:
-        if mask is not None or not isinstance(fmt, Int):
-            raise JaxcompError(
-                f"{path + ': ' if path else ''}groups in activation order can be stored for dense "
-                "integers only; use static_groups=True"
-            )
+    static = order == "activation" if static is None else static
+    size = w.shape[-1]
+    group = grid.group_size_of(fmt, size)
+    scattered = order == "activation" and not static and group != size
+    if scattered and (mask is not None or not isinstance(fmt, Int)):
+        raise JaxcompError(
+            f"{path + ': ' if path else ''}groups in activation order can be stored for dense "
+            "integers only; use static_groups=True"
+        )
     common.check_weight(w, path)
     common.check_hessian(h, w, path)
-    result = _gptq(w, h, mask, **{**options, "static_groups": static}, report=report)
-    return common.store(fmt, result.rounded, mask, nm), result
+    chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
+    chosen |= {"static": static, "report": report}
+    if common.splits_rows(w, h, fmt):
+        if known is None:
+            known = _hessian_jit(h.astype(common.working_dtype(w)), damping, order=order)
+        factor, permutation = known
+        rows = common.by_rows(
+            lambda w, mask: _rows_jit(w, mask, h, factor.upper, permutation, **chosen), w, mask
+        )
+    else:
+        rows, factor, permutation = _gptq(w, h, mask, damping, order=order, **chosen)
+    group_index = None
+    if scattered:
+        group_index = (jnp.argsort(permutation, axis=-1) // group).astype(jnp.int32)
+    rounded = common.Rounded(rows.values, rows.codes, rows.qparams, rows.context, group_index)
+    parts = common.store(fmt, rounded, mask, nm)
+    error = common.error_of(rows.energy) if report else None
+    return parts, rows.values, factor.damping, error, known
 
 
 def gptq(
@@ -226,7 +252,7 @@ def gptq(
         clipping=clipping,
         percentile=percentile,
     )
-    parts, _ = _solve(w, h, mask, nm, "", options, report=False)
+    parts, *_ = _solve(w, h, mask, nm, "", options, report=False)
     return common.compressed(common.with_activation(parts, activation), w)
 
 
@@ -235,13 +261,16 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     names = ("damping", "block_size", "order", "static_groups", "clipping", "percentile")
     options = {"fmt": step.format, **{name: getattr(step, name) for name in names}}
     results = []
+    hessian = known = None
     for layer in layers:
         common.check_statistics(layer, "hessian")
-        h = layer.statistics.hessian
-        parts, result = _solve(
-            layer.weight, h, layer.mask, common.pattern(layer), layer.path, options, report=True
+        if layer.statistics.hessian is not hessian:
+            hessian, known = layer.statistics.hessian, None
+        nm = common.pattern(layer)
+        parts, values, damping, error, known = _solve(
+            layer.weight, hessian, layer.mask, nm, layer.path, options, True, known
         )
-        layer = common.quantized(layer, parts, result.rounded.values, step.activation, result.error)
-        common.report_damping(layer, result.damping, step.damping)
+        layer = common.quantized(layer, parts, values, step.activation, error)
+        common.report_damping(layer, damping, step.damping)
         results.append(layer)
     return tuple(results)

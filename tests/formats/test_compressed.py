@@ -154,7 +154,7 @@ def x(rng):
 
 
 def test_an_unmodified_nnx_layer(x):
-    """``nnx.Param`` holds the compressed array as a subtree: split, merge and jit see its arrays."""
+    """``nnx.Param`` holds it as a subtree: split, merge and jit see its arrays."""
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     leaf = compressed(layer.kernel[...], fmt=Int(4, 32))
     expected = x @ leaf.materialize() + layer.bias[...]

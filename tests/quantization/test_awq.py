@@ -134,5 +134,5 @@ def test_bad_input_is_refused():
         awq(jnp.ones((2, 4)), jnp.full((5, 4), jnp.nan), Int(4))
     with pytest.raises(JaxcompError, match="grid_size"):
         awq(jnp.ones((2, 4)), jnp.ones((5, 4)), Int(4), grid_size=0)
-    with pytest.raises(JaxcompError, match="a/b: .*hessian"):
+    with pytest.raises(JaxcompError, match=r"a/b: .*hessian"):
         run(AWQ(format=Int(4)), (Layer("a/b", jnp.ones((2, 4))),))

@@ -47,8 +47,9 @@ def test_inverse_factor_is_the_papers(kind):
     assert float(factor.damping) == 0.01
 
 
-# The largest weight of a group lies on a tie of the symmetric full-range grid (7.5 steps of 15), where
-# the last bit of the updated weight decides: groups fitted inside the loop are compared on the others.
+# The largest weight of a group lies on a tie of the symmetric full-range grid (7.5 steps of 15),
+# where the last bit of the updated weight decides: groups fitted inside the loop are compared on
+# the others, here and below.
 @pytest.mark.parametrize(
     ("bits", "symmetric", "full_range", "group"),
     [
@@ -129,8 +130,9 @@ def test_block_size_does_not_matter(block, group):
     """(2) lazy blocks only reorder memory traffic."""
     w, _, h = ref.layer(2, size=64)
     with x64():
-        base, _ = solve(w, h, Int(3, group), block_size=64)
-        other, _ = solve(w, h, Int(3, group), block_size=block)
+        fmt = Int(3, group, full_range=False)
+        base, _ = solve(w, h, fmt, block_size=64)
+        other, _ = solve(w, h, fmt, block_size=block)
     np.testing.assert_array_equal(base.codes, other.codes)
     np.testing.assert_allclose(base.values, other.values, rtol=1e-12)
 
@@ -300,19 +302,32 @@ def test_bad_input_is_refused(change, message):
 
 def test_step_names_the_path_in_errors():
     layer = Layer("layers/0/q", jnp.ones((4, 32)))
-    with pytest.raises(JaxcompError, match="layers/0/q: .*calibration data"):
+    with pytest.raises(JaxcompError, match=r"layers/0/q: .*calibration data"):
         run(GPTQ(format=Int(4)), (layer,))
     stats = update(init(32, frozenset({"hessian"})), jnp.ones((3, 32)))
     with pytest.raises(JaxcompError, match=r"layers/0/q \(4, 32\): group_size 10"):
         run(GPTQ(format=Int(4, 10)), (Layer("layers/0/q", jnp.ones((4, 32)), stats),))
 
 
-def test_one_compilation_a_shape():
-    w, _, h = ref.layer(14)
-    module._gptq.clear_cache()
-    for seed in range(3):
-        gptq(jnp.float32(w) + seed, jnp.float32(h), Int(4, 16))
-    assert module._gptq._cache_size() == 1
+def test_one_compilation_an_input_size():
+    """Rows are taken in slabs, so layers of different output sizes share a compilation."""
+    module._rows_jit.clear_cache()
+    module._hessian_jit.clear_cache()
+    for seed, out in enumerate((24, 300, 7)):
+        w, _, h = ref.layer(seed, out=out)
+        got = gptq(jnp.float32(w), jnp.float32(h), Int(4, 16))
+        assert got.shape == w.shape
+    assert module._rows_jit._cache_size() == module._hessian_jit._cache_size() == 1
+
+
+def test_slabs_of_rows_equal_the_whole():
+    """On the CPU rows are taken in slabs; a stack of one is not."""
+    for fmt in (Int(3, 8, full_range=False), Codebook("kmeans", bits=2)):
+        w, _, h = ref.layer(16, out=300, size=16)
+        with x64():
+            slabs = gptq(jnp.asarray(w), jnp.asarray(h), fmt)
+            whole = gptq(jnp.asarray(w)[None], jnp.asarray(h), fmt)
+            np.testing.assert_allclose(slabs.matrix(), whole.matrix()[0], atol=1e-9)
 
 
 def test_part_is_what_the_format_names():

@@ -74,7 +74,7 @@ def test_error_falls_a_hundredfold():
 
 
 def test_stored_weight_computes_the_papers_rule():
-    """The parts, applied as they say: scale the input, quantize it, multiply, add the dense columns."""
+    """The parts, applied as they say: scale, quantize, multiply, add the dense columns."""
     x, w = layer()
     ca = llm_int8(jnp.asarray(w), jnp.abs(jnp.asarray(x)).max(0))
     hidden, columns = ca.parts
@@ -108,7 +108,7 @@ def test_step():
     assert len(result.parts) == 2 and result.activation.format == "int8"
     assert 0 < result.metrics["error"] < 0.01
     masked = Layer("p", jnp.asarray(w), stats, mask=jnp.ones(w.shape, bool))
-    with pytest.raises(JaxcompError, match="p: .*mask"):
+    with pytest.raises(JaxcompError, match=r"p: .*mask"):
         run(step, (masked,))
 
 

@@ -74,7 +74,7 @@ def test_static_activations_need_the_range():
     assert step.needs() == {"range"}
     with pytest.raises(JaxcompError, match="range"):
         run(step, (Layer("p", jnp.ones((2, 4))),))
-    with pytest.raises(JaxcompError, match='p: .*granularity="tensor"'):
+    with pytest.raises(JaxcompError, match=r'p: .*granularity="tensor"'):
         bad = RTN(format=Int(8), activation=Activation(dynamic=False))
         run(bad, (Layer("p", jnp.ones((2, 4))),))
 
