@@ -1,7 +1,6 @@
 """``compress``: a recipe applied to a model in one pass over the calibration data."""
 
 import dataclasses
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 import jaxcomp
-from jaxcomp import formats
-from jaxcomp.dispatch import Dispatcher, arrays_of, check_activation_site
-from jaxcomp.errors import DataError, JaxcompError, RecipeError
-from jaxcomp.formats import CompressedArray, is_compressed
+from jaxcomp import folding, formats
+from jaxcomp.dispatch import Dispatcher, check_activation_site
+from jaxcomp.errors import DataError, JaxcompError
+from jaxcomp.fingerprint import fingerprints
+from jaxcomp.formats import CompressedArray
 from jaxcomp.formats.assemble import describe, stack_arrays
 from jaxcomp.graph import Graph, trace
 from jaxcomp.graph.coupling import producers
@@ -25,8 +24,9 @@ from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
 from jaxcomp.journal import Journal
+from jaxcomp.plan import make_plan
 from jaxcomp.progress import Progress
-from jaxcomp.recipe import Recipe, matches
+from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report, Row
 from jaxcomp.step import Layer, run
 
@@ -38,7 +38,8 @@ class Result:
     """What ``compress`` returns.
 
     Attributes:
-      params: the parameter tree with compressed arrays in place of the weights that the recipe names.
+      params: the parameter tree with compressed arrays in place of the weights that the recipe
+        names.
       report: one row a compressed weight, and totals.
       recipe: what was applied.
     """
@@ -77,8 +78,8 @@ def compress(
     r"""Compresses the weights of a model as a recipe says.
 
     The model is evaluated once on the calibration batches, operation by operation; each weight is
-    compressed when its input, made by already compressed predecessors, is at hand. Recipes that need
-    no statistics compress without evaluating anything.
+    compressed when its input, made by already compressed predecessors, is at hand. Recipes that
+    need no statistics compress without evaluating anything.
 
     Args:
       apply: pure function ``apply(params, *inputs)``.
@@ -86,8 +87,8 @@ def compress(
         weight at a time).
       recipe: what to do to which weight.
       batches: sequence or other re-iterable of tuples of the inputs that follow ``params``.
-      journal: folder where finished weights are kept as they come. A run that was killed goes on from
-        it, and gives the same bytes; the result's arrays are then memory-mapped files of it.
+      journal: folder where finished weights are kept as they come. A run that was killed goes on
+        from it, and gives the same bytes; the result's arrays are then memory-mapped files of it.
       mesh: reserved for compression over devices; must be None.
       progress: shows progress on standard error, if that is a terminal.
 
@@ -97,7 +98,8 @@ def compress(
     Raises:
       RecipeError: the recipe does not fit the model; nothing was computed.
       DataError: no batches, inputs that differ in structure, NaN on the way.
-      JaxcompError: a format that does not fit a weight; the message names path, shape, rule and fix.
+      JaxcompError: a format that does not fit a weight; the message names path, shape, rule and
+        fix.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -150,67 +152,6 @@ def _batches(batches: Iterable[tuple]) -> list[tuple]:
     return batches
 
 
-def make_plan(graph: Graph, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Which steps apply to which weight, checked against the model before any work.
-
-    Args:
-      graph: the traced model.
-      recipe: what is to be done.
-
-    Returns:
-      Path -> indices of steps.
-
-    Raises:
-      RecipeError: a rule matches nothing, or names a weight that cannot be compressed.
-      JaxcompError: a format does not fit a weight.
-    """
-    bare, on_request = [], []
-    for path in dict.fromkeys(s.path for s in graph.sites):
-        if is_compressed(graph.shapes[path]):
-            continue
-        kinds = {s.is_contraction for s in graph.sites_of(path)}
-        (bare if kinds == {True} else on_request).append(path)
-    blocked = {u.path: u for u in graph.other_uses if u.contracted}
-    for step in recipe.steps:
-        for path, use in blocked.items():
-            shape = tuple(graph.shapes[path].shape)
-            if matches(step, path):
-                raise RecipeError(
-                    f"{path} {shape}: reached through {use.primitive!r} before a contraction (equation "
-                    f"{use.where}), so compressing it would not reach the matmul; apply that operation "
-                    "to the weight beforehand, or to the layer's input or output, or exclude this path"
-                )
-    sites = set(bare) | set(on_request)
-    unusable = [p for p in graph.paths if p not in sites and _named_outright(recipe, p)]
-    if unusable:
-        path = unusable[0]
-        uses = sorted({u.primitive for u in graph.other_uses if u.path == path})
-        raise RecipeError(
-            f"{path} {tuple(graph.shapes[path].shape)}: named by the recipe, but no contraction or "
-            f"look-up uses it (it is used by: {', '.join(uses) or 'nothing'}); remove this path"
-        )
-    plan = recipe.resolve(bare, on_request)
-    for path, steps in plan.items():
-        layout = graph.layouts[path]
-        for k in steps:
-            _check_step(recipe.steps[k], layout, path)
-    return plan
-
-
-def _named_outright(recipe: Recipe, path: str) -> bool:
-    return any(path in step.include for step in recipe.steps)
-
-
-def _check_step(step: Any, layout: Layout, path: str) -> None:
-    shape = layout.matrix_shape
-    fmt = getattr(step, "format", None)
-    if fmt is not None:
-        formats.check(fmt, shape, path)
-    n, m = getattr(step, "n", None), getattr(step, "m", None)
-    if n is not None and m is not None:
-        formats.check(formats.NM(n, m), shape, path)
-
-
 class _Run:
     """The state of one run of ``compress``: the ``Compressor`` of the sequential pass."""
 
@@ -231,7 +172,7 @@ class _Run:
 
     def needs(self, site: Site) -> frozenset[str] | None:
         """What the steps for a site's weight read."""
-        if site.path not in self.plan or not site.is_contraction and self._contracted(site.path):
+        if site.path not in self.plan or (not site.is_contraction and self._contracted(site.path)):
             return None
         steps = (self.recipe.steps[k] for k in self.plan[site.path])
         needs = frozenset().union(*(s.needs() for s in steps))
@@ -248,10 +189,16 @@ class _Run:
         for target, record in zip(group, records, strict=True):
             self.records[target.site.path][target.index] = record
             self.progress.advance(target.site.path)
-        # What the scale was folded into has been evaluated without it: the pass goes on with the scale
-        # at the input.
+        # What the scale was folded into has been evaluated without it: the pass goes on with the
+        # scale at the input.
         scale = next((jnp.asarray(fold[3]) for r in records for fold in r.folds), None)
-        return [_for_evaluation(_input_scaled(r.array, scale)) for r in records]
+        results = [_for_evaluation(_input_scaled(r.array, scale)) for r in records]
+        # Files that were read on the way: the weights (where the device array shares the file's
+        # memory, they were read again after ``_matrix``) and the journal's records.
+        for target, record in zip(group, records, strict=True):
+            for leaf in (target.leaf, *jax.tree.leaves(record.array)):
+                jaxcomp.io.safetensors.release(leaf)
+        return results
 
     def _recall(self, path: str, index: Index) -> Record | None:
         if self.journal is None:
@@ -282,9 +229,7 @@ class _Run:
 
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
-        layers = tuple(
-            _layer(t, self.graph.layouts[t.site.path], statistics) for t in group
-        )
+        layers = tuple(_layer(t, self.graph.layouts[t.site.path], statistics) for t in group)
         empty = statistics is not None and not bool(np.asarray(statistics.count).all())
         layers = self._steps(layers)
         targets = self._producers(program, group, layers)
@@ -331,7 +276,7 @@ class _Run:
             if target.kind != "rows":
                 continue
             for record in self.records.get(target.path, {}).values():
-                if not _rows_scale_exactly(record.array):
+                if not folding.rows_scale_exactly(record.array):
                     return None
         return targets
 
@@ -349,8 +294,10 @@ class _Run:
         if missing:
             path = missing[0]
             raise DataError(
-                f"{path} {tuple(self.graph.shapes[path].shape)}: the calibration data never reached it "
-                f"({len(self.records[path])} of {_positions(self.graph, path)} positions); give data that "
+                f"{path} {tuple(self.graph.shapes[path].shape)}: the calibration data never "
+                f"reached it "
+                f"({len(self.records[path])} of {_positions(self.graph, path)} positions); give "
+                f"data that "
                 "does, or exclude this path"
             )
 
@@ -365,12 +312,16 @@ class _Run:
                 axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
                 layer = Layer(path, _matrix(leaf, axes), original_dtype=leaf.dtype)
                 (layer,) = self._steps((layer,))
-                array = CompressedArray.from_matrix(_parts(layer, None), leaf.shape, leaf.dtype, *axes)
+                array = CompressedArray.from_matrix(
+                    _parts(layer, None), leaf.shape, leaf.dtype, *axes
+                )
                 for site in self.graph.sites_of(path):
                     check_activation_site(site, array)
                 metrics = {name: _plain(v) for name, v in layer.metrics.items()}
                 record = Record(array, [], metrics, time.perf_counter() - started)
                 record = self._keep(path, (), record)
+            for leaf in (self.leaves[path], *jax.tree.leaves(record.array)):
+                jaxcomp.io.safetensors.release(leaf)
             self.records[path][()] = record
             self.progress.advance(path)
 
@@ -390,15 +341,15 @@ class _Run:
             for index, record in sorted(records.items()):
                 for path, kind, axis, vector in record.folds:
                     if kind == "rows" and path in arrays:
-                        arrays[path] = _scale_rows(arrays[path], index, jnp.asarray(vector))
+                        arrays[path] = folding.scale_rows(arrays[path], index, jnp.asarray(vector))
                     elif kind == "rows":
                         leaf = folded.get(path, self.leaves[path])
-                        folded[path] = _scale_leaf_rows(
+                        folded[path] = folding.scale_leaf_rows(
                             leaf, self.graph.layouts[path], index, vector
                         )
                     else:
                         leaf = folded.get(path, self.leaves[path])
-                        folded[path] = _scale_vector(leaf, index, axis, vector)
+                        folded[path] = folding.scale_vector(leaf, index, axis, vector)
         return [arrays.get(path, folded.get(path, leaf)) for path, leaf in named]
 
     def _assembled(self, path: str) -> CompressedArray:
@@ -435,7 +386,9 @@ class _Run:
                     notes="; ".join(sorted(notes)),
                 )
             )
-        others = [leaf for path, leaf in after.items() if path not in self.plan and hasattr(leaf, "shape")]
+        others = [
+            leaf for path, leaf in after.items() if path not in self.plan and hasattr(leaf, "shape")
+        ]
         return Report(
             rows=tuple(rows),
             other_weights=sum(int(np.prod(leaf.shape)) for leaf in others),
@@ -502,9 +455,7 @@ def _for_evaluation(array: CompressedArray) -> Any:
     """Dense, once for all batches, unless the input is to be quantized at run time."""
     quantized = any(
         isinstance(p, formats.InputQuant)
-        for p in jax.tree.leaves(
-            array.parts, is_leaf=lambda p: isinstance(p, formats.InputQuant)
-        )
+        for p in jax.tree.leaves(array.parts, is_leaf=lambda p: isinstance(p, formats.InputQuant))
     )
     return array if quantized else _materialize(array)
 
@@ -518,88 +469,9 @@ def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> Compressed
 _materialize = jax.jit(lambda array: array.materialize())
 
 
-def _rows_scale_exactly(array: CompressedArray) -> bool:
-    """Whether multiplying rows rounds nothing but float32 values or scales."""
-    if len(array.parts) != 1:
-        return False
-    part = array.parts[0]
-    while isinstance(part, (formats.InputScale, formats.InputQuant)):
-        part = part.part
-    held = {formats.Affine: "scale", formats.Dense: "values"}.get(type(part))
-    return held is not None and getattr(part, held).dtype == jnp.float32
-
-
-def _scale_rows(array: CompressedArray, index: Index, vector: jax.Array) -> CompressedArray:
-    stack = array.stack
-    factor = jnp.ones((*stack, vector.shape[-1]), jnp.float32)
-    factor = factor.at[index[: len(stack)]].set(vector)
-    return array.replace(parts=tuple(p.scale_rows(factor) for p in array.parts))
-
-
-def _scale_leaf_rows(leaf: Any, layout: Layout, index: Index, vector: Any) -> np.ndarray:
-    leaf = np.array(leaf)
-    order = (*layout.stack_axes, *layout.out_axes, *layout.in_axes)
-    moved = leaf.transpose(order)
-    sizes = layout.sizes(layout.out_axes)
-    factor = np.asarray(vector, np.float64).reshape(sizes + (1,) * len(layout.in_axes))
-    moved[index] = (moved[index].astype(np.float64) * factor).astype(leaf.dtype)
-    return leaf
-
-
-def _scale_vector(leaf: Any, index: Index, axis: int, vector: Any) -> np.ndarray:
-    """A gain or bias times a vector, at one position of the loops; its loop axes lead."""
-    leaf = np.array(leaf)
-    shape = [1] * (leaf.ndim - len(index))
-    shape[axis - len(index)] = -1
-    factor = np.asarray(vector, np.float64).reshape(shape)
-    leaf[index] = (leaf[index].astype(np.float64) * factor).astype(leaf.dtype)
-    return leaf
-
-
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else float(value)
 
 
 def _journal_key(path: str, index: Index) -> str:
     return f"{path}[{','.join(map(str, index))}]"
-
-
-def fingerprints(recipe: Recipe, named: Sequence[tuple[str, Any]], batches: list[tuple]) -> dict:
-    """What a journal belongs to.
-
-    Args:
-      recipe: the recipe.
-      named: leaves of the model by name.
-      batches: calibration data.
-
-    Returns:
-      Hashes of recipe, model (names, shapes, and a sample of the bytes of each leaf) and data.
-    """
-    model, data = hashlib.sha256(), hashlib.sha256()
-    for path, leaf in named:
-        model.update(f"{path} {getattr(leaf, 'shape', leaf)} {getattr(leaf, 'dtype', '')}".encode())
-        if hasattr(leaf, "shape"):
-            flat = np.asarray(leaf).reshape(-1) if isinstance(leaf, jax.Array) else leaf
-            model.update(_sample(flat))
-    for batch in batches:
-        for value in jax.tree.leaves(batch):
-            value = np.asarray(value)
-            data.update(f"{value.shape} {value.dtype}".encode())
-            data.update(np.ascontiguousarray(value).view(np.uint8).tobytes())
-    return {
-        "recipe": recipe.fingerprint(),
-        "recipe_text": msgspec.json.encode(recipe).decode(),
-        "model": model.hexdigest(),
-        "data": data.hexdigest(),
-        "jax": jax.__version__,
-        "jaxcomp": jaxcomp.__version__,
-    }
-
-
-def _sample(leaf: Any, count: int = 4096) -> bytes:
-    """Up to ``count`` values spread over a leaf."""
-    size = int(np.prod(leaf.shape))
-    if not size:
-        return b""
-    picks = np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
-    return np.ascontiguousarray(leaf[np.unravel_index(picks, leaf.shape)]).tobytes()

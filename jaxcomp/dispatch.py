@@ -5,9 +5,11 @@ A site whose weight is compressed goes to an implementation:
 - "int8": the input's integer codes times the weight's, summed in int32, then scaled;
 - "fp8": the same with float8 values;
 - "parts": the input through each part in turn (a scale, a thin product, some dense columns);
+- "rows": of an embedding only the rows that are looked up;
 - "materialize": the weight made dense inside the computation, then the equation as it stands.
 
-Which one runs is decided from shapes and formats alone and can be asked for: ``dispatch(apply).report``.
+Which one runs is decided from shapes and formats alone and can be asked for:
+``dispatch(apply).report``.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp import formats
+from jaxcomp import formats, matmul
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
@@ -26,9 +28,9 @@ from jaxcomp.graph.interpret import as_array
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
+from jaxcomp.quantization.activation import dequantize_input, quantize_input
 
-IMPLEMENTATIONS = ("int8", "fp8", "parts", "materialize")
+IMPLEMENTATIONS = ("int8", "fp8", "parts", "rows", "materialize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Dispatched:
     def __init__(self, apply: Callable, implementation: str | None = None):
         if implementation not in (None, *IMPLEMENTATIONS):
             raise JaxcompError(
-                f"implementation {implementation!r} is unknown; use None for the best one, or one of "
+                f"implementation {implementation!r} is unknown; use None for the best one, or one "
+                f"of "
                 f"{', '.join(IMPLEMENTATIONS)}"
             )
         self.apply = apply
@@ -105,8 +108,8 @@ def dispatch(apply: Callable, implementation: str | None = None) -> Dispatched:
         to force it; forcing one that does not fit raises an error that says why.
 
     Returns:
-      A callable with the signature of ``apply`` that takes compressed and dense leaves alike, and can
-      be jitted, differentiated and mapped like ``apply``.
+      A callable with the signature of ``apply`` that takes compressed and dense leaves alike, and
+      can be jitted, differentiated and mapped like ``apply``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,9 +156,11 @@ class Dispatcher(Plain):
         if name == "materialize":
             return super().site(op, with_quantized_input(op, operands, leaf), leaf, state)
         site = op.site
-        x = operands[1 - site.operand]
         weight = picked(leaf, site)
-        y = matmul(to_tokens(op.eqn, site, x), weight, name)
+        if name == "rows":
+            return [looked_up(op, operands[1], weight)], state
+        x = operands[1 - site.operand]
+        y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name)
         return [from_tokens(op.eqn, site, y)], state
 
     def dense(self, path, view, leaf):
@@ -173,19 +178,6 @@ def picked(leaf: formats.CompressedArray, site: Site) -> formats.CompressedArray
     return leaf
 
 
-def wrappers(part: Any) -> tuple[list[Any], Any]:
-    """The input transforms around a part, outermost first, and the part itself."""
-    around = []
-    while isinstance(part, (formats.InputScale, formats.InputQuant)):
-        around.append(part)
-        part = part.part
-    return around, part
-
-
-def _quantizers(leaf: formats.CompressedArray) -> list[Any]:
-    return [w for p in leaf.parts for w in wrappers(p)[0] if isinstance(w, formats.InputQuant)]
-
-
 def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> tuple[str, str]:
     """Which implementation runs at a site.
 
@@ -201,7 +193,7 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
       JaxcompError: the forced one does not fit; the message says why.
     """
     site = op.site
-    reasons = {"materialize": "", "int8": "", "fp8": "", "parts": ""}
+    reasons = {"int8": "", "fp8": "", "parts": "", "rows": "", "materialize": ""}
     plain = site.kind == "dot_general" and not site.transposed
     if not plain:
         why = f"a {site.kind} takes a dense weight"
@@ -209,25 +201,32 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
             why = "the contraction runs over the outputs of the compressed matrix"
         for name in ("int8", "fp8", "parts"):
             reasons[name] = why
-    quantizers = _quantizers(leaf)
+    if site.kind != "gather":
+        reasons["rows"] = f"a {site.kind} reads the whole weight"
+    elif not _row_wise(op, leaf):
+        reasons["rows"] = "rows of this format or layout cannot be taken apart"
+    quantizers = matmul.quantizers(leaf)
     kinds = {q.spec.format for q in quantizers}
-    inner = [wrappers(p)[1] for p in leaf.parts]
+    inner = [matmul.wrappers(p)[1] for p in leaf.parts]
     if not quantizers:
-        reasons["int8"] = reasons["int8"] or "the input is not quantized (no activation in the recipe)"
+        reasons["int8"] = (
+            reasons["int8"] or "the input is not quantized (no activation in the recipe)"
+        )
         reasons["fp8"] = reasons["fp8"] or reasons["int8"]
     if kinds - {"int8", "int4"}:
         reasons["int8"] = reasons["int8"] or f"the input is quantized to {', '.join(sorted(kinds))}"
     if kinds - {"e4m3", "e5m2"}:
         reasons["fp8"] = reasons["fp8"] or f"the input is quantized to {', '.join(sorted(kinds))}"
-    if quantizers and not any(_integer(p) for p in inner):
+    if quantizers and not any(matmul.integer(p) for p in inner):
         reasons["int8"] = reasons["int8"] or "no part of the weight holds integers of up to 8 bits"
-    if quantizers and not any(_float8(p) for p in inner):
+    if quantizers and not any(matmul.float8(p) for p in inner):
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
             raise JaxcompError(
-                f"{site.path} {tuple(leaf.shape)}: implementation {forced!r} does not fit ({told}); "
+                f"{site.path} {tuple(leaf.shape)}: implementation {forced!r} does not fit "
+                f"({told}); "
                 "leave implementation out to let each site choose"
             )
         return forced, "asked for"
@@ -235,90 +234,69 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
         return "int8", "integer codes of input and weight, summed in int32"
     if not reasons["fp8"]:
         return "fp8", "float8 values of input and weight"
+    if not reasons["rows"]:
+        return "rows", "only the rows that are looked up are dequantized"
     split = len(leaf.parts) > 1 or quantizers
     if not reasons["parts"] and split:
         return "parts", "the input goes through each part"
+    if site.kind == "gather":
+        return "materialize", reasons["rows"]
     return "materialize", reasons["parts"] or "weight-only: dequantized where it is used"
 
 
-def _integer(part: Any) -> bool:
+def _row_wise(op: Op, leaf: formats.CompressedArray) -> bool:
+    """Whether a look-up's rows can be taken from the parts: a plain table ``(rows, features)``."""
+    site, numbers = op.site, op.eqn.params["dimension_numbers"]
+    view = site.view
+    plain = view.axes == tuple((f,) for f in _leaf_factors(view)) and len(view.axes) == 2
+    last = len(op.eqn.outvars[0].aval.shape) - 1
     return (
-        isinstance(part, formats.Affine) and part.bits <= 8 and part.group_index is None
+        plain
+        and numbers.start_index_map == (0,)
+        and numbers.offset_dims == (last,)
+        and not site.batch_axes
+        and not site.transposed
+        and all(matmul.rows(part, None) for part in leaf.parts)
     )
 
 
-def _float8(part: Any) -> bool:
-    return isinstance(part, formats.FloatPart) and part.kind in ("e4m3", "e5m2")
+def _leaf_factors(view: Any) -> list:
+    gone = {f.axis for f in view.loops} | {f.axis for f, _ in view.fixed}
+    whole = type(view).of(view.leaf_shape, view.dtype)
+    return [a[0] for i, a in enumerate(whole.axes) if i not in gone]
 
 
-def matmul(x: jax.Array, weight: formats.CompressedArray, implementation: str = "parts") -> jax.Array:
-    """Product of an input with a compressed weight, part by part.
+def looked_up(op: Op, indices: jax.Array, weight: formats.CompressedArray) -> jax.Array:
+    """The rows that a look-up asks for, dequantized; out of range as the equation's mode says.
 
     Args:
-      x: ``(*stack, tokens, in)``.
-      weight: with matrices ``(*stack, out, in)``.
-      implementation: "int8" or "fp8" multiply codes where a part has them; "parts" simulates.
+      op: a gather that ``_row_wise`` accepts.
+      indices: ``(.., 1)`` integers.
+      weight: table ``(rows, features)``.
 
     Returns:
-      ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
+      ``(.., features)`` in the dtype of the equation's result.
     """
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    x = x.astype(dtype)
-    total = None
-    for part in weight.parts:
-        y = _part_matmul(x, part, implementation)
-        total = y if total is None else total + y
-    return total
-
-
-def _part_matmul(x: jax.Array, part: Any, implementation: str) -> jax.Array:
-    if isinstance(part, formats.InputScale):
-        return _part_matmul(x * part.scale[..., None, :].astype(x.dtype), part.part, implementation)
-    if isinstance(part, formats.InputQuant):
-        return _quantized_part(x, part, implementation)
-    if isinstance(part, formats.LowRankPart):
-        inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
-        return jnp.matmul(inner, jnp.swapaxes(part.a, -1, -2).astype(x.dtype))
-    if isinstance(part, formats.DenseColumns):
-        columns = jnp.take_along_axis(x, part.indices[..., None, :].astype(jnp.int32), axis=-1, mode="clip")
-        return jnp.matmul(columns, jnp.swapaxes(part.values, -1, -2).astype(x.dtype))
-    return jnp.matmul(x, jnp.swapaxes(part.materialize(x.dtype), -1, -2))
-
-
-def _quantized_part(x: jax.Array, part: formats.InputQuant, implementation: str) -> jax.Array:
-    scale, zero = part.scale, part.zero_point
-    if scale is not None:
-        scale = scale[..., None, None]
-        zero = None if zero is None else zero[..., None, None]
-    codes, scale, zero = quantize_input(x, part.spec, scale, zero)
-    inner = part.part
-    codable = (implementation == "int8" and _integer(inner)) or (
-        implementation == "fp8" and _float8(inner)
-    )
-    if not codable:
-        return _part_matmul(dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation)
-    stack = codes.shape[:-2]
-    scale, zero = (
-        None if a is None else jnp.broadcast_to(a, (*stack, *a.shape[-2:])) for a in (scale, zero)
-    )
-    if _integer(inner):
-        weight = (inner.codes(), inner.scale, inner.zero_point)
-    else:
-        weight = (inner.values, inner.effective_scale(), None)
-    arguments = (codes, scale, zero, *weight)
-    product = quantized_matmul
-    for _ in stack:
-        product = jax.vmap(product, in_axes=tuple(None if a is None else 0 for a in arguments))
-    return product(*arguments)
+    params, aval = op.eqn.params, op.eqn.outvars[0].aval
+    index = indices[..., 0]
+    count = weight.parts[0].shape[-2]
+    inside = (index >= 0) & (index < count)
+    flat = jnp.clip(index, 0, count - 1).reshape(-1)
+    rows = weight.replace(parts=tuple(matmul.rows(part, flat) for part in weight.parts))
+    values = rows.matrix().reshape(*index.shape, -1).astype(aval.dtype)
+    if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        fill = params["fill_value"]
+        values = jnp.where(inside[..., None], values, jnp.nan if fill is None else fill)
+    return values.astype(aval.dtype)
 
 
 def with_quantized_input(op: Op, operands: Sequence[Any], leaf: formats.CompressedArray) -> list:
     """Operands of a site with the input quantized and dequantized, as its weight's parts ask for.
 
-    For sites that need the whole weight dense (convolutions, ragged products); ``check_activation_site``
-    says which quantizations those can have.
+    For sites that need the whole weight dense (convolutions, ragged products);
+    ``check_activation_site`` says which quantizations those can have.
     """
-    quantizers = _quantizers(leaf)
+    quantizers = matmul.quantizers(leaf)
     operands = list(operands)
     if not quantizers or not op.site.is_contraction:
         return operands
@@ -339,10 +317,10 @@ def check_activation_site(site: Site, leaf: formats.CompressedArray) -> None:
     Raises:
       JaxcompError: it cannot.
     """
-    quantizers = _quantizers(leaf)
+    quantizers = matmul.quantizers(leaf)
     if not quantizers or (site.kind == "dot_general" and not site.transposed):
         return
-    around = [w for part in leaf.parts for w in wrappers(part)[0]]
+    around = [w for part in leaf.parts for w in matmul.wrappers(part)[0]]
     spec, scale = quantizers[0].spec, quantizers[0].scale
     problem = None
     if len(around) > 1:

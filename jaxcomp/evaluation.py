@@ -120,9 +120,7 @@ def _sums(apply, other_apply, params, other_params, tokens, weights):
     return jnp.where(weights > 0, sums, 0)
 
 
-def perplexity(
-    apply: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]]
-) -> float:
+def perplexity(apply: Callable[..., Any], params: Any, batches: Iterable[tuple[Any, ...]]) -> float:
     """Perplexity of a causal language model.
 
     Args:

@@ -210,8 +210,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     _write(pathlib.Path(path), [data])
 
 
-def sync_folder(path: str | os.PathLike) -> None:
-    """Makes renames and new names in a folder survive a crash of the machine."""
+def sync(path: str | os.PathLike) -> None:
+    """Makes a file's contents, or a folder's names, survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -237,7 +237,7 @@ def _write(file: pathlib.Path, pieces: list[Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(file.parent)
+    sync(file.parent)
 
 
 def _read_record(
@@ -252,14 +252,15 @@ def _read_record(
         raise _damaged(file, "its checksum does not match its contents")
     if header["key"] != key:
         raise _damaged(file, f"it holds {header['key']!r}, not {key!r}")
-    arrays = {}
+    arrays, whole = {}, np.frombuffer(data, np.uint8)
     for entry in header["arrays"]:
         dtype = dtype_of(entry["dtype"])
         count = int(np.prod(entry["shape"], dtype=np.int64))
         if count == 0:
             arrays[entry["name"]] = np.zeros(entry["shape"], dtype)
             continue
-        array = np.frombuffer(data, np.uint8, count * dtype.itemsize, start + entry["offset"])
+        first = start + entry["offset"]
+        array = whole[first : first + count * dtype.itemsize]
         arrays[entry["name"]] = array.view(dtype).reshape(entry["shape"])
     return arrays, header["meta"]
 

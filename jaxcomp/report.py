@@ -17,8 +17,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
       shape: of the dense leaf.
       format: what it is stored as, for people.
       nbits: bits stored, scales and indices counted.
-      error: relative error of the layer's output, ‖x Wᵀ - x Ŵᵀ‖ / ‖x Wᵀ‖, where the algorithm knows
-      it.
+      error: relative error of the layer's output, ‖x Wᵀ - x Ŵᵀ‖ / ‖x Wᵀ‖, where the algorithm
+        knows it.
       seconds: time the algorithm took. Not written to checkpoints, which are to be the same bytes
         whenever they are made.
       notes: what a reader should know (a scale folded into a norm, an activation order, ..).

@@ -1,9 +1,9 @@
 """What an algorithm sees: one weight at a time, its statistics, and the steps of a recipe.
 
-A recipe is a tuple of steps. A step is a frozen config (``Step`` and its subclasses, one beside each
-algorithm); ``run(step, layers)`` is the algorithm, found by the step's type. The layers handed to it
-read the same input (an input group: q, k and v of an attention), so that a transform of the input can
-be shared among them. Nothing here knows a model or a graph.
+A recipe is a tuple of steps. A step is a frozen config (``Step`` and its subclasses, one beside
+each algorithm); ``run(step, layers)`` is the algorithm, found by the step's type. The layers
+handed to it read the same input (an input group: q, k and v of an attention), so that a transform
+of the input can be shared among them. Nothing here knows a model or a graph.
 """
 
 import dataclasses
@@ -16,7 +16,9 @@ import msgspec
 from jaxcomp.calibration import Statistics
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="algorithm"):
+class Step(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="algorithm"
+):
     """One algorithm of a recipe, with the weights it applies to.
 
     Attributes:
@@ -28,7 +30,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     exclude: tuple[str, ...] = ()
 
     def needs(self) -> frozenset[str]:
-        """Names of the ``Statistics`` fields the algorithm reads, of {hessian, absmax, absmean, sumsq, range}."""
+        """What the algorithm reads, out of {hessian, absmax, absmean, sumsq, range}."""
         return frozenset()
 
 
@@ -38,7 +40,8 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
       format: the element type, "int8", "int4", "e4m3" or "e5m2".
       granularity: one scale a token, or one for the whole tensor.
-      dynamic: scales computed at each call, or frozen from calibration (``granularity="tensor"`` only).
+      dynamic: scales computed at each call, or frozen from calibration (``granularity="tensor"``
+        only).
       symmetric: without a zero point, or (int only, static or dynamic) with one.
     """
 
@@ -58,11 +61,12 @@ class Layer:
         already changed it: multiplied by a smoothing scale, zeroed by a mask.
       statistics: of this layer's input, leaves with the same leading ``stack``; None when the
         recipe needs none. Already transformed by ``input_scale``.
-      mask: bool ``(*stack, out, in)``, True where a pruning step kept the weight. Later steps keep it.
-      input_scale: ``(*stack, in)``: the layer's input is to be multiplied by it (``weight`` has been
-        divided by it), the same for all layers of the group. None means one everywhere.
-      parts: the compressed weight so far as a tuple of format parts approximating ``weight`` (without
-        ``input_scale``), or None before any step made one.
+      mask: bool ``(*stack, out, in)``, True where a pruning step kept the weight. Later steps keep
+        it.
+      input_scale: ``(*stack, in)``: the layer's input is to be multiplied by it (``weight`` has
+        been divided by it), the same for all layers of the group. None means one everywhere.
+      parts: the compressed weight so far as a tuple of format parts approximating ``weight``
+        (without ``input_scale``), or None before any step made one.
       activation: how the input is to be quantized at run time, set with ``parts``.
       original_dtype: dtype of the dense leaf.
       metrics: numbers for the report (for instance {"error": relative output error}).

@@ -11,13 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
 from jaxcomp import calibration
-from jaxcomp.compress import _Run, make_plan
+from jaxcomp.compress import _Run
 from jaxcomp.dispatch import Dispatcher
 from jaxcomp.formats import NM, CompressedArray, InputScale, Int, to_matrix
 from jaxcomp.graph import Plain, interpret, trace
 from jaxcomp.graph.sequential import Many, Sequential, _Leaf
 from jaxcomp.graph.sites import to_tokens
 from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.plan import make_plan
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
 from jaxcomp.quantization import AWQ, GPTQ, RTN, SmoothQuant, gptq
 from jaxcomp.recipe import Recipe
@@ -160,25 +161,36 @@ def test_statistics_of_every_kind_of_site_give_the_output():
     """y = x Wᵀ in the canonical form, so tr(W H Wᵀ) is the energy of the output."""
     cases = {
         "heads": (
-            lambda p, x: jnp.einsum("tdh,hde->te", x, p["w"]), normal(2, 4, 6), normal(5, 4, 2),
+            lambda p, x: jnp.einsum("tdh,hde->te", x, p["w"]),
+            normal(2, 4, 6),
+            normal(5, 4, 2),
         ),
         "experts": (
-            lambda p, x: jnp.einsum("eti,eio->teo", x, p["w"]), normal(3, 8, 6), normal(3, 5, 8),
+            lambda p, x: jnp.einsum("eti,eio->teo", x, p["w"]),
+            normal(3, 8, 6),
+            normal(3, 5, 8),
         ),
         "convolution": (
             lambda p, x: jax.lax.conv_general_dilated(
-                x, p["w"], (2, 1), [(1, 0), (0, 2)], rhs_dilation=(1, 2),
+                x,
+                p["w"],
+                (2, 1),
+                [(1, 0), (0, 2)],
+                rhs_dilation=(1, 2),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             ),
-            normal(3, 2, 4, 6), normal(2, 7, 6, 4),
+            normal(3, 2, 4, 6),
+            normal(2, 7, 6, 4),
         ),
         "convolution, channels first": (
             lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME"),
-            normal(6, 4, 3, 2), normal(2, 4, 5, 6),
+            normal(6, 4, 3, 2),
+            normal(2, 4, 5, 6),
         ),
         "ragged": (
             lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 0, 3])),
-            normal(3, 8, 6), normal(5, 8),
+            normal(3, 8, 6),
+            normal(5, 8),
         ),
     }
     for name, (apply, w, x) in cases.items():
@@ -243,7 +255,9 @@ def test_branches_loops_and_shared_weights():
     def apply(p, x):
         x = jax.lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x @ p["v"], x)
         x = jax.lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ p["w"]), x)
-        return jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ p["v"]), (0, x))[1]
+        return jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ p["v"]), (0, x))[
+            1
+        ]
 
     data = [(jnp.abs(x),) for (x,) in inputs(1)] + [(-jnp.abs(x),) for (x,) in inputs(1)]
     result = jc.compress(apply, params, Recipe(steps=(GPTQ(format=INT4),)), data)
@@ -254,7 +268,9 @@ def test_branches_loops_and_shared_weights():
     np.testing.assert_allclose(result.params["w"].materialize(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("specs", [(P("a", "b"), P("b", None)), (P("a"), P(None, "b")), (P("a"), P())])
+@pytest.mark.parametrize(
+    "specs", [(P("a", "b"), P("b", None)), (P("a"), P(None, "b")), (P("a"), P())]
+)
 def test_inside_shard_map(specs):
     """Statistics are summed over the devices: the same result as without the shard_map."""
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -424,7 +440,9 @@ def test_a_vector_named_outright():
     params = {**MLP, "gain": jnp.ones(16)}
     apply = lambda p, x: mlp(p, x * p["gain"])  # noqa: E731
     with pytest.raises(jc.RecipeError, match=r"gain \(16,\): named by the recipe"):
-        jc.compress(apply, params, Recipe(steps=(RTN(format=INT4, include=("gain", "a")),)), inputs(1))
+        jc.compress(
+            apply, params, Recipe(steps=(RTN(format=INT4, include=("gain", "a")),)), inputs(1)
+        )
 
 
 def test_grouped_convolution_needs_a_data_free_algorithm():

@@ -142,6 +142,23 @@ def test_experts_with_quantized_inputs():
         np.testing.assert_allclose(got[:, e], jc.dispatch(one)(alone, x[e]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fmt", [Int(4, group_size=8), Int(8, symmetric=False), Float("mxfp4")])
+def test_look_ups_dequantize_only_their_rows(fmt):
+    params, ids = {"w": normal(10, 32)}, jnp.array([[0, 9], [3, -1], [10, 99]])
+
+    def apply(p, i):
+        return p["w"][i], jnp.take(p["w"], i, axis=0), p["w"].at[i].get(mode="clip")
+
+    compressed = rtn(apply, params, ids, fmt=fmt, include=("re:.+",))
+    fast = jc.dispatch(apply)
+    assert {c.implementation for c in fast.report(compressed, ids)} == {"rows"}
+    expected = apply(jc.materialize(compressed), ids)
+    for a, b in zip(expected, fast(compressed, ids), strict=True):
+        np.testing.assert_array_equal(a, b)
+    text = str(jax.make_jaxpr(fast)(compressed, ids))
+    assert "f32[10,32]" not in text  # the table is never dense
+
+
 def test_gradient_to_the_input():
     apply = lambda p, x: jnp.tanh(x @ p["w"]).sum()  # noqa: E731
     params, x = {"w": normal(16, 8)}, normal(4, 16, seed=1)
@@ -212,7 +229,7 @@ def test_forcing_an_implementation():
     np.testing.assert_allclose(*got, rtol=1e-5, atol=1e-5)
     with pytest.raises(jc.JaxcompError, match=r"'fp8' does not fit .*quantized to int8"):
         jc.dispatch(apply, "fp8")(compressed, x)
-    with pytest.raises(jc.JaxcompError, match="int8, fp8, parts, materialize"):
+    with pytest.raises(jc.JaxcompError, match="int8, fp8, parts, rows, materialize"):
         jc.dispatch(apply, "triton")
 
 

@@ -1,7 +1,7 @@
 """Cases in which other libraries are wrong or fail, silently or late: here each must be right.
 
-Process-wide interception of matmuls is defeated by JAX's own cache of jitted helpers (``x @ w`` is one);
-tracer types fall back silently under remat and sharding. A jaxpr knows better.
+Process-wide interception of matmuls is defeated by JAX's own cache of jitted helpers (``x @ w`` is
+one); tracer types fall back silently under remat and sharding. A jaxpr knows better.
 """
 
 import flax.linen as nn
@@ -89,9 +89,7 @@ def test_two_layers_of_one_shape_under_two_rules(multiply):
 
     params = {k: normal(16, 16, seed=i) for i, k in enumerate("abc")}
     x = normal(4, 16)
-    both = Recipe(
-        steps=(RTN(format=Int(4), include=("a",)), RTN(format=Int(8), include=("b",)))
-    )
+    both = Recipe(steps=(RTN(format=Int(4), include=("a",)), RTN(format=Int(8), include=("b",))))
     compressed = jc.compress(apply, params, both, [(x,)]).params
     assert [compressed[k].parts[0].bits for k in "ab"] == [4, 8]
     assert compressed["c"] is params["c"]
@@ -111,7 +109,9 @@ def test_linen_scan(fmt, remat):
         @nn.compact
         def __call__(self, x):
             block = nn.remat(Block) if remat else Block
-            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            stack = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
             return stack()(x, None)[0]
 
     module, x = Model(), normal(4, 16)
@@ -158,7 +158,10 @@ def test_output_projection_with_groups_over_several_heads():
     assert compressed["out"]["kernel"].parts[0].group_size == 32 > 32 // 4
     assert compressed["query"]["kernel"].shape == (32, 4, 8)
     np.testing.assert_allclose(
-        jc.dispatch(apply)(compressed, x), apply(jc.materialize(compressed), x), rtol=1e-4, atol=1e-5
+        jc.dispatch(apply)(compressed, x),
+        apply(jc.materialize(compressed), x),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -251,5 +254,8 @@ def test_nnx_scanned_layers_with_remat():
     (choice,) = jc.dispatch(apply).report(compressed, x)
     assert choice.path == "blocks/linear/kernel"
     np.testing.assert_allclose(
-        jc.dispatch(apply)(compressed, x), apply(jc.materialize(compressed), x), rtol=1e-5, atol=1e-5
+        jc.dispatch(apply)(compressed, x),
+        apply(jc.materialize(compressed), x),
+        rtol=1e-5,
+        atol=1e-5,
     )

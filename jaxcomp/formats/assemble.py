@@ -44,7 +44,8 @@ def stack_arrays(arrays: Sequence[CompressedArray]) -> CompressedArray:
         if len({leaf.shape for leaf in leaves}) > 1:
             raise JaxcompError(
                 f"layers of one stacked weight hold parts of different shapes "
-                f"{sorted({leaf.shape for leaf in leaves})}; use a pattern with equal counts a layer"
+                f"{sorted({leaf.shape for leaf in leaves})}; use a pattern with equal counts a "
+                f"layer"
             )
         host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
         return np.stack(leaves) if host else jnp.stack([jnp.asarray(v) for v in leaves])

@@ -1,7 +1,8 @@
 """The only place that knows how jaxprs differ between JAX versions.
 
-JAX 0.10 wraps sub-jaxprs in ``ClosedJaxpr`` and describes a scan by ``num_consts`` and ``num_carry``;
-0.12 has one ``Jaxpr`` class that carries its constants, and describes a scan by trees.
+JAX 0.10 wraps sub-jaxprs in ``ClosedJaxpr`` and describes a scan by ``num_consts`` and
+``num_carry``; 0.12 has one ``Jaxpr`` class that carries its constants, and describes a scan by
+trees.
 """
 
 import contextlib

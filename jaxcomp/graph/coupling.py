@@ -1,8 +1,8 @@
-"""Which parameters produce a layer's input linearly, so that a scale of its channels can move there.
+"""Which parameters make a layer's input linearly, so that a scale of its channels can move there.
 
-A smoothing scale multiplies the input of some layers, channel by channel. Where that input is made by a
-norm's gain, or by the rows of a preceding linear layer, and nobody else reads it, those parameters can
-be multiplied instead and the input needs no transform when the model runs.
+A smoothing scale multiplies the input of some layers, channel by channel. Where that input is made
+by a norm's gain, or by the rows of a preceding linear layer, and nobody else reads it, those
+parameters can be multiplied instead and the input needs no transform when the model runs.
 """
 
 import dataclasses
@@ -77,7 +77,9 @@ class _Walk:
 
     def value(self, i: int, axis: int, allowed: list[Op]) -> list[Target] | None:
         """Targets that scale axis ``axis`` of a value whose only readers are ``allowed``."""
-        if i in self.program.outputs or i in self.program.inputs and i not in self.program.weights:
+        if i in self.program.outputs or (
+            i in self.program.inputs and i not in self.program.weights
+        ):
             return None
         if any(all(op is not a for a in allowed) for op in self.readers.get(i, ())):
             return None
@@ -94,7 +96,11 @@ class _Walk:
 
     def bind(self, op: Op, axis: int) -> list[Target] | None:
         """Through one equation."""
-        name, params, shapes = op.eqn.primitive.name, op.eqn.params, [v.aval.shape for v in op.eqn.invars]
+        name, params, shapes = (
+            op.eqn.primitive.name,
+            op.eqn.params,
+            [v.aval.shape for v in op.eqn.invars],
+        )
         out = op.eqn.outvars[0].aval.shape
 
         def operand(k):
@@ -147,7 +153,9 @@ class _Walk:
         factors = view.axes[axis]
         if path not in self.single_use or not _whole(view, factors):
             return None
-        if view.fixed or view.shape != tuple(self.size if a == axis else 1 for a in range(len(view.axes))):
+        if view.fixed or view.shape != tuple(
+            self.size if a == axis else 1 for a in range(len(view.axes))
+        ):
             return None
         return [Target(i, path, "vector", factors[0].axis)]
 

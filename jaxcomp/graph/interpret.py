@@ -1,8 +1,8 @@
 """The interpreter: evaluates a graph with a handler for each site, state in and out.
 
-A handler decides what happens at a site and may keep state there: a pytree a site, stacked along the
-scans that enclose it. Loops and conditionals are emitted again through JAX's public functions, so the
-result can be jitted, differentiated, mapped and sharded like any function.
+A handler decides what happens at a site and may keep state there: a pytree a site, stacked along
+the scans that enclose it. Loops and conditionals are emitted again through JAX's public functions,
+so the result can be jitted, differentiated, mapped and sharded like any function.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,7 @@ State = dict[str, Any]
 class Handler(Protocol):
     """What to do with weights."""
 
-    def site(
-        self, op: Op, operands: Sequence[Any], leaf: Any, state: Any
-    ) -> tuple[list[Any], Any]:
+    def site(self, op: Op, operands: Sequence[Any], leaf: Any, state: Any) -> tuple[list[Any], Any]:
         """Evaluates a site.
 
         Args:
@@ -95,9 +93,7 @@ def interpret(
         elif op.kind == "view":
             results = [env[op.inputs[0]]]
         elif op.kind == "site":
-            operands = [
-                None if j == op.site.operand else read(i) for j, i in enumerate(op.inputs)
-            ]
+            operands = [None if j == op.site.operand else read(i) for j, i in enumerate(op.inputs)]
             at = op.site.operand
             leaf = _compat.varying_like(env[op.inputs[at]], op.eqn.invars[at].aval)
             results, after = handler.site(op, operands, leaf, new_state.get(op.site.id))

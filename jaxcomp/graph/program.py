@@ -1,8 +1,8 @@
 """A jaxpr rewritten so that weights keep their names: what the interpreter and the passes walk.
 
-``build`` follows every weight from its leaf through views, calls and loops to the equations that use
-it. Calls and loops that hold a site become operations with bodies; whatever holds none stays one opaque
-equation, so that its custom derivative and remat policy survive.
+``build`` follows every weight from its leaf through views, calls and loops to the equations that
+use it. Calls and loops that hold a site become operations with bodies; whatever holds none stays
+one opaque equation, so that its custom derivative and remat policy survive.
 """
 
 import dataclasses
@@ -247,7 +247,7 @@ class Builder:
         return outputs
 
     def discard(self, first) -> None:
-        """Forgets what a tentative build found, but for weights that arithmetic led to a contraction."""
+        """Forgets a tentative build, but for weights that arithmetic led to a contraction."""
         del self.sites[first[0] :]
         kept = [o for o in self.other[first[1] :] if o.contracted]
         self.other[first[1] :] = kept

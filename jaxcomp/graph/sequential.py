@@ -1,14 +1,13 @@
 """The sequential pass: one forward pass on calibration data that compresses each weight on its way.
 
-The program is evaluated operation by operation on all batches at once. When it reaches a site, its true
-input, made by predecessors that are already compressed, is at hand: statistics of it are gathered, the
-weights of the input group are compressed, and evaluation goes on with the result. Loops are unrolled,
-branches and loop bounds are followed as they turn out. Equations between sites are compiled together,
-once for all layers that look the same.
+The program is evaluated operation by operation on all batches at once. When it reaches a site, its
+true input, made by predecessors that are already compressed, is at hand: statistics of it are
+gathered, the weights of the input group are compressed, and evaluation goes on with the result.
+Loops are unrolled, branches and loop bounds are followed as they turn out. Equations between sites
+are compiled together, once for all layers that look the same.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -119,9 +118,7 @@ class Sequential:
             if op.kind == "view":
                 env[op.outputs[0]] = env[op.inputs[0]]
                 continue
-            if op.kind == "bind" or (
-                op.kind == "site" and self.compressor.needs(op.site) is None
-            ):
+            if op.kind == "bind" or (op.kind == "site" and self.compressor.needs(op.site) is None):
                 self.contractions += op.kind == "site"
                 pending.append(op)
                 continue
@@ -224,7 +221,7 @@ class Sequential:
             self.done[key] = None
 
     def applied(self, op: Op) -> Callable:
-        """A jitted function that evaluates a site on a leaf from which its loops are sliced away."""
+        """A jitted function that evaluates a site on a leaf without its loop axes."""
         site = op.site
         bare = dataclasses.replace(site, view=_without_fixed(site.view))
         layout = (bare.view, site.layout, site.operand, site.transposed)
@@ -232,7 +229,9 @@ class Sequential:
         key = (text, layout, tuple(str(v.aval) for v in op.eqn.invars)) if text else None
         if key is None or key not in self.cache:
             plain = dataclasses.replace(op, site=bare)
-            function = jax.jit(lambda operands, leaf: self.handler.site(plain, operands, leaf, None)[0])
+            function = jax.jit(
+                lambda operands, leaf: self.handler.site(plain, operands, leaf, None)[0]
+            )
             if key is None:
                 return function
             self.cache[key] = function
@@ -255,7 +254,8 @@ class Sequential:
             targets.append(Target(other, key[1], _fixed(other.site, root.value)))
         if not targets:
             raise JaxcompError(
-                f"{op.site.path}: its first use contracts the outputs of its later uses, so its input is "
+                f"{op.site.path}: its first use contracts the outputs of its later uses, so its "
+                f"input is "
                 "not known when it is reached; exclude this path"
             )
         needs = frozenset().union(*(self.compressor.needs(t.site) for t in targets))
@@ -269,7 +269,8 @@ class Sequential:
         site = op.site
         if is_grouped(op.eqn):
             raise JaxcompError(
-                f"{site.path} {site.layout.leaf_shape}: a grouped convolution has no single input to "
+                f"{site.path} {site.layout.leaf_shape}: a grouped convolution has no single input "
+                f"to "
                 "calibrate on; use an algorithm without calibration for it (rtn, magnitude), or "
                 "exclude this path"
             )
@@ -285,7 +286,8 @@ class Sequential:
         for name, value in state._asdict().items():
             if value is not None and np.isnan(np.asarray(value)).any():
                 raise DataError(
-                    f"{site.path}: the {name} of its input is NaN on the calibration data: the model "
+                    f"{site.path}: the {name} of its input is NaN on the calibration data: the "
+                    f"model "
                     "makes NaN before this layer; check the weights, the dtype (float16 overflows) "
                     "and the data"
                 )
@@ -322,12 +324,15 @@ class Sequential:
         count = len(active)
         inputs = dict(zip(body.inputs, op.inputs, strict=True))
         roots = _roots(body)
-        sites = [o for o in body.ops if o.kind == "site" and self.compressor.needs(o.site) is not None]
+        sites = [
+            o for o in body.ops if o.kind == "site" and self.compressor.needs(o.site) is not None
+        ]
         direct = {o.site.id for o in body.ops if o.kind == "site"}
         for site in body.sites:
             if site.id not in direct and self.compressor.needs(site) is not None:
                 raise JaxcompError(
-                    f"{site.path}: used by a loop inside a shard_map, which calibration cannot look "
+                    f"{site.path}: used by a loop inside a shard_map, which calibration cannot "
+                    f"look "
                     "into; put the shard_map inside the loop, or exclude this path"
                 )
         values = [
@@ -428,7 +433,9 @@ class Sequential:
         consts, start = values[:n_body], values[n_body:]
         kept = kept[n_body:]
         # The loop may end at another time for each batch, so from here on each has its own carry.
-        carry = [v if keep else _spread(v, len(active)) for v, keep in zip(start, kept, strict=True)]
+        carry = [
+            v if keep else _spread(v, len(active)) for v, keep in zip(start, kept, strict=True)
+        ]
         dense = [
             self.handler.dense(*program.weights[i], v.value) if keep else None
             for i, v, keep in zip(inputs[n_body:], carry, kept, strict=True)

@@ -100,7 +100,8 @@ class _Gather(Plain):
         if site.id in self.state:
             if site.kind != "dot_general":
                 raise JaxcompError(
-                    f"{site.path}: a {site.kind} inside a shard_map cannot be calibrated; use a recipe "
+                    f"{site.path}: a {site.kind} inside a shard_map cannot be calibrated; use a "
+                    f"recipe "
                     "without calibration for it, or exclude this path"
                 )
             x = to_tokens(op.eqn, site, operands[1 - site.operand])
@@ -121,7 +122,8 @@ def _whole(site: Site, x: jax.Array, spec: Any) -> jax.Array:
     spec = tuple(spec) + (None,) * (len(site.layout.leaf_shape) - len(spec))
     if any(spec[a] is not None for a in site.layout.stack_axes):
         raise JaxcompError(
-            f"{site.path}: its stack axes are sharded inside a shard_map and cannot be calibrated there; "
+            f"{site.path}: its stack axes are sharded inside a shard_map and cannot be calibrated "
+            f"there; "
             "use a recipe without calibration for it, or exclude this path"
         )
     split = [a for a in site.layout.in_axes if spec[a] is not None]
@@ -129,7 +131,8 @@ def _whole(site: Site, x: jax.Array, spec: Any) -> jax.Array:
         return x
     if len(site.layout.in_axes) > 1 and split != [site.layout.in_axes[0]]:
         raise JaxcompError(
-            f"{site.path}: only the first of several contracted axes may be sharded inside a shard_map "
+            f"{site.path}: only the first of several contracted axes may be sharded inside a "
+            f"shard_map "
             f"for calibration, got {spec}; exclude this path"
         )
     return jax.lax.all_gather(x, spec[split[0]], axis=x.ndim - 1, tiled=True)

@@ -152,7 +152,9 @@ def roles(eqn: Any, operand: int, view: View) -> tuple[str, Roles] | None:
             return None
         row = numbers.start_index_map[0]
         full = all(
-            size == n for i, (size, n) in enumerate(zip(params["slice_sizes"], view.shape, strict=True)) if i != row
+            size == n
+            for i, (size, n) in enumerate(zip(params["slice_sizes"], view.shape, strict=True))
+            if i != row
         )
         if not full or params["slice_sizes"][row] != 1 or numbers.collapsed_slice_dims != (row,):
             return None
@@ -239,7 +241,7 @@ def from_tokens(eqn: Any, site: Site, y: jax.Array) -> jax.Array:
       An array of the shape and dtype of the equation's result.
     """
     _, r = roles(eqn, site.operand, site.view)
-    b, rest, _ = _dot_axes(eqn, site)
+    _, rest, _ = _dot_axes(eqn, site)
     x_aval = eqn.invars[1 - site.operand].aval
     batch, outer = _factors(site.view, r.batch), _factors(site.view, r.rest)
     sorted_batch, sorted_outer = _sorted(batch), _sorted(outer)

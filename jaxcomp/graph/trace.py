@@ -1,7 +1,7 @@
 """``trace``: a model function written down as a graph whose weights know their names."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,8 +42,10 @@ class Graph:
     def __str__(self) -> str:
         rows = [("path", "kind", "stack", "out", "in", "group", "uses")]
         rows += [
-            (s.path, s.kind, "x".join(map(str, s.stack)) or "-", str(s.out_size), str(s.in_size))
-            + (str(s.input_group), str(s.uses))
+            (
+                *(s.path, s.kind, "x".join(map(str, s.stack)) or "-"),
+                *map(str, (s.out_size, s.in_size, s.input_group, s.uses)),
+            )
             for s in self.sites
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
@@ -79,7 +81,11 @@ def abstract(value: Any) -> Any:
 
 
 def trace(
-    apply: Callable, params: Any, *inputs: Any, select: Callable[[Any], bool] = is_array, **kwargs: Any
+    apply: Callable,
+    params: Any,
+    *inputs: Any,
+    select: Callable[[Any], bool] = is_array,
+    **kwargs: Any,
 ) -> Graph:
     r"""Traces ``apply(params, *inputs)`` from shapes alone and follows every weight to its uses.
 
@@ -87,7 +93,8 @@ def trace(
       apply: a pure function of a parameter tree and inputs.
       params: pytree of arrays, ``jax.ShapeDtypeStruct``\ s or compressed arrays. Only shapes and
         dtypes are read: a 70B model needs no 70B memory.
-      *inputs: further positional arguments, arrays or shapes; Python scalars and None are constants.
+      *inputs: further positional arguments, arrays or shapes; Python scalars and None are
+        constants.
       select: which leaves of ``params`` are followed; the others are ordinary values.
       **kwargs: keyword arguments of ``apply``.
 

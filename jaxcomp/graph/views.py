@@ -1,9 +1,9 @@
 """How a weight is seen after transposes, reshapes, casts and loops: exact bookkeeping of its axes.
 
 A view is a rearrangement of a leaf of the parameter tree. Each axis of the view is a product of
-factors, and a factor is a part of one axis of the leaf: an axis of 768 seen as (12, 64) is the factors
-(stride 64, size 12) and (stride 1, size 64). So any chain of reshapes and transposes that only moves
-axes about can be followed, and undone.
+factors, and a factor is a part of one axis of the leaf: an axis of 768 seen as (12, 64) is the
+factors (stride 64, size 12) and (stride 1, size 64). So any chain of reshapes and transposes that
+only moves axes about can be followed, and undone.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ class View:
       leaf_shape: shape of the whole leaf.
       axes: for each axis of the view its factors, slowest first. An axis of size one may have none.
       dtype: dtype of the view.
-      loops: factors over which enclosing scans iterate, outermost first. They are no axes of the view.
+      loops: factors over which enclosing scans iterate, outermost first. They are no axes of the
+        view.
       fixed: factors of which the view is one slice, with the index.
     """
 
@@ -123,7 +124,7 @@ class View:
         return self.replace(axes=axes, fixed=(*self.fixed, (factor, index)))
 
     def enter_loop(self) -> "View | None":
-        """The view inside a scan over its first axis; that axis must be a whole axis of the leaf."""
+        """The view inside a scan over its first axis, a whole axis of the leaf; else None."""
         first = self.axes[0]
         if len(first) != 1 or first[0].stride != 1:
             return None
@@ -132,7 +133,7 @@ class View:
         return self.replace(axes=self.axes[1:], loops=(*self.loops, first[0]))
 
     def loop_axis(self) -> int:
-        """Where the loop's axis (the last entered) lies in a leaf sliced by the outer loops only."""
+        """Where the axis of the last loop lies in a leaf that the outer loops have sliced."""
         *outer, last = (f.axis for f in self.loops)
         return last - sum(a < last for a in outer)
 
@@ -152,10 +153,9 @@ class View:
         refined += [f for f, _ in self.fixed]
         present = {f.axis for f in refined}
         shape, order = [], []
-        for axis, size in enumerate(self.leaf_shape):
-            if axis in gone:
-                continue
-            if axis not in present:  # an axis of size one that a reshape dropped
+        for axis in range(len(self.leaf_shape)):
+            # What is neither is an axis of size one that a reshape dropped.
+            if axis in gone or axis not in present:
                 continue
             factors = sorted((f for f in refined if f.axis == axis), key=lambda f: -f.stride)
             shape += [f.size for f in factors]

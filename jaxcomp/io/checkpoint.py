@@ -2,10 +2,9 @@
 
 Layout of a folder that ``save`` writes:
 
-    jaxcomp.json       format version, structure of the tree, recipe, report, checksums of all
-    arrays arrays/00000/..    orbax PyTree checkpoints (zarr), each of about 256 MB at most, so that
-    saving
-                       memory-mapped results takes no more memory than that
+    jaxcomp.json       format version, structure of the tree, recipe, report, checksums of all files
+    arrays/00000/..    orbax PyTree checkpoints (zarr) of about 32 MB, so that saving memory-mapped
+                       results takes little memory
     ...                further files given to ``save``: a model's configuration, its tokenizer
 
 Equal results give equal bytes: no times are stored. The folder appears whole, under a temporary
@@ -29,13 +28,13 @@ import numpy as np
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed, serialize
-from jaxcomp.journal import dtype_of, sync_folder, write_atomically
+from jaxcomp.journal import dtype_of, sync, write_atomically
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
 
 FORMAT_VERSION = 1
 METADATA = "jaxcomp.json"
-_SHARD_BYTES = 256 * 10**6
+_SHARD_BYTES = 32 * 10**6
 # Dtypes that orbax stores as they are; any other is stored as the unsigned integers of its bytes.
 _STORED = frozenset(
     "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 "
@@ -114,10 +113,13 @@ def save(
             "metadata": dict(metadata or {}),
         }
         write_atomically(temporary / METADATA, json.dumps(plain, indent=1, sort_keys=True).encode())
+        for folder, _, names in os.walk(temporary):
+            for name in names:  # Whoever deletes a journal now relies on these files.
+                sync(os.path.join(folder, name))
         if path.exists():  # Checked above: empty, or a checkpoint that may be replaced.
             shutil.rmtree(path)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _unwritable(path, error, shards.nbytes) from error
@@ -163,8 +165,8 @@ def load(path: str | os.PathLike) -> Saved:
       The parameters, report, recipe and metadata.
 
     Raises:
-      CheckpointError: no checkpoint, a newer version's, or a damaged one; the message names the
-      array.
+      CheckpointError: no checkpoint, a newer version's, or a damaged one; the message names
+        the array.
     """
     path = pathlib.Path(path)
     plain = read_metadata(path)

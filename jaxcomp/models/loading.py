@@ -99,9 +99,7 @@ def load(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Mo
     return dataclasses.replace(model, params=_nest(values))
 
 
-def load_architecture(
-    folder: str | os.PathLike, scan: bool = False, dtype: Any = None
-) -> Model:
+def load_architecture(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Model:
     """The model of a folder without its weights: only ``config.json`` and the tokenizer are read.
 
     Args:
@@ -345,4 +343,3 @@ def _tokenizer(folder):
     from jaxcomp import data
 
     return data.load_tokenizer(folder)
-

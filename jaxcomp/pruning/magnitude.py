@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.pruning import masks
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.step import Layer, Step, run
 
 SCOPES = ("tensor", "row")
@@ -114,8 +114,8 @@ def magnitude(
     Source: https://arxiv.org/abs/1506.02626.
     """
     nm = masks.check_target(sparsity, n, m, w.shape[-1])
-    common.check_choice("scope", scope, SCOPES)
-    common.check_weight(w)
+    checks.check_choice("scope", scope, SCOPES)
+    checks.check_weight(w)
     _, _, parts = prune(w, w, sparsity, nm, scope)
     return common.compressed(parts, w)
 
@@ -126,8 +126,8 @@ def _(step: Magnitude, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     for layer in layers:
         w = layer.weight
         nm = masks.check_target(step.sparsity, step.n, step.m, w.shape[-1], layer.path)
-        common.check_choice("scope", step.scope, SCOPES, layer.path)
-        common.check_weight(w, layer.path)
+        checks.check_choice("scope", step.scope, SCOPES, layer.path)
+        checks.check_weight(w, layer.path)
         mask, weight, parts = prune(w, w, step.sparsity, nm, step.scope, layer.mask)
         results.append(common.pruned(layer, mask, weight, parts))
     return tuple(results)

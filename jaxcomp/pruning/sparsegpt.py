@@ -30,7 +30,7 @@ from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
 from jaxcomp.pruning import masks
-from jaxcomp.quantization import common, obs
+from jaxcomp.quantization import checks, common, obs
 from jaxcomp.step import Layer, Step, run
 
 
@@ -158,11 +158,11 @@ def _solve(w, h, allowed, path, options, report, known=None):
     nm = masks.check_target(options["sparsity"], n, m, w.shape[-1], path)
     fmt = options["fmt"]
     if fmt is not None:
-        common.check_format(fmt, w, np.broadcast_to(True, w.shape), nm, path)
-    common.check_choice("clipping", options["clipping"], common.CLIPPINGS, path)
-    common.check_damping(damping, options["block_size"], path)
-    common.check_weight(w, path)
-    common.check_hessian(h, w, path)
+        checks.check_format(fmt, w, np.broadcast_to(True, w.shape), nm, path)
+    checks.check_choice("clipping", options["clipping"], checks.CLIPPINGS, path)
+    checks.check_damping(damping, options["block_size"], path)
+    checks.check_weight(w, path)
+    checks.check_hessian(h, w, path)
     options |= {"nm": nm, "report": report}
     if nm is not None and common.splits_rows(w, h, fmt):
         if known is None:
@@ -250,7 +250,7 @@ def _(step: SparseGPT, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     results = []
     hessian = factor = None
     for layer in layers:
-        common.check_statistics(layer, "hessian")
+        checks.check_statistics(layer, "hessian")
         if layer.statistics.hessian is not hessian:
             hessian, factor = layer.statistics.hessian, None
         parts, result, error, factor = _solve(

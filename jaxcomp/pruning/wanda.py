@@ -18,7 +18,7 @@ from jaxcomp.errors import JaxcompError
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.pruning import masks
 from jaxcomp.pruning.magnitude import prune
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.step import Layer, Step, run
 
 
@@ -76,13 +76,13 @@ def wanda(
     Source: https://arxiv.org/abs/2306.11695, equation 1.
     """
     nm = masks.check_target(sparsity, n, m, w.shape[-1])
-    common.check_weight(w)
+    checks.check_weight(w)
     if tuple(x_norm.shape) not in ((w.shape[-1],), (*w.shape[:-2], w.shape[-1])):
         raise JaxcompError(
             f"a weight {tuple(w.shape)} needs norms ({w.shape[-1]},) of its input, got "
             f"{tuple(x_norm.shape)}"
         )
-    common.check_finite(x_norm, "the norms of the inputs")
+    checks.check_finite(x_norm, "the norms of the inputs")
     _, _, parts = prune(w, _scores(w, jnp.asarray(x_norm)), sparsity, nm, "row")
     return common.compressed(parts, w)
 
@@ -93,8 +93,8 @@ def _(step: Wanda, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     for layer in layers:
         w = layer.weight
         nm = masks.check_target(step.sparsity, step.n, step.m, w.shape[-1], layer.path)
-        common.check_weight(w, layer.path)
-        common.check_statistics(layer, "sumsq")
+        checks.check_weight(w, layer.path)
+        checks.check_statistics(layer, "sumsq")
         scores = _scores(w, jnp.sqrt(layer.statistics.sumsq))
         mask, weight, parts = prune(w, scores, step.sparsity, nm, "row", layer.mask)
         results.append(common.pruned(layer, mask, weight, parts))

@@ -28,7 +28,7 @@ from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element
 from jaxcomp.formats.transforms import InputScale
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.step import Activation, Layer, Step, run
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -185,10 +185,10 @@ def _awq(
 def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, report):
     fmt = step.format
     for w, h, mask, nm, path in zip(weights, hessians, masks, patterns, paths, strict=True):
-        common.check_format(fmt, w, mask, nm, path)
-        common.check_choice("clipping", step.clipping, common.CLIPPINGS, path)
-        common.check_weight(w, path)
-        common.check_hessian(h, w, path)
+        checks.check_format(fmt, w, mask, nm, path)
+        checks.check_choice("clipping", step.clipping, checks.CLIPPINGS, path)
+        checks.check_weight(w, path)
+        checks.check_hessian(h, w, path)
     if step.grid_size < 1:
         raise JaxcompError(f"grid_size {step.grid_size} must be at least 1")
     scale, ratio, rounded, errors = _awq(
@@ -250,7 +250,7 @@ def awq(
 
     Source: https://arxiv.org/abs/2306.00978, section 3.2.
     """
-    common.check_inputs(x, w)
+    checks.check_inputs(x, w)
     stack = w.shape[:-2]
     hessian, absmean = _moments(x)
     step = AWQ(
@@ -278,8 +278,8 @@ def _moments(x):
 def _(step: AWQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     absmeans = []
     for layer in layers:
-        common.check_statistics(layer, "hessian")
-        common.check_statistics(layer, "abssum")
+        checks.check_statistics(layer, "hessian")
+        checks.check_statistics(layer, "abssum")
         count = jnp.maximum(layer.statistics.count, 1)[..., None]
         absmeans.append(layer.statistics.abssum / count)
     scale, ratio, rounded, errors, parts = _solve(

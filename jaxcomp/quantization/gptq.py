@@ -33,7 +33,7 @@ from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element, Int
-from jaxcomp.quantization import common, obs
+from jaxcomp.quantization import checks, common, obs
 from jaxcomp.step import Activation, Layer, Step, run
 
 
@@ -159,10 +159,10 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
       ``_hessian`` gave where it was called.
     """
     fmt, order, damping = options["fmt"], options["order"], options["damping"]
-    common.check_format(fmt, w, mask, nm, path)
-    common.check_choice("clipping", options["clipping"], common.CLIPPINGS, path)
-    common.check_choice("order", order, ("natural", "activation"), path)
-    common.check_damping(damping, options["block_size"], path)
+    checks.check_format(fmt, w, mask, nm, path)
+    checks.check_choice("clipping", options["clipping"], checks.CLIPPINGS, path)
+    checks.check_choice("order", order, ("natural", "activation"), path)
+    checks.check_damping(damping, options["block_size"], path)
     static = options["static_groups"]
     static = order == "activation" if static is None else static
     size = w.shape[-1]
@@ -173,8 +173,8 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
             f"{path + ': ' if path else ''}groups in activation order can be stored for dense "
             "integers only; use static_groups=True"
         )
-    common.check_weight(w, path)
-    common.check_hessian(h, w, path)
+    checks.check_weight(w, path)
+    checks.check_hessian(h, w, path)
     chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
     chosen |= {"static": static, "report": report}
     if common.splits_rows(w, h, fmt):
@@ -263,7 +263,7 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     results = []
     hessian = known = None
     for layer in layers:
-        common.check_statistics(layer, "hessian")
+        checks.check_statistics(layer, "hessian")
         if layer.statistics.hessian is not hessian:
             hessian, known = layer.statistics.hessian, None
         nm = common.pattern(layer)

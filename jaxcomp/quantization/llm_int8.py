@@ -27,7 +27,7 @@ from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.dense import Dense, DenseColumns
 from jaxcomp.formats.spec import Int
 from jaxcomp.formats.transforms import InputScale
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.quantization.activation import quantize_input, quantized_matmul
 from jaxcomp.step import Activation, Layer, Step, run
 
@@ -85,8 +85,8 @@ def _split(w, outlier, count):
 
 def _parts(w, absmax, threshold, path):
     check_threshold(threshold, path)
-    common.check_format(FORMAT, w, None, None, path)
-    common.check_weight(w, path)
+    checks.check_format(FORMAT, w, None, None, path)
+    checks.check_weight(w, path)
     if absmax.shape not in ((w.shape[-1],), (*w.shape[:-2], w.shape[-1])):
         raise JaxcompError(
             f"{path + ': ' if path else ''}a weight {tuple(w.shape)} needs ({w.shape[-1]},) "
@@ -131,7 +131,7 @@ def llm_int8(w: jax.Array, x: jax.Array, threshold: float = 6.0) -> CompressedAr
     x = jnp.asarray(x)
     absmax = x
     if x.ndim > 1:
-        common.check_inputs(x, w)
+        checks.check_inputs(x, w)
         absmax = jnp.abs(x).max(-2)
     parts, _ = _parts(w, absmax, threshold, "")
     return common.compressed(parts, w)
@@ -176,7 +176,7 @@ def _matmul(x, w, threshold):
 def _(step: LLMInt8, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     results = []
     for layer in layers:
-        common.check_statistics(layer, "absmax")
+        checks.check_statistics(layer, "absmax")
         if layer.mask is not None:
             raise JaxcompError(
                 f"{layer.path}: LLM.int8() stores dense int8 weights and cannot keep a mask; "

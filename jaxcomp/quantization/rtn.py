@@ -13,7 +13,7 @@ import jax
 
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.step import Activation, Layer, Step, run
 
 
@@ -81,9 +81,9 @@ def rtn(
 
 
 def _parts(w, mask, nm, fmt, clipping, percentile, path):
-    common.check_format(fmt, w, mask, nm, path)
-    common.check_choice("clipping", clipping, common.CLIPPINGS, path)
-    common.check_weight(w, path)
+    checks.check_format(fmt, w, mask, nm, path)
+    checks.check_choice("clipping", clipping, checks.CLIPPINGS, path)
+    checks.check_weight(w, path)
     rounded = _rtn(w, mask, fmt=fmt, clipping=clipping, percentile=percentile)
     return common.store(fmt, rounded, mask, nm), rounded.values
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.errors import JaxcompError
-from jaxcomp.quantization import common
+from jaxcomp.quantization import checks, common
 from jaxcomp.step import Layer, Step, run
 
 
@@ -81,8 +81,8 @@ def _scales(x_absmax, w_absmax, alpha):
 @run.register
 def _(step: SmoothQuant, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     for layer in layers:
-        common.check_weight(layer.weight, layer.path)
-        common.check_statistics(layer, "absmax")
+        checks.check_weight(layer.weight, layer.path)
+        checks.check_statistics(layer, "absmax")
     stack = common.shared_stack(layers)
     x_absmax = common.shared(
         [jnp.broadcast_to(a.statistics.absmax, common.input_shape(a)) for a in layers], stack

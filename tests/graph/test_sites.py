@@ -1,4 +1,4 @@
-"""Every way in which a model may use a weight: what the graph says, and that it computes the same."""
+"""Every way in which a model may use a weight: what the graph says, and that it computes alike."""
 
 import jax
 import jax.numpy as jnp
@@ -103,112 +103,165 @@ CASES = {
     "cast": (lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16), W, X, DENSE),
     "transposed": (lambda p, x: x @ p["w"].T, {"w": normal(6, 8)}, X, DENSE),
     "reshaped to heads": (
-        lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 2, 3)), W, X, DENSE,
+        lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 2, 3)),
+        W,
+        X,
+        DENSE,
     ),
     "several in axes": (
         lambda p, x: jnp.einsum("bhd,hde->be", x.reshape(4, 2, 4), p["w"]),
-        {"w": normal(2, 4, 6)}, X, DENSE,
+        {"w": normal(2, 4, 6)},
+        X,
+        DENSE,
     ),
     "several in axes in another order": (
         lambda p, x: jnp.einsum("bdh,hde->be", x.reshape(4, 4, 2), p["w"]),
-        {"w": normal(2, 4, 6)}, X, DENSE,
+        {"w": normal(2, 4, 6)},
+        X,
+        DENSE,
     ),
     "several out axes": (
-        lambda p, x: jnp.einsum("bi,hid->bhd", x, p["w"]), {"w": normal(2, 8, 3)}, X, DENSE,
+        lambda p, x: jnp.einsum("bi,hid->bhd", x, p["w"]),
+        {"w": normal(2, 8, 3)},
+        X,
+        DENSE,
     ),
     "experts on the same input": (
-        lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]), STACK, X,
+        lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]),
+        STACK,
+        X,
         [("w", "dot_general", (), 24, 8)],
     ),
     "experts": (
-        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), STACK, normal(3, 4, 8), STACKED,
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
+        STACK,
+        normal(3, 4, 8),
+        STACKED,
     ),
     "experts, batch axis last": (
-        lambda p, x: jnp.einsum("ebi,ioe->beo", x, p["w"]), {"w": normal(8, 8, 3)},
-        normal(3, 4, 8), STACKED,
+        lambda p, x: jnp.einsum("ebi,ioe->beo", x, p["w"]),
+        {"w": normal(8, 8, 3)},
+        normal(3, 4, 8),
+        STACKED,
     ),
     "ragged": (
-        lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([1, 0, 3])), STACK, X,
+        lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([1, 0, 3])),
+        STACK,
+        X,
         [("w", "ragged_dot", (3,), 8, 8)],
     ),
     "convolution": (
         lambda p, x: jax.lax.conv_general_dilated(
             x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         ),
-        {"w": normal(3, 3, 2, 5)}, normal(1, 4, 4, 2),
+        {"w": normal(3, 3, 2, 5)},
+        normal(1, 4, 4, 2),
         [("w", "conv_general_dilated", (), 5, 18)],
     ),
     "look-up": (
-        lambda p, i: jnp.take(p["w"], i, axis=0), {"w": normal(10, 8)}, jnp.array([[1, 9]]),
+        lambda p, i: jnp.take(p["w"], i, axis=0),
+        {"w": normal(10, 8)},
+        jnp.array([[1, 9]]),
         [("w", "gather", (), 10, 8)],
     ),
     "look-up of columns": (
-        lambda p, i: jnp.take(p["w"], i, axis=1), {"w": normal(8, 10)}, jnp.array([[1, 9]]),
+        lambda p, i: jnp.take(p["w"], i, axis=1),
+        {"w": normal(8, 10)},
+        jnp.array([[1, 9]]),
         [("w", "gather", (), 10, 8)],
     ),
     "tied embedding and head": (
-        lambda p, i: p["w"][i] @ p["w"].T, {"w": normal(10, 8)}, jnp.array([1, 9]),
+        lambda p, i: p["w"][i] @ p["w"].T,
+        {"w": normal(10, 8)},
+        jnp.array([1, 9]),
         [("w", "gather", (), 10, 8), ("w", "dot_general", (), 10, 8)],
     ),
     "user jit helper twice": (
         lambda p, x: helper(helper(x, p["a"]), p["b"]),
-        {"a": normal(8, 8), "b": normal(8, 8, seed=1)}, X,
+        {"a": normal(8, 8), "b": normal(8, 8, seed=1)},
+        X,
         [("a", "dot_general", (), 8, 8), ("b", "dot_general", (), 8, 8)],
     ),
     "scan": (lambda p, x: jax.lax.scan(layer, x, p), STACK, X, STACKED),
     "scan, reversed": (lambda p, x: jax.lax.scan(layer, x, p, reverse=True), STACK, X, STACKED),
     "scan with checkpoint": (
-        lambda p, x: jax.lax.scan(jax.checkpoint(layer), x, p), STACK, X, STACKED,
+        lambda p, x: jax.lax.scan(jax.checkpoint(layer), x, p),
+        STACK,
+        X,
+        STACKED,
     ),
     "scan over the second axis": (
-        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"].swapaxes(0, 1))[0],
-        {"w": normal(8, 3, 8)}, X, STACKED,
+        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"].swapaxes(0, 1))[
+            0
+        ],
+        {"w": normal(8, 3, 8)},
+        X,
+        STACKED,
     ),
     "scan in scan": (
         lambda p, x: jax.lax.scan(
             lambda c, q: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), c, q), x, p["w"]
         )[0],
-        {"w": normal(2, 3, 8, 8)}, X, [("w", "dot_general", (2, 3), 8, 8)],
+        {"w": normal(2, 3, 8, 8)},
+        X,
+        [("w", "dot_general", (2, 3), 8, 8)],
     ),
     "weight shared by a scan": (
         lambda p, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=3)[0],
-        {"w": normal(8, 8)}, X, [("w", "dot_general", (), 8, 8)],
+        {"w": normal(8, 8)},
+        X,
+        [("w", "dot_general", (), 8, 8)],
     ),
     "unrolled stack": (
-        lambda p, x: x @ p["w"][0] @ p["w"][1] @ p["w"][2], STACK, X, STACKED * 3,
+        lambda p, x: x @ p["w"][0] @ p["w"][1] @ p["w"][2],
+        STACK,
+        X,
+        STACKED * 3,
     ),
     "checkpoint": (jax.checkpoint(lambda p, x: jnp.sin(x @ p["w"])), W, X, DENSE),
     "vmap over inputs": (lambda p, x: jax.vmap(lambda a: a @ p["w"])(x), W, X, DENSE),
     "vmap over weights": (
-        lambda p, x: jax.vmap(lambda a, w: a @ w)(x, p["w"]), STACK, normal(3, 4, 8), STACKED,
+        lambda p, x: jax.vmap(lambda a, w: a @ w)(x, p["w"]),
+        STACK,
+        normal(3, 4, 8),
+        STACKED,
     ),
     "grad": (lambda p, x: jax.grad(lambda x: jnp.sin(x @ p["w"]).sum())(x), W, X, DENSE * 2),
     "fori_loop": (
         lambda p, x: jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ p["w"]), x),
-        {"w": normal(8, 8)}, X, [("w", "dot_general", (), 8, 8)],
+        {"w": normal(8, 8)},
+        X,
+        [("w", "dot_general", (), 8, 8)],
     ),
     "while_loop": (
         lambda p, x: jax.lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x)
         ),
-        {"w": normal(8, 8)}, X, [("w", "dot_general", (), 8, 8)],
+        {"w": normal(8, 8)},
+        X,
+        [("w", "dot_general", (), 8, 8)],
     ),
     "while_loop that carries the weight": (
         lambda p, x: jax.lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ c[2]), c[2]), (0, x, p["w"])
         ),
-        {"w": normal(8, 8)}, X, [("w", "dot_general", (), 8, 8)],
+        {"w": normal(8, 8)},
+        X,
+        [("w", "dot_general", (), 8, 8)],
     ),
     "cond": (
         lambda p, x: jax.lax.cond(
             x[0, 0] > 0, lambda p, x: x @ p["a"], lambda p, x: x @ p["b"], p, x
         ),
-        {"a": normal(8, 8), "b": normal(8, 8, seed=1)}, X,
+        {"a": normal(8, 8), "b": normal(8, 8, seed=1)},
+        X,
         [("b", "dot_general", (), 8, 8), ("a", "dot_general", (), 8, 8)],
     ),
     "switch": (
         lambda p, x: jax.lax.switch(1, [lambda p, x: x, lambda p, x: x @ p["w"]], p, x),
-        {"w": normal(8, 8)}, X, [("w", "dot_general", (), 8, 8)],
+        {"w": normal(8, 8)},
+        X,
+        [("w", "dot_general", (), 8, 8)],
     ),
     "custom_vjp": (lambda p, x: with_vjp(x, p["w"]), W, X, DENSE),
     "custom_jvp": (lambda p, x: with_jvp(x, p["w"]), W, X, DENSE),
@@ -379,7 +432,9 @@ def test_tracing_needs_no_memory_and_little_time():
         return jax.ShapeDtypeStruct(s, jnp.bfloat16)
 
     one = dict(n=shape(8192), q=shape(8192, 8192), k=shape(8192, 1024), v=shape(8192, 1024))
-    one |= dict(o=shape(8192, 8192), g=shape(8192, 28672), u=shape(8192, 28672), d=shape(28672, 8192))
+    one |= dict(
+        o=shape(8192, 8192), g=shape(8192, 28672), u=shape(8192, 28672), d=shape(28672, 8192)
+    )
 
     def apply(p, x):
         for q in p:

@@ -195,9 +195,7 @@ def test_sample_frequencies_follow_the_truncated_distribution():
     np.testing.assert_allclose(frequencies(), probabilities, atol=five_sigma)
     np.testing.assert_allclose(frequencies(top_k=2), [4 / 7, 3 / 7, 0, 0], atol=five_sigma)
     # 0.4 + 0.3 is short of 0.75, so the third token is needed as well.
-    np.testing.assert_allclose(
-        frequencies(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0], atol=five_sigma
-    )
+    np.testing.assert_allclose(frequencies(top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0], atol=five_sigma)
     squared = probabilities**2 / (probabilities**2).sum()
     np.testing.assert_allclose(frequencies(temperature=0.5), squared, atol=five_sigma)
     assert frequencies(temperature=0.0).tolist() == [1, 0, 0, 0]

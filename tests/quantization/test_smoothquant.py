@@ -145,7 +145,7 @@ def test_groups_of_different_stacks_share_one_scale():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(JaxcompError, match=r"alpha 1.5"):
+    with pytest.raises(JaxcompError, match=r"alpha 1\.5"):
         smoothquant_scales(jnp.ones(3), jnp.ones(3), 1.5)
     with pytest.raises(JaxcompError, match="one maximum"):
         smoothquant_scales(jnp.ones(3), jnp.ones(4))

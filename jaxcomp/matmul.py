@@ -1,0 +1,121 @@
+"""Products with compressed weights in plain JAX, part by part."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import formats
+from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
+
+
+def wrappers(part: Any) -> tuple[list[Any], Any]:
+    """The input transforms around a part, outermost first, and the part itself."""
+    around = []
+    while isinstance(part, (formats.InputScale, formats.InputQuant)):
+        around.append(part)
+        part = part.part
+    return around, part
+
+
+def quantizers(leaf: formats.CompressedArray) -> list[Any]:
+    """The input quantizations of all parts."""
+    return [w for p in leaf.parts for w in wrappers(p)[0] if isinstance(w, formats.InputQuant)]
+
+
+def integer(part: Any) -> bool:
+    """Whether a part holds integers that an int8 matmul can take."""
+    return isinstance(part, formats.Affine) and part.bits <= 8 and part.group_index is None
+
+
+def float8(part: Any) -> bool:
+    """Whether a part holds float8 values."""
+    return isinstance(part, formats.FloatPart) and part.kind in ("e4m3", "e5m2")
+
+
+def matmul(
+    x: jax.Array, weight: formats.CompressedArray, implementation: str = "parts"
+) -> jax.Array:
+    """Product of an input with a compressed weight, part by part.
+
+    Args:
+      x: ``(*stack, tokens, in)``.
+      weight: with matrices ``(*stack, out, in)``.
+      implementation: "int8" or "fp8" multiply codes where a part has them; "parts" simulates.
+
+    Returns:
+      ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
+    """
+    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    x = x.astype(dtype)
+    total = None
+    for part in weight.parts:
+        y = _part_matmul(x, part, implementation)
+        total = y if total is None else total + y
+    return total
+
+
+def _part_matmul(x: jax.Array, part: Any, implementation: str) -> jax.Array:
+    if isinstance(part, formats.InputScale):
+        return _part_matmul(x * part.scale[..., None, :].astype(x.dtype), part.part, implementation)
+    if isinstance(part, formats.InputQuant):
+        return _quantized_part(x, part, implementation)
+    if isinstance(part, formats.LowRankPart):
+        inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
+        return jnp.matmul(inner, jnp.swapaxes(part.a, -1, -2).astype(x.dtype))
+    if isinstance(part, formats.DenseColumns):
+        columns = jnp.take_along_axis(
+            x, part.indices[..., None, :].astype(jnp.int32), axis=-1, mode="clip"
+        )
+        return jnp.matmul(columns, jnp.swapaxes(part.values, -1, -2).astype(x.dtype))
+    return jnp.matmul(x, jnp.swapaxes(part.materialize(x.dtype), -1, -2))
+
+
+def _quantized_part(x: jax.Array, part: formats.InputQuant, implementation: str) -> jax.Array:
+    scale, zero = part.scale, part.zero_point
+    if scale is not None:
+        scale = scale[..., None, None]
+        zero = None if zero is None else zero[..., None, None]
+    codes, scale, zero = quantize_input(x, part.spec, scale, zero)
+    inner = part.part
+    codable = (implementation == "int8" and integer(inner)) or (
+        implementation == "fp8" and float8(inner)
+    )
+    if not codable:
+        return _part_matmul(
+            dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation
+        )
+    stack = codes.shape[:-2]
+    scale, zero = (
+        None if a is None else jnp.broadcast_to(a, (*stack, *a.shape[-2:])) for a in (scale, zero)
+    )
+    if integer(inner):
+        weight = (inner.codes(), inner.scale, inner.zero_point)
+    else:
+        weight = (inner.values, inner.effective_scale(), None)
+    arguments = (codes, scale, zero, *weight)
+    product = quantized_matmul
+    for _ in stack:
+        product = jax.vmap(product, in_axes=tuple(None if a is None else 0 for a in arguments))
+    return product(*arguments)
+
+
+def rows(part: Any, index: jax.Array | None) -> Any:
+    """Some rows of a part of one matrix; for no index whether that is possible."""
+    if isinstance(part, (formats.InputScale, formats.InputQuant)):
+        inner = rows(part.part, index)
+        return inner if index is None else part.replace(part=inner)
+    if isinstance(part, formats.Dense):
+        return True if index is None else part.replace(values=part.values[index])
+    if isinstance(part, formats.Affine):
+        able = part.group_index is None and part.out_group_size == 1
+        if index is None or not able:
+            return able
+        zero = None if part.zero_point is None else part.zero_point[:, index]
+        return part.replace(values=part.values[index], scale=part.scale[:, index], zero_point=zero)
+    if isinstance(part, formats.FloatPart):
+        able = part.out_group_size == 1
+        if index is None or not able:
+            return able
+        return part.replace(values=part.values[index], scale=part.scale[:, index])
+    return False
