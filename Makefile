@@ -5,6 +5,7 @@ VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
 OUTPUT ?= demo-output
+BENCHMARKS ?= speed quality memory
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -40,7 +41,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 # The YAML files are the presets, written down.
 configs: $(STAMP)

@@ -1,0 +1,1 @@
+"""What the README claims, one command each: see README.md here."""
