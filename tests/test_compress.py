@@ -13,7 +13,7 @@ import jaxcomp as jc
 from jaxcomp import calibration
 from jaxcomp.compress import _Run
 from jaxcomp.dispatch import Dispatcher
-from jaxcomp.formats import NM, CompressedArray, InputScale, Int, to_matrix
+from jaxcomp.formats import CompressedArray, InputScale, Int, to_matrix
 from jaxcomp.graph import Plain, interpret, trace
 from jaxcomp.graph.sequential import Many, Sequential, _Leaf
 from jaxcomp.graph.sites import to_tokens
@@ -540,7 +540,11 @@ def test_hessian_is_exact_and_streams():
     assert float(state.count) == 40
 
 
-def test_pattern_format_is_stored_as_such():
-    result = jc.compress(mlp, MLP, Recipe(steps=(Magnitude(n=2, m=4),)), inputs(1))
-    assert result.report.rows[0].format.startswith("2:4")
-    assert NM(2, 4) == NM(2, 4)
+@pytest.mark.parametrize("step", [Magnitude, SparseGPT, Wanda])
+@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"n": 2, "m": 4}])
+def test_pruned_weights_keep_their_own_dtype(step, how):
+    """Half of 16 bits, and a mask bit a weight or two position bits a kept one: 9 bits a weight."""
+    params = {k: v.astype(jnp.bfloat16) for k, v in MLP.items()}
+    report = jc.compress(mlp, params, Recipe(steps=(step(**how),)), inputs(1)).report
+    assert report.bits_per_weight == 9
+    assert ("n" in how) == report.rows[0].format.startswith("2:4 of dense bfloat16")

@@ -286,10 +286,9 @@ class Sequential:
         for name, value in state._asdict().items():
             if value is not None and np.isnan(np.asarray(value)).any():
                 raise DataError(
-                    f"{site.path}: the {name} of its input is NaN on the calibration data: the "
-                    f"model "
-                    "makes NaN before this layer; check the weights, the dtype (float16 overflows) "
-                    "and the data"
+                    f"{site.path} {site.layout.leaf_shape}: the {name} of its input is NaN on the "
+                    "calibration data: the model makes NaN before this layer; check the weights, the "
+                    "dtype (float16 overflows) and the data"
                 )
         return state
 

@@ -19,6 +19,7 @@ Source: AWQ, https://arxiv.org/abs/2306.00978.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class AWQ(Step, frozen=True, tag="awq"):
     """
 
     format: Element
-    clipping: str = "minmax"
+    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
     percentile: float = 99.9
     grid_size: int = 20
     search_clip: bool = True

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcomp.formats import grid, sparse
 from jaxcomp.formats.compressed import CompressedArray
+from jaxcomp.formats.dense import Dense
 from jaxcomp.formats.spec import Codebook, Element
 from jaxcomp.formats.transforms import InputQuant, InputScale
 from jaxcomp.quantization.activation import check_activation, static_scales
@@ -477,7 +478,19 @@ def pruned(
         error = relative_error(layer.weight, weight, h)
     kept = float(np.asarray(mask).mean())
     metrics = {**layer.metrics, "error": float(error), "sparsity": 1 - kept}
-    return layer.replace(mask=mask, weight=weight, parts=tuple(parts), metrics=metrics)
+    parts = tuple(_in_dtype(part, layer.original_dtype) for part in parts)
+    return layer.replace(mask=mask, weight=weight, parts=parts, metrics=metrics)
+
+
+def _in_dtype(part: Any, dtype: Any) -> Any:
+    """A sparse part whose plain values are stored in the dtype of the model's own weight."""
+    if dtype is None:
+        return part
+    if isinstance(part, sparse.NMPart) and isinstance(part.values, Dense):
+        return part.replace(values=Dense(part.values.values.astype(dtype)))
+    if isinstance(part, sparse.SparsePart) and part.element is None:
+        return part.replace(values=part.values.astype(dtype))
+    return part
 
 
 def report_damping(layer: Layer, used: jax.Array, asked: float) -> None:

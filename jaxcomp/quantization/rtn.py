@@ -8,6 +8,7 @@ other methods.
 """
 
 import functools
+from typing import Literal
 
 import jax
 
@@ -28,7 +29,7 @@ class RTN(Step, frozen=True, tag="rtn"):
     """
 
     format: Element
-    clipping: str = "minmax"
+    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
     percentile: float = 99.9
     activation: Activation | None = None
 

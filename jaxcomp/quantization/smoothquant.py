@@ -94,6 +94,7 @@ def _(step: SmoothQuant, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         nm = common.pattern(layer)
         result = common.rescaled(layer, scale)
         if result.mask is not None:
-            result = result.replace(parts=common.sparse_parts(result.weight, result.mask, nm))
+            parts = common.sparse_parts(result.weight, result.mask, nm, result.original_dtype)
+            result = result.replace(parts=parts)
         results.append(result)
     return tuple(results)
