@@ -295,10 +295,8 @@ class _Run:
             path = missing[0]
             raise DataError(
                 f"{path} {tuple(self.graph.shapes[path].shape)}: the calibration data never "
-                f"reached it "
-                f"({len(self.records[path])} of {_positions(self.graph, path)} positions); give "
-                f"data that "
-                "does, or exclude this path"
+                f"reached it ({len(self.records[path])} of {_positions(self.graph, path)} "
+                "positions); give data that does, or exclude this path"
             )
 
     def data_free(self) -> None:

@@ -57,8 +57,7 @@ class Dispatched:
         if implementation not in (None, *IMPLEMENTATIONS):
             raise JaxcompError(
                 f"implementation {implementation!r} is unknown; use None for the best one, or one "
-                f"of "
-                f"{', '.join(IMPLEMENTATIONS)}"
+                f"of {', '.join(IMPLEMENTATIONS)}"
             )
         self.apply = apply
         self.implementation = implementation

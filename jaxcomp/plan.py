@@ -36,11 +36,9 @@ def make_plan(graph: Graph, recipe: Recipe) -> dict[str, tuple[int, ...]]:
             if matches(step, path):
                 raise RecipeError(
                     f"{path} {shape}: reached through {use.primitive!r} before a contraction "
-                    f"(equation "
-                    f"{use.where}), so compressing it would not reach the matmul; apply that "
-                    f"operation "
-                    "to the weight beforehand, or to the layer's input or output, or exclude this "
-                    "path"
+                    f"(equation {use.where}), so compressing it would not reach the matmul; apply "
+                    "that operation to the weight beforehand, or to the layer's input or output, "
+                    "or exclude this path"
                 )
     sites = set(bare) | set(on_request)
     unusable = [p for p in graph.paths if p not in sites and _named_outright(recipe, p)]

@@ -255,8 +255,7 @@ class Sequential:
         if not targets:
             raise JaxcompError(
                 f"{op.site.path}: its first use contracts the outputs of its later uses, so its "
-                f"input is "
-                "not known when it is reached; exclude this path"
+                "input is not known when it is reached; exclude this path"
             )
         needs = frozenset().union(*(self.compressor.needs(t.site) for t in targets))
         statistics = self.statistics(program, op, env, count, needs) if needs else None
@@ -270,9 +269,8 @@ class Sequential:
         if is_grouped(op.eqn):
             raise JaxcompError(
                 f"{site.path} {site.layout.leaf_shape}: a grouped convolution has no single input "
-                f"to "
-                "calibrate on; use an algorithm without calibration for it (rtn, magnitude), or "
-                "exclude this path"
+                "to calibrate on; use an algorithm without calibration for it (rtn, magnitude), "
+                "or exclude this path"
             )
         operands = [
             None if j == site.operand else self.read(program, env, i)
@@ -287,8 +285,8 @@ class Sequential:
             if value is not None and np.isnan(np.asarray(value)).any():
                 raise DataError(
                     f"{site.path} {site.layout.leaf_shape}: the {name} of its input is NaN on the "
-                    "calibration data: the model makes NaN before this layer; check the weights, the "
-                    "dtype (float16 overflows) and the data"
+                    "calibration data: the model makes NaN before this layer; check the weights, "
+                    "the dtype (float16 overflows) and the data"
                 )
         return state
 
@@ -331,8 +329,7 @@ class Sequential:
             if site.id not in direct and self.compressor.needs(site) is not None:
                 raise JaxcompError(
                     f"{site.path}: used by a loop inside a shard_map, which calibration cannot "
-                    f"look "
-                    "into; put the shard_map inside the loop, or exclude this path"
+                    "look into; put the shard_map inside the loop, or exclude this path"
                 )
         values = [
             env[i].value if isinstance(env[i], _Leaf) and keep else self.read(program, env, i)

@@ -101,8 +101,7 @@ class _Gather(Plain):
             if site.kind != "dot_general":
                 raise JaxcompError(
                     f"{site.path}: a {site.kind} inside a shard_map cannot be calibrated; use a "
-                    f"recipe "
-                    "without calibration for it, or exclude this path"
+                    "recipe without calibration for it, or exclude this path"
                 )
             x = to_tokens(op.eqn, site, operands[1 - site.operand])
             x = _whole(site, x, self.specs[site.path])
@@ -123,8 +122,7 @@ def _whole(site: Site, x: jax.Array, spec: Any) -> jax.Array:
     if any(spec[a] is not None for a in site.layout.stack_axes):
         raise JaxcompError(
             f"{site.path}: its stack axes are sharded inside a shard_map and cannot be calibrated "
-            f"there; "
-            "use a recipe without calibration for it, or exclude this path"
+            "there; use a recipe without calibration for it, or exclude this path"
         )
     split = [a for a in site.layout.in_axes if spec[a] is not None]
     if not split:
@@ -132,7 +130,6 @@ def _whole(site: Site, x: jax.Array, spec: Any) -> jax.Array:
     if len(site.layout.in_axes) > 1 and split != [site.layout.in_axes[0]]:
         raise JaxcompError(
             f"{site.path}: only the first of several contracted axes may be sharded inside a "
-            f"shard_map "
-            f"for calibration, got {spec}; exclude this path"
+            f"shard_map for calibration, got {spec}; exclude this path"
         )
     return jax.lax.all_gather(x, spec[split[0]], axis=x.ndim - 1, tiled=True)

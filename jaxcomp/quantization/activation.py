@@ -41,8 +41,7 @@ def check_activation(activation: Activation, path: str = "") -> None:
     if not activation.dynamic and activation.granularity != "tensor":
         raise JaxcompError(
             f'{where}static activation scales need granularity="tensor": the tokens of a later '
-            "run are "
-            "not known at calibration"
+            "run are not known at calibration"
         )
     if not activation.symmetric and activation.format in _FLOAT8:
         raise JaxcompError(

@@ -57,9 +57,8 @@ def check_weight(w: Any, path: str = "") -> None:
         )
     if not _finite(w):
         raise JaxcompError(
-            f"{_where(path)}{tuple(w.shape)} holds NaN or infinite weights; repair the "
-            "checkpoint or "
-            "exclude this path"
+            f"{_where(path)}{tuple(w.shape)} holds NaN or infinite weights; repair the checkpoint "
+            "or exclude this path"
         )
 
 
@@ -77,9 +76,8 @@ def check_hessian(h: Any, w: Any, path: str = "") -> None:
     size = w.shape[-1]
     if tuple(h.shape) not in ((size, size), (*w.shape[:-2], size, size)):
         raise JaxcompError(
-            f"{_where(path)}a weight {tuple(w.shape)} needs a Hessian ({size}, {size}) or one "
-            "for each "
-            f"element of its stack, got {tuple(h.shape)}"
+            f"{_where(path)}a weight {tuple(w.shape)} needs a Hessian ({size}, {size}) or one for "
+            f"each element of its stack, got {tuple(h.shape)}"
         )
     if not _finite(h):
         raise JaxcompError(
@@ -107,8 +105,7 @@ def check_statistics(layer: Layer, field: str) -> None:
     if not _finite(value):
         raise JaxcompError(
             f"{_where(layer.path)}the {field} of the inputs holds NaN or infinite values; check "
-            "the "
-            "calibration data and the model's outputs, or exclude this path"
+            "the calibration data and the model's outputs, or exclude this path"
         )
 
 

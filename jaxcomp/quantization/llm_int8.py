@@ -90,8 +90,7 @@ def _parts(w, absmax, threshold, path):
     if absmax.shape not in ((w.shape[-1],), (*w.shape[:-2], w.shape[-1])):
         raise JaxcompError(
             f"{path + ': ' if path else ''}a weight {tuple(w.shape)} needs ({w.shape[-1]},) "
-            "largest "
-            f"magnitudes of its input, got {tuple(absmax.shape)}"
+            f"largest magnitudes of its input, got {tuple(absmax.shape)}"
         )
     outlier = np.broadcast_to(np.asarray(absmax) >= threshold, (*w.shape[:-2], w.shape[-1]))
     if outlier.all():
@@ -180,8 +179,7 @@ def _(step: LLMInt8, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if layer.mask is not None:
             raise JaxcompError(
                 f"{layer.path}: LLM.int8() stores dense int8 weights and cannot keep a mask; "
-                "quantize "
-                "the pruned weight with RTN or GPTQ, or exclude this path"
+                "quantize the pruned weight with RTN or GPTQ, or exclude this path"
             )
         parts, values = _parts(layer.weight, layer.statistics.absmax, step.threshold, layer.path)
         layer = common.quantized(layer, parts, values, None).replace(activation=ACTIVATION)

@@ -127,9 +127,8 @@ def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[
     for large, small in itertools.pairwise(ordered):
         if large % small:
             raise JaxcompError(
-                f"columns are decided on {large} and {small} at a time (group_size, block_size "
-                "or the "
-                f"M of N:M), and {small} does not divide {large}; change one so that it does"
+                f"columns are decided on {large} and {small} at a time (group_size, block_size or "
+                f"the M of N:M), and {small} does not divide {large}; change one so that it does"
             )
     block = max(1, min(block_size, in_size))
     inner = [mark for mark in ordered if mark <= block]

@@ -62,8 +62,7 @@ def smoothquant_scales(x_absmax: jax.Array, w_absmax: jax.Array, alpha: float = 
     if x_absmax.shape != w_absmax.shape:
         raise JaxcompError(
             f"one maximum an input channel is needed of both, got {x_absmax.shape} of the "
-            "activations "
-            f"and {w_absmax.shape} of the weights"
+            f"activations and {w_absmax.shape} of the weights"
         )
     return _scales(x_absmax, w_absmax, alpha)
 
