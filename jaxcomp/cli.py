@@ -337,7 +337,12 @@ def _calibration(
     batch_size: int,
 ) -> tuple[tuple[np.ndarray], ...]:
     if text is not None:
-        return token_batches(loaded, text, length, batch_size, samples)
+        batches = token_batches(loaded, text, length, batch_size, samples)
+        # Batches of one shape: the largest size up to the wanted one that leaves no rest.
+        tokens = np.concatenate([tokens for (tokens,) in batches])
+        rows = len(tokens)
+        even = max(d for d in range(1, min(batch_size, rows) + 1) if rows % d == 0)
+        return tuple((part,) for part in np.split(tokens, rows // even))
     hungry = [step.__struct_config__.tag for step in recipe.steps if step.needs()]
     if hungry:
         raise DataError(
@@ -364,10 +369,12 @@ def token_batches(
 
 def _identity(model: pathlib.Path, loaded: Loaded, recipe: Recipe, batches: Any) -> dict[str, str]:
     """What a compressed model was made from; the same that its journal goes by."""
-    from jaxcomp.compress import fingerprints
-    from jaxcomp.graph.trace import leaf_paths
+    from jaxcomp.fingerprint import fingerprints
+    from jaxcomp.graph.trace import leaf_paths, trace
 
-    found = fingerprints(recipe, leaf_paths(loaded.params)[0], list(batches))
+    batches = list(batches)
+    graph = trace(loaded.apply, loaded.params, *batches[0])
+    found = fingerprints(recipe, graph, leaf_paths(loaded.params)[0], batches)
     return {"name": model.resolve().name, **{k: found[k] for k in ("model", "recipe", "data")}}
 
 

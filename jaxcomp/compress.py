@@ -15,10 +15,11 @@ from jaxcomp import folding, formats
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.fingerprint import fingerprints
-from jaxcomp.formats import CompressedArray
+from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.formats.assemble import describe, stack_arrays
 from jaxcomp.graph import Graph, trace
 from jaxcomp.graph.coupling import producers
+from jaxcomp.graph.interpret import quantizes_input
 from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
@@ -55,13 +56,13 @@ class Record:
 
     Attributes:
       array: compressed, without loop axes.
-      folds: (path, kind, axis, vector) of parameters to be multiplied by a vector.
+      folds: channel scales that move into other parameters.
       metrics: numbers and notes for the report.
       seconds: time its algorithms took.
     """
 
     array: CompressedArray
-    folds: list[tuple[str, str, int, Any]]
+    folds: list[folding.Fold]
     metrics: dict
     seconds: float
 
@@ -121,7 +122,7 @@ def compress(
     plan = make_plan(graph, recipe)
     run_ = _Run(graph, recipe, plan, dict(named), progress)
     if journal is not None:
-        run_.journal = Journal.open(journal, fingerprints(recipe, named, batches))
+        run_.journal = Journal.open(journal, fingerprints(recipe, graph, named, batches))
     try:
         if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
             run_.calibrated(named, batches)
@@ -142,14 +143,29 @@ def _batches(batches: Iterable[tuple]) -> list[tuple]:
             "shapes are needed even for recipes without calibration)"
         )
     batches = [b if isinstance(b, tuple) else (b,) for b in batches]
-    first = jax.tree.structure(batches[0])
     for k, batch in enumerate(batches):
-        if jax.tree.structure(batch) != first:
+        if jax.tree.structure(batch) != jax.tree.structure(batches[0]):
             raise DataError(
                 f"calibration batch {k} has the structure {jax.tree.structure(batch)}, batch 0 has "
-                f"{first}; all batches must have the same inputs"
+                f"{jax.tree.structure(batches[0])}; all batches must have the same inputs"
             )
+        for j, (value, first) in enumerate(
+            zip(jax.tree.leaves(batch), jax.tree.leaves(batches[0]), strict=True)
+        ):
+            if _signature(value) != _signature(first):
+                raise DataError(
+                    f"input {j} of calibration batch {k} is {_signature(value)}, of batch 0 "
+                    f"{_signature(first)}: the model is traced once, so shapes, dtypes and Python "
+                    "scalars must be the same in all batches; drop or pad the uneven batch, or "
+                    "pass scalars as arrays"
+                )
     return batches
+
+
+def _signature(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return repr(value)
 
 
 class _Run:
@@ -191,7 +207,7 @@ class _Run:
             self.progress.advance(target.site.path)
         # What the scale was folded into has been evaluated without it: the pass goes on with the
         # scale at the input.
-        scale = next((jnp.asarray(fold[3]) for r in records for fold in r.folds), None)
+        scale = next((jnp.asarray(fold.vector) for r in records for fold in r.folds), None)
         results = [_for_evaluation(_input_scaled(r.array, scale)) for r in records]
         # Files that were read on the way: the weights (where the device array shares the file's
         # memory, they were read again after ``_matrix``) and the journal's records.
@@ -208,7 +224,8 @@ class _Run:
             return None
         arrays, meta = found
         folds = [
-            (p, kind, axis, arrays[f"fold/{k}"]) for k, (p, kind, axis) in enumerate(meta["folds"])
+            folding.Fold(p, kind, axis, tuple(loops), arrays[f"fold/{k}"])
+            for k, (p, kind, axis, loops) in enumerate(meta["folds"])
         ]
         array = formats.from_arrays(arrays, meta["structure"])
         return Record(array, folds, meta["metrics"], meta["seconds"])
@@ -217,10 +234,10 @@ class _Run:
         if self.journal is None:
             return record
         arrays, structure = formats.to_arrays(record.array)
-        arrays |= {f"fold/{k}": vector for k, (*_, vector) in enumerate(record.folds)}
+        arrays |= {f"fold/{k}": fold.vector for k, fold in enumerate(record.folds)}
         meta = {
             "structure": structure,
-            "folds": [list(f[:3]) for f in record.folds],
+            "folds": [[f.path, f.kind, f.axis, list(f.loops)] for f in record.folds],
             "metrics": record.metrics,
             "seconds": record.seconds,
         }
@@ -229,6 +246,8 @@ class _Run:
 
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
+        for target in group:
+            self._check_static(program, target.site)
         layers = tuple(_layer(t, self.graph.layouts[t.site.path], statistics) for t in group)
         empty = statistics is not None and not bool(np.asarray(statistics.count).all())
         layers = self._steps(layers)
@@ -240,15 +259,18 @@ class _Run:
             folds = []
             if scale is not None and targets is not None:
                 if k == 0:
-                    folds = [(t.path, t.kind, t.axis, np.asarray(scale)) for t in targets]
+                    vector = np.asarray(scale)
+                    folds = [folding.Fold(t.path, t.kind, t.axis, t.loops, vector) for t in targets]
                 scale = None
             array = _array(layer, scale, self.graph.layouts[target.site.path], target)
             check_activation_site(target.site, array)
             metrics = {name: _plain(v) for name, v in layer.metrics.items()}
+            notes = []
             if targets is not None:
-                metrics["notes"] = "input scale folded into " + ", ".join(t.path for t in targets)
+                notes.append("input scale folded into " + ", ".join(t.path for t in targets))
             if empty:
-                metrics["notes"] = "some experts saw no calibration tokens"
+                notes.append("some experts saw no calibration tokens")
+            metrics["notes"] = "; ".join(notes)
             record = Record(array, folds, metrics, seconds)
             records.append(self._keep(target.site.path, target.index, record))
         return records
@@ -264,6 +286,22 @@ class _Run:
                 )
         return layers
 
+    def _check_static(self, program: Program, site: Site) -> None:
+        """A frozen activation scale holds for one input; some weights have several."""
+        activations = [
+            getattr(self.recipe.steps[k], "activation", None) for k in self.plan[site.path]
+        ]
+        if not any(a is not None and not a.dynamic for a in activations):
+            return
+        contractions = [s for s in self.graph.sites_of(site.path) if s.is_contraction]
+        shared = len(site.view.loops) < program.depth
+        if shared or len(contractions) > len({s.view.fixed for s in contractions}):
+            raise JaxcompError(
+                f"{site.path} {site.layout.leaf_shape}: used on several inputs, for which one "
+                "static activation scale cannot be calibrated; use dynamic activations for it, or "
+                "exclude this path"
+            )
+
     def _producers(self, program, group, layers):
         """Parameters that can take the group's input scale, if all its layers share one."""
         scales = [layer.input_scale for layer in layers]
@@ -275,20 +313,35 @@ class _Run:
         for target in targets or ():
             if target.kind != "rows":
                 continue
-            for record in self.records.get(target.path, {}).values():
-                if not folding.rows_scale_exactly(record.array):
-                    return None
+            arrays = [r.array for r in self.records.get(target.path, {}).values()]
+            if is_compressed(self.leaves[target.path]):
+                arrays.append(self.leaves[target.path])
+            if not all(folding.rows_scale_exactly(array) for array in arrays):
+                return None
         return targets
 
     # Running.
 
     def calibrated(self, named, batches) -> None:
         """One forward pass over all batches."""
+        for path in self.plan:
+            sites = [s for s in self.graph.sites_of(path) if self.needs(s) is not None]
+            if len({frozenset(s.loop_axes) for s in sites}) > 1:
+                raise JaxcompError(
+                    f"{path} {sites[0].layout.leaf_shape}: its stack is looped over or indexed at "
+                    "one use and contracted whole at another, so its slices have no one input "
+                    "each; use a recipe without calibration for it, or exclude this path"
+                )
         passes = Sequential(self, Dispatcher(), len(batches))
-        leaves = [_Leaf(leaf) for _, leaf in named if hasattr(leaf, "shape")]
+        arrays = [leaf for _, leaf in named if hasattr(leaf, "shape")]
+        program = self.graph.program
+        leaves = [
+            _Leaf(leaf) if i in program.weights else leaf
+            for i, leaf in zip(program.inputs, arrays, strict=False)
+        ]
         columns = [flatten_inputs(batch, {})[0] for batch in batches]
         inputs = [Many(jnp.asarray(v) for v in column) for column in zip(*columns, strict=True)]
-        passes.run(self.graph.program, [*leaves, *inputs], list(range(len(batches))))
+        passes.run(program, [*leaves, *inputs], list(range(len(batches))))
         self.contractions = passes.contractions
         missing = [p for p in self.plan if len(self.records[p]) < _positions(self.graph, p)]
         if missing:
@@ -334,21 +387,13 @@ class _Run:
     def assemble(self, named) -> list[Any]:
         """The leaves of the result."""
         arrays = {path: self._assembled(path) for path in self.plan}
-        folded: dict[str, Any] = {}
+        leaves = {**dict(named), **arrays}
         for records in self.records.values():
             for index, record in sorted(records.items()):
-                for path, kind, axis, vector in record.folds:
-                    if kind == "rows" and path in arrays:
-                        arrays[path] = folding.scale_rows(arrays[path], index, jnp.asarray(vector))
-                    elif kind == "rows":
-                        leaf = folded.get(path, self.leaves[path])
-                        folded[path] = folding.scale_leaf_rows(
-                            leaf, self.graph.layouts[path], index, vector
-                        )
-                    else:
-                        leaf = folded.get(path, self.leaves[path])
-                        folded[path] = folding.scale_vector(leaf, index, axis, vector)
-        return [arrays.get(path, folded.get(path, leaf)) for path, leaf in named]
+                for fold in record.folds:
+                    layout = self.graph.layouts.get(fold.path)
+                    leaves[fold.path] = folding.apply(leaves[fold.path], layout, fold, index)
+        return [leaves[path] for path, _ in named]
 
     def _assembled(self, path: str) -> CompressedArray:
         records = self.records[path]
@@ -451,11 +496,7 @@ def _array(layer: Layer, scale, layout: Layout, target: Target) -> CompressedArr
 
 def _for_evaluation(array: CompressedArray) -> Any:
     """Dense, once for all batches, unless the input is to be quantized at run time."""
-    quantized = any(
-        isinstance(p, formats.InputQuant)
-        for p in jax.tree.leaves(array.parts, is_leaf=lambda p: isinstance(p, formats.InputQuant))
-    )
-    return array if quantized else _materialize(array)
+    return array if quantizes_input(array) else _materialize(array)
 
 
 def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> CompressedArray:

@@ -169,10 +169,11 @@ class Dispatcher(Plain):
 
 def picked(leaf: formats.CompressedArray, site: Site) -> formats.CompressedArray:
     """The slice of a stacked compressed weight that a site uses by a fixed index."""
-    for factor, index in reversed(site.view.fixed):
-        loops = [f.axis for f in site.view.loops]
-        order = [a for a in leaf.stack_axes if a not in loops] if loops else list(leaf.stack_axes)
+    loops = {f.axis for f in site.view.loops}
+    order = [a for a in leaf.stack_axes if a not in loops]
+    for factor, index in site.view.fixed:
         at = order.index(factor.axis)
+        order.pop(at)
         leaf = jax.tree.map(lambda a, at=at, index=index: a[(slice(None),) * at + (index,)], leaf)
     return leaf
 

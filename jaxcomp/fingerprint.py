@@ -1,7 +1,7 @@
 """What tells one run of ``compress`` from another, so that no journal is continued by another."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,32 +9,43 @@ import msgspec
 import numpy as np
 
 import jaxcomp
+from jaxcomp.graph import Graph, _compat
+from jaxcomp.graph.program import Program
 from jaxcomp.recipe import Recipe
 
+_CHUNK = 2**24
 
-def fingerprints(recipe: Recipe, named: Sequence[tuple[str, Any]], batches: list[tuple]) -> dict:
+
+def fingerprints(
+    recipe: Recipe, graph: Graph, named: Sequence[tuple[str, Any]], batches: list[tuple]
+) -> dict:
     """What a journal belongs to.
 
     Args:
       recipe: the recipe.
+      graph: the traced function.
       named: leaves of the model by name.
       batches: calibration data.
 
     Returns:
-      Hashes of recipe, model (names, shapes, and a sample of the bytes of each leaf) and data.
+      Hashes of the recipe, of the model (the function's equations, and the names, shapes and all
+      bytes of its leaves), and of the data; and versions.
     """
     model, data = hashlib.sha256(), hashlib.sha256()
+    for line in _equations(graph.program):
+        model.update(line)
     for path, leaf in named:
         model.update(f"{path} {getattr(leaf, 'shape', leaf)} {getattr(leaf, 'dtype', '')}".encode())
-        if hasattr(leaf, "shape"):
-            flat = np.asarray(leaf).reshape(-1) if isinstance(leaf, jax.Array) else leaf
-            model.update(_sample(flat))
-            jaxcomp.io.safetensors.release(leaf)
+        for array in jax.tree.leaves(leaf):  # one, or the parts of a compressed leaf
+            for chunk in _bytes(array):
+                model.update(chunk)
+            jaxcomp.io.safetensors.release(array)
     for batch in batches:
         for value in jax.tree.leaves(batch):
             value = np.asarray(value)
             data.update(f"{value.shape} {value.dtype}".encode())
-            data.update(np.ascontiguousarray(value).view(np.uint8).tobytes())
+            for chunk in _bytes(value):
+                data.update(chunk)
     return {
         "recipe": recipe.fingerprint(),
         "recipe_text": msgspec.json.encode(recipe).decode(),
@@ -45,10 +56,28 @@ def fingerprints(recipe: Recipe, named: Sequence[tuple[str, Any]], batches: list
     }
 
 
-def _sample(leaf: Any, count: int = 4096) -> bytes:
-    """Up to ``count`` values spread over a leaf."""
-    size = int(np.prod(leaf.shape))
-    if not size:
-        return b""
-    picks = np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
-    return np.ascontiguousarray(leaf[np.unravel_index(picks, leaf.shape)]).tobytes()
+def _equations(program: Program) -> Iterator[bytes]:
+    """A program's operations and constants; values are numbered alike each time it is traced."""
+    for i, value in program.constants.items():
+        yield f"constant {i}".encode()
+        yield from _bytes(value)
+    for op in program.ops:
+        text = _compat.printable_params(op.eqn) or op.eqn.primitive.name
+        if op.bodies:  # printed with their parameters, but for the operations that name weights
+            text = op.eqn.primitive.name
+        yield f"{op.kind} {text} {op.inputs} {op.outputs}".encode()
+        for body in op.bodies:
+            yield from _equations(body)
+
+
+def _bytes(value: Any) -> Iterator[bytes]:
+    """The bytes of an array, a piece at a time, in the order in which they lie where possible."""
+    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+        value = jax.random.key_data(value)
+    array = np.asarray(value)
+    flat = array.T if array.T.flags.c_contiguous else array
+    if not flat.flags.c_contiguous or flat.ndim == 0:
+        flat = np.ascontiguousarray(flat)
+    raw = flat.reshape(-1).view(np.uint8)
+    for start in range(0, raw.size, _CHUNK):
+        yield raw[start : start + _CHUNK].tobytes()

@@ -1,5 +1,6 @@
 """Multiplying a channel scale into the parameters that make the channels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,8 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import formats
-from jaxcomp.formats import CompressedArray
+from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.graph import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A channel scale that moves into a parameter.
+
+    Attributes:
+      path: name of the parameter.
+      kind: "vector" or "rows", see ``graph.coupling.Target``.
+      axis: for vectors, the axis of the leaf that holds the channels.
+      loops: axes of the leaf over which the scans run that enclose producer and consumer.
+      vector: what to multiply by.
+    """
+
+    path: str
+    kind: str
+    axis: int
+    loops: tuple[int, ...]
+    vector: Any
 
 
 def rows_scale_exactly(array: CompressedArray) -> bool:
@@ -35,7 +55,7 @@ def scale_rows(array: CompressedArray, index: tuple, vector: jax.Array) -> Compr
     """
     stack = array.stack
     factor = jnp.ones((*stack, vector.shape[-1]), jnp.float32)
-    factor = factor.at[index[: len(stack)]].set(vector)
+    factor = factor.at[index].set(vector)
     return array.replace(parts=tuple(p.scale_rows(factor) for p in array.parts))
 
 
@@ -50,11 +70,43 @@ def scale_leaf_rows(leaf: Any, layout: Layout, index: tuple, vector: Any) -> np.
     return leaf
 
 
-def scale_vector(leaf: Any, index: tuple, axis: int, vector: Any) -> np.ndarray:
-    """A gain or bias times a vector, at one position of the loops; its loop axes lead."""
+def scale_vector(leaf: Any, fold: Fold, index: tuple) -> np.ndarray:
+    """A gain or bias with its channels multiplied.
+
+    Args:
+      leaf: the whole leaf.
+      fold: which axes of it hold the channels and the loops.
+      index: position along the loops.
+
+    Returns:
+      The leaf.
+    """
     leaf = np.array(leaf)
-    shape = [1] * (leaf.ndim - len(index))
-    shape[axis - len(index)] = -1
-    factor = np.asarray(vector, np.float64).reshape(shape)
-    leaf[index] = (leaf[index].astype(np.float64) * factor).astype(leaf.dtype)
+    at = dict(zip(fold.loops, index, strict=True))
+    where = tuple(at.get(a, slice(None)) for a in range(leaf.ndim))
+    left = [a for a in range(leaf.ndim) if a not in at]
+    factor = np.asarray(fold.vector, np.float64).reshape(
+        [-1 if a == fold.axis else 1 for a in left]
+    )
+    leaf[where] = (leaf[where].astype(np.float64) * factor).astype(leaf.dtype)
     return leaf
+
+
+def apply(leaf: Any, layout: Layout | None, fold: Fold, index: tuple) -> Any:
+    """A parameter with a fold multiplied in.
+
+    Args:
+      leaf: the parameter as it is so far, dense or compressed.
+      layout: its canonical matrix, for linear layers.
+      fold: what to multiply.
+      index: position of the fold's consumer along the loops.
+
+    Returns:
+      The parameter.
+    """
+    index = index if fold.loops else ()
+    if fold.kind == "vector":
+        return scale_vector(leaf, fold, index)
+    if is_compressed(leaf):
+        return scale_rows(leaf, index, jnp.asarray(fold.vector))
+    return scale_leaf_rows(leaf, layout, index, fold.vector)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxcomp import formats
 from jaxcomp.errors import RecipeError
 from jaxcomp.formats import is_compressed
@@ -25,7 +27,15 @@ def make_plan(graph: Graph, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """
     bare, on_request = [], []
     for path in dict.fromkeys(s.path for s in graph.sites):
-        if is_compressed(graph.shapes[path]):
+        leaf = graph.shapes[path]
+        if is_compressed(leaf):
+            continue
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            if any(matches(step, path) for step in recipe.steps):
+                raise RecipeError(
+                    f"{path} {tuple(leaf.shape)}: holds {leaf.dtype}, and only floating-point "
+                    "weights can be compressed; convert it, or exclude this path"
+                )
             continue
         kinds = {s.is_contraction for s in graph.sites_of(path)}
         (bare if kinds == {True} else on_request).append(path)
@@ -44,6 +54,11 @@ def make_plan(graph: Graph, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     unusable = [p for p in graph.paths if p not in sites and _named_outright(recipe, p)]
     if unusable:
         path = unusable[0]
+        if is_compressed(graph.shapes[path]):
+            raise RecipeError(
+                f"{path} {tuple(graph.shapes[path].shape)}: is already compressed; materialize it "
+                "first, or remove this path"
+            )
         uses = sorted({u.primitive for u in graph.other_uses if u.path == path})
         raise RecipeError(
             f"{path} {tuple(graph.shapes[path].shape)}: named by the recipe, but no contraction or "

@@ -20,7 +20,7 @@ from jaxcomp.graph.sites import to_tokens
 from jaxcomp.graph.trace import leaf_paths
 from jaxcomp.plan import make_plan
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
-from jaxcomp.quantization import AWQ, GPTQ, RTN, SmoothQuant, gptq
+from jaxcomp.quantization import AWQ, GPTQ, RTN, LLMInt8, SmoothQuant, gptq
 from jaxcomp.recipe import Recipe
 from jaxcomp.step import Activation
 
@@ -317,6 +317,182 @@ def test_smoothing_folds_into_gain_and_rows_and_changes_nothing():
     assert "gain" in notes["gate"] and "up" in notes["down"]
 
 
+def unit(x):
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True))
+
+
+def gain(*shape, seed=1):
+    return 1 + 0.3 * normal(*shape, seed=seed)
+
+
+def over_second_axis(p, x):
+    layers = (p["g"].T, jnp.moveaxis(p["w"], 1, 0))
+    return jax.lax.scan(lambda c, q: ((unit(c) * q[0]) @ q[1], None), x, layers)[0]
+
+
+TRICKY = {
+    "the weight has another use": (
+        lambda p, x: unit((unit(x) * p["g"]) @ p["w"] + x) * p["h"] @ p["w"],
+        dict(g=gain(8), h=gain(8, seed=2), w=normal(8, 8)),
+        "*",
+    ),
+    "the weight is a tied embedding": (
+        lambda p, x: (unit(p["w"][jnp.arange(8)]) * p["g"]) @ p["w"].T,
+        dict(g=gain(8), w=normal(10, 8)),
+        "w",
+    ),
+    "the producer is squared": (
+        lambda p, x: (lambda h: (h * h) @ p["w"])(x @ p["a"]),
+        dict(a=normal(8, 8, seed=1), w=normal(8, 8)),
+        "w",
+    ),
+    "the producer is added to itself": (
+        lambda p, x: (lambda h: (h + h) @ p["w"])(x @ p["a"]),
+        dict(a=normal(8, 8, seed=1), w=normal(8, 8)),
+        "w",
+    ),
+    "a scan shares the producer": (
+        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh((unit(c) @ p["a"]) @ w), None), x, p["w"])[
+            0
+        ],
+        dict(a=normal(8, 8, seed=1), w=normal(3, 8, 8)),
+        "*",
+    ),
+    "gains stacked on their second axis": (
+        over_second_axis,
+        dict(g=gain(8, 3), w=normal(8, 3, 8)),
+        "*",
+    ),
+    "gains stacked on their second axis, of equal size": (
+        over_second_axis,
+        dict(g=gain(8, 8), w=normal(8, 8, 8)),
+        "*",
+    ),
+    "layers picked from a stack": (
+        lambda p, x: unit((unit(x) * p["g"][0]) @ p["w"][0]) * p["g"][1] @ p["w"][1],
+        dict(g=gain(2, 8), w=normal(2, 8, 8)),
+        "*",
+    ),
+    "layers picked from a stack, gains apart": (
+        lambda p, x: unit((unit(x) * p["g"]) @ p["w"][0]) * p["h"] @ p["w"][1],
+        dict(g=gain(8), h=gain(8, seed=2), w=normal(2, 8, 8)),
+        "*",
+    ),
+    "the weight's inputs are in another order": (
+        lambda p, x: (unit(x) * p["g"]) @ p["w"].transpose(1, 0, 2).reshape(8, 5),
+        dict(g=gain(8), w=normal(4, 2, 5)),
+        "*",
+    ),
+    "rounding stands between": (
+        lambda p, x: jnp.float32(jnp.int32(unit(x) * p["g"] * 5)) @ p["w"],
+        dict(g=gain(8), w=normal(8, 8)),
+        "*",
+    ),
+    "the gain is also a result": (
+        lambda p, x: ((unit(x) * p["g"]) @ p["w"], p["g"]),
+        dict(g=gain(8), w=normal(8, 8)),
+        "*",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRICKY)
+def test_smoothing_never_changes_the_function(case):
+    """Where a scale cannot move without being seen elsewhere, it stays with the weight."""
+    apply, params, include = TRICKY[case]
+    x = normal(32, 8, seed=7)
+    result = jc.compress(apply, params, Recipe(steps=(SmoothQuant(include=(include,)),)), [(x,)])
+    got = jax.tree.leaves(jc.dispatch(apply)(result.params, x))
+    for a, b in zip(jax.tree.leaves(apply(params, x)), got, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_picked_in_any_order():
+    def apply(p, x):
+        w = p["w"]
+        return x @ w[0][0] @ w[0][1] @ w[:, 0][1] @ w[:, 1][1]
+
+    params, x = {"w": normal(2, 2, 8, 8) / 3}, normal(32, 8, seed=7)
+    result = jc.compress(apply, params, Recipe(steps=(GPTQ(format=Int(8)),)), [(x,)])
+    for i in range(2):
+        for j in range(2):  # no slice lies at another's place
+            error = jnp.abs(result.params["w"].materialize()[i, j] - params["w"][i, j]).max()
+            assert error < 0.1 * jnp.abs(params["w"][i, j]).max()
+    exact = apply(params, x)
+    got = jc.dispatch(apply)(result.params, x)
+    assert jnp.linalg.norm(got - exact) < 0.02 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_static_scale_needs_one_input(looped):
+    act = Activation(dynamic=False, granularity="tensor")
+    recipe = Recipe(steps=(RTN(format=Int(8, full_range=False), activation=act),))
+
+    def apply(p, x):
+        if looped:
+            return jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=2)[0]
+        return x @ p["w"], (50 * x) @ p["w"]
+
+    with pytest.raises(jc.JaxcompError, match=r"w \(8, 8\): used on several inputs"):
+        jc.compress(apply, {"w": normal(8, 8)}, recipe, [(normal(4, 8),)])
+
+
+def test_convolutions_that_see_different_patches_are_not_one_group():
+    def apply(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        conv = lambda w, d: jax.lax.conv_general_dilated(  # noqa: E731
+            x, w, (1, 1), "SAME", rhs_dilation=(d, d), dimension_numbers=numbers
+        )
+        return conv(p["a"], 1), conv(p["b"], 2)
+
+    params = {"a": normal(3, 3, 2, 4), "b": normal(3, 3, 2, 4, seed=1)}
+    groups = {s.input_group for s in trace(apply, params, normal(1, 9, 9, 2)).sites}
+    assert len(groups) == 2
+
+
+def test_outlier_columns_stack_whatever_their_count():
+    def apply(p, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+
+    x = normal(32, 8).at[:, 2].multiply(30.0)  # outliers at the first layer alone
+    params = {"w": normal(3, 8, 8).astype(jnp.bfloat16)}
+    result = jc.compress(apply, params, Recipe(steps=(LLMInt8(),)), [(x,)])
+    assert "1 columns of bfloat16" in result.report.rows[0].format
+    exact, got = apply(params, x), jc.dispatch(apply)(result.params, x)
+    assert jnp.linalg.norm(got - exact) < 0.03 * jnp.linalg.norm(exact)
+
+
+def test_weights_that_cannot_be_reached_are_named():
+    stack = {"w": normal(3, 8, 8)}
+    x = normal(4, 8)
+    recipe = Recipe(steps=(GPTQ(format=Int(4)),))
+
+    def picked(p, x):
+        return jax.lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ p["w"][i]), x)
+
+    with pytest.raises(jc.RecipeError, match=r"w \(3, 8, 8\): reached through 'dynamic_slice'"):
+        jc.compress(picked, stack, recipe, [(x,)])
+
+    def mixed(p, x):
+        return jnp.einsum("bi,bio->bo", x[:3], p["w"]) @ p["w"][0]
+
+    with pytest.raises(
+        jc.JaxcompError, match=r"w \(3, 8, 8\): its stack is looped over or indexed"
+    ):
+        jc.compress(mixed, stack, recipe, [(x,)])
+    with pytest.raises(jc.RecipeError, match=r"w \(8, 8\).*convert_element_type"):
+        jc.compress(
+            lambda p, x: x @ jnp.float32(p["w"]), {"w": jnp.ones((8, 8), jnp.int8)}, recipe, [(x,)]
+        )
+
+
+def test_random_keys_among_the_parameters():
+    params = {"w": normal(16, 8), "key": jax.random.key(3)}
+    apply = lambda p, x: x @ p["w"] + jax.random.normal(p["key"], (8,))  # noqa: E731
+    result = jc.compress(apply, params, Recipe(steps=(GPTQ(format=INT4),)), inputs(1))
+    assert isinstance(result.params["w"], CompressedArray)
+
+
 def test_smoothing_stays_where_it_cannot_be_folded():
     """Another reader of the norm's output would see the scale: it must stay with the weights."""
 
@@ -425,6 +601,11 @@ def test_no_batches_and_uneven_batches():
         jc.compress(mlp, MLP, recipe, [])
     with pytest.raises(jc.DataError, match="batch 1 has the structure"):
         jc.compress(mlp, MLP, recipe, [(normal(2, 16),), (normal(2, 16), normal(2, 16))])
+    with pytest.raises(jc.DataError, match=r"batch 1 is float32 \(3, 16\).*drop or pad"):
+        jc.compress(mlp, MLP, recipe, [(normal(2, 16),), (normal(3, 16),)])
+    scaled = lambda p, x, s: mlp(p, x) * s  # noqa: E731
+    with pytest.raises(jc.DataError, match=r"batch 1 is 2\.0, of batch 0 1\.0"):
+        jc.compress(scaled, MLP, recipe, [(normal(2, 16), 1.0), (normal(2, 16), 2.0)])
 
 
 def test_nan_in_weights_and_activations():
@@ -494,11 +675,13 @@ def test_a_journal_of_another_run_is_refused(tmp_path):
     data, recipe = inputs(), Recipe(steps=(GPTQ(format=INT4),))
     jc.compress(mlp, MLP, recipe, data, journal=str(tmp_path / "j"))
     other = Recipe(steps=(GPTQ(format=Int(3, group_size=8)),))
-    changed = {**MLP, "a": MLP["a"].at[0, 0].add(1.0)}
+    changed = {**MLP, "a": MLP["a"].at[3, 7].add(1.0)}
+    renamed = lambda p, x: jnp.sin(x @ p["a"]) @ p["b"]  # noqa: E731
     for arguments, what in [
         ((mlp, MLP, other, data), "recipe"),
         ((mlp, MLP, recipe, data[:2]), "data"),
         ((mlp, changed, recipe, data), "model"),
+        ((renamed, MLP, recipe, data), "model"),
     ]:
         with pytest.raises(jc.JaxcompError, match=what):
             jc.compress(*arguments, journal=str(tmp_path / "j"))

@@ -8,6 +8,8 @@ parameters can be multiplied instead and the input needs no transform when the m
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.views import View
 
@@ -26,12 +28,14 @@ class Target:
       kind: "vector" (a gain or bias, an axis of the leaf holds the channels) or "rows" (the outputs
         of a linear layer).
       axis: for vectors, the axis of the leaf that holds the channels.
+      loops: axes of the leaf over which enclosing scans run, outermost first.
     """
 
     value: int
     path: str
     kind: str
     axis: int = 0
+    loops: tuple[int, ...] = ()
 
 
 def producers(program: Program, group: Sequence[Op], single_use: set[str]) -> list[Target] | None:
@@ -62,10 +66,26 @@ def producers(program: Program, group: Sequence[Op], single_use: set[str]) -> li
     if any(op.inputs[1 - op.site.operand] != x for op in group):
         return None
     size = first.eqn.invars[other].aval.shape[contract[other][0]]
-    if size != site.in_size:
+    if size != site.in_size or not all(_takes_scale(op, single_use) for op in group):
         return None
     walk = _Walk(program, makers, readers, single_use, size)
-    return walk.value(x, contract[other][0], list(group))
+    found = walk.value(x, contract[other][0], list(group))
+    if found is None or len({t.path for t in found}) != len(found):
+        return None
+    # Consumers and producers must meet at each other's positions: all are sliced by every loop
+    # around them, or none by any.
+    depths = {len(t.loops) for t in found} | {len(op.site.view.loops) for op in group}
+    return found if depths in ({0}, {program.depth}) else None
+
+
+def _takes_scale(op: Op, single_use: set[str]) -> bool:
+    """Whether a consumer's weight is used here alone and has its inputs in the input's order."""
+    site = op.site
+    if site.path not in single_use or site.view.fixed:
+        return False
+    contract, _ = op.eqn.params["dimension_numbers"]
+    factors = site.view.axes[contract[site.operand][0]]
+    return list(factors) == sorted(factors, key=lambda f: (f.axis, -f.stride))
 
 
 class _Walk:
@@ -110,7 +130,10 @@ class _Walk:
             return self.value(op.inputs[k], axis, [op])
 
         if name in _PASS:
-            return operand(0)
+            kinds = (op.eqn.invars[0].aval.dtype, op.eqn.outvars[0].aval.dtype)
+            return operand(0) if all(jnp.issubdtype(k, jnp.floating) for k in kinds) else None
+        if len(op.inputs) == 2 and op.inputs[0] == op.inputs[1]:
+            return None
         if name == "mul":
             by_gain = [k for k in (0, 1) if op.inputs[k] in self.program.weights]
             order = by_gain + [k for k in (1, 0) if k not in by_gain]
@@ -157,7 +180,7 @@ class _Walk:
             self.size if a == axis else 1 for a in range(len(view.axes))
         ):
             return None
-        return [Target(i, path, "vector", factors[0].axis)]
+        return [Target(i, path, "vector", factors[0].axis, tuple(f.axis for f in view.loops))]
 
     def rows(self, op: Op, axis: int) -> list[Target] | None:
         """A linear layer: the channels are all of its outputs, in the order of its matrix."""
@@ -176,7 +199,8 @@ class _Walk:
         factors = site.view.axes[rest[0]]
         if list(factors) != sorted(factors, key=lambda f: (f.axis, -f.stride)):
             return None
-        return [Target(op.inputs[k], site.path, "rows")]
+        loops = tuple(f.axis for f in site.view.loops)
+        return [Target(op.inputs[k], site.path, "rows", loops=loops)]
 
 
 def _whole(view: View, factors) -> bool:

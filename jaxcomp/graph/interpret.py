@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import is_compressed
+from jaxcomp.formats import InputQuant, is_compressed
 from jaxcomp.graph import _compat
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.views import View
@@ -52,6 +52,12 @@ class Plain:
     def dense(self, path, view, leaf):
         """Replays the view."""
         return view.replay(as_array(leaf))
+
+
+def quantizes_input(leaf: Any) -> bool:
+    """Whether a compressed leaf's input is quantized when the model runs."""
+    parts = jax.tree.leaves(leaf.parts, is_leaf=lambda p: isinstance(p, InputQuant))
+    return any(isinstance(p, InputQuant) for p in parts)
 
 
 def as_array(leaf: Any) -> jax.Array:
@@ -188,7 +194,8 @@ def _leading(leaf: Any, view: View) -> Any:
     """A leaf with the axis that a scan runs over in front."""
     axis = view.loop_axis()
     if is_compressed(leaf):
-        if leaf.stack_axes[0] == axis and axis == 0:
+        # The data of a compressed leaf have the stack axes in front, wherever the leaf has them.
+        if leaf.stack and leaf.stack_axes[-len(leaf.stack)] == view.loops[-1].axis:
             return leaf
         leaf = leaf.materialize()
     return jnp.moveaxis(jnp.asarray(leaf), axis, 0)
@@ -248,6 +255,12 @@ def _shard_map(op, env, read, program, handler, state):
     values = []
     for i, keep, spec in zip(op.inputs, op.kept, op.eqn.params["in_specs"], strict=True):
         whole = all(axis is None for axis in spec)
+        if keep and is_compressed(env[i]) and not whole and quantizes_input(env[i]):
+            raise JaxcompError(
+                f"{program.weights[i][0]} {env[i].shape}: enters a shard_map with the spec {spec}, "
+                "where it must be made dense, and its quantized input would be lost; shard with "
+                "jax.jit instead, or leave the activation out for this path"
+            )
         values.append(env[i] if keep and is_compressed(env[i]) and whole else read(i))
     (body,) = op.bodies
     run = lambda *values: tuple(interpret(body, list(values), handler, {})[0])  # noqa: E731

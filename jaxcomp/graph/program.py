@@ -49,6 +49,7 @@ class Program:
       constants: values known beforehand, by id.
       weights: for ids that stand for a weight, its path and view.
       sites: all sites in it, its bodies' included.
+      depth: how many loops enclose it.
     """
 
     inputs: tuple[int, ...]
@@ -57,6 +58,7 @@ class Program:
     constants: dict[int, Any]
     weights: dict[int, tuple[str, View]]
     sites: tuple[Site, ...]
+    depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Builder:
         self.other: list[OtherUse] = []
         self.layouts: dict[str, Any] = {}
         self.groups: dict[Any, int] = {}
+        self.depth = 0
 
     def new(self, aval: Any, number: Any = None) -> int:
         """A fresh id."""
@@ -106,9 +109,16 @@ class Builder:
         constants: dict[int, Any] = {}
         first = len(self.sites)
         outputs = self.inline(body, inputs, where, ops, constants)
-        return Program(
-            tuple(inputs), tuple(outputs), ops, constants, self.weights, tuple(self.sites[first:])
-        )
+        found = tuple(self.sites[first:])
+        ids = tuple(inputs), tuple(outputs)
+        return Program(*ids, ops, constants, self.weights, found, self.depth)
+
+    def loop_body(self, body: _compat.Body, inputs: list[int], where: str) -> Program:
+        """Builds the body of a loop."""
+        self.depth += 1
+        program = self.program(body, inputs, where)
+        self.depth -= 1
+        return program
 
     def inline(self, body, inputs, where, ops, constants) -> list[int]:
         """Appends a body's operations to ``ops``; returns the ids of its results."""
@@ -165,7 +175,9 @@ class Builder:
             *(self.derived.get(i, frozenset()) for i in operands),
             {(self.weights[i][0], name, where) for i in operands if i in self.weights},
         )
-        if sources and all(self.involved(i) or i in self.constant for i in operands):
+        # A slice at an index of the model's own making is still made of the weight alone.
+        own = operands[:1] if name in ("dynamic_slice", "gather") else operands
+        if sources and all(self.involved(i) or i in self.constant for i in own):
             for i in outputs:
                 self.derived[i] = sources
         elif sources:
@@ -218,7 +230,10 @@ class Builder:
         # Weights of one group must also flatten the input in the same order.
         inner = [f for a in r.contracted for f in view.axes[a]]
         order = tuple(sorted(range(len(inner)), key=lambda k: (inner[k].axis, -inner[k].stride)))
-        axes = (str(eqn.params.get("dimension_numbers", "")), order, tuple(f.size for f in inner))
+        params = eqn.params.get("dimension_numbers", "")
+        if kind == "conv_general_dilated":  # strides, padding and dilation decide what it sees
+            params = sorted((k, str(v)) for k, v in eqn.params.items())
+        axes = (str(params), order, tuple(f.size for f in inner))
         key = (kind, others, axes if kind != "gather" else where)
         group = self.groups.setdefault(key, len(self.groups))
         site = Site(where, path, kind, layout, group, view, position)
@@ -301,7 +316,7 @@ class Builder:
             kept.append(weight and j is not None)
             inner.append(self.dense(i, "scan", where, var.aval) if j is None else j)
         return self.finish(
-            "scan", eqn, operands, [self.program(body, inner, f"{where}/")], kept, first
+            "scan", eqn, operands, [self.loop_body(body, inner, f"{where}/")], kept, first
         )
 
     def while_loop(self, eqn, operands, where):
@@ -317,7 +332,7 @@ class Builder:
             whole = keep or k < consts
             inner.append(self.alias(i) if whole else self.dense(i, "while", where, var.aval))
         return self.finish(
-            "while", eqn, operands, [self.program(body, inner, f"{where}/")], kept, first
+            "while", eqn, operands, [self.loop_body(body, inner, f"{where}/")], kept, first
         )
 
     def cond(self, eqn, operands, where):
@@ -395,4 +410,7 @@ def build(jaxpr: Any, weights: dict[int, tuple[str, Any]]) -> tuple[Program, Bui
             builder.weights[i] = (weights[k][0], View.of(var.aval.shape, var.aval.dtype))
         inputs.append(i)
     program = builder.program(body, inputs, "")
+    for i in program.outputs:
+        if i in builder.weights:
+            builder.note(builder.weights[i][0], "output", "", False)
     return program, builder

@@ -361,7 +361,9 @@ class Sequential:
                 self.done[(target.site.path, target.index)] = result
         for other in sites:
             root = weights[other.site.id]
-            values[op.inputs.index(root)] = self.done[_key(other.site, env[root])]
+            for k, i in enumerate(op.inputs):
+                if i == root and op.kept[k]:
+                    values[k] = self.done[_key(other.site, env[root])]
         function = jax.jit(lambda *values: sharded.evaluate(op, values, self.handler, {})[0])
         self.contractions += len(direct) * count
         return self._each(function, values, count)
@@ -382,6 +384,9 @@ class Sequential:
     def _scan(self, program, op, env, active):
         (body,) = op.bodies
         loop = _compat.scan_of(op.eqn.params)
+        if not loop.length:
+            values = [self.read(program, env, i) for i in op.inputs]
+            return self._each(lambda *v: _compat.bind(op.eqn, *v), values, len(active))
         split = loop.num_consts + loop.num_carry
         values = [
             env[i] if keep else self.read(program, env, i)
@@ -478,7 +483,10 @@ class Sequential:
 
 
 def _key(site: Site, leaf: _Leaf) -> tuple[str, Index]:
-    return site.path, (*leaf.index, *(i for _, i in site.view.fixed))
+    """A weight's name and its position along the leading stack axes of its matrix."""
+    axes = [f.axis for f in site.view.loops] + [f.axis for f, _ in site.view.fixed]
+    at = dict(zip(axes, (*leaf.index, *(i for _, i in site.view.fixed)), strict=True))
+    return site.path, tuple(at[a] for a in site.layout.stack_axes if a in at)
 
 
 def _roots(program: Program) -> dict[int, int]:

@@ -11,7 +11,7 @@ from jaxcomp import calibration
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat
-from jaxcomp.graph.interpret import Handler, Plain, State, interpret
+from jaxcomp.graph.interpret import Handler, Plain, State, interpret, quantizes_input
 from jaxcomp.graph.program import Op
 from jaxcomp.graph.sites import Site, to_tokens
 
@@ -30,6 +30,12 @@ def evaluate(op: Op, values: Sequence[Any], handler: Handler, state: State) -> t
     """
     (body,) = op.bodies
     specs = op.eqn.params["in_specs"]
+    for v, spec in zip(values, specs, strict=True):
+        if is_compressed(v) and any(a is not None for a in spec) and quantizes_input(v):
+            raise JaxcompError(
+                f"a weight {v.shape} enters a shard_map with the spec {spec}, where its quantized "
+                "input would be lost; leave the activation out of the recipe for this path"
+            )
     values = [
         v.materialize() if is_compressed(v) and any(a is not None for a in spec) else v
         for v, spec in zip(values, specs, strict=True)

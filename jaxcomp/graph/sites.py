@@ -94,10 +94,14 @@ class Site:
         return self.kind != "gather"
 
     @property
+    def loop_axes(self) -> tuple[int, ...]:
+        """Axes of the leaf that loops run over or that are fixed at an index."""
+        return tuple(f.axis for f in self.view.loops) + tuple(f.axis for f, _ in self.view.fixed)
+
+    @property
     def batch_axes(self) -> tuple[int, ...]:
         """Stack axes that the contraction itself batches over (experts), not loops."""
-        done = len(self.view.loops) + len(self.view.fixed)
-        return self.layout.stack_axes[done:]
+        return tuple(a for a in self.layout.stack_axes if a not in self.loop_axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,11 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def _numeric(value: Any) -> bool:
+    """Whether a leaf holds numbers; PRNG keys do not."""
+    return is_array(value) and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+
+
 def abstract(value: Any) -> Any:
     """Shape and dtype of a leaf, with its sharding where JAX tracks it in the type."""
     if isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
@@ -115,7 +120,8 @@ def trace(
             raise JaxcompError(f"two leaves of params are both named {path!r}; rename one")
         seen.add(path)
     jaxpr, out_tree, moving = _jaxpr(apply, named, treedef, inputs, kwargs)
-    weights = {k: (named[i][0], named[i][1]) for k, i in enumerate(moving) if select(named[i][1])}
+    weights = {k: named[i] for k, i in enumerate(moving) if _numeric(named[i][1])}
+    weights = {k: (path, leaf) for k, (path, leaf) in weights.items() if select(leaf)}
     program, builder = build(jaxpr, weights)
     shapes = {path: leaf for path, leaf in named}
     layouts = {  # of the whole leaf, also where a shard_map sees a shard of it

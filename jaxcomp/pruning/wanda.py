@@ -95,7 +95,9 @@ def _(step: Wanda, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         nm = masks.check_target(step.sparsity, step.n, step.m, w.shape[-1], layer.path)
         checks.check_weight(w, layer.path)
         checks.check_statistics(layer, "sumsq")
-        scores = _scores(w, jnp.sqrt(layer.statistics.sumsq))
+        # An expert that saw no tokens is pruned by magnitude.
+        seen = layer.statistics.count[..., None] > 0
+        scores = _scores(w, jnp.where(seen, jnp.sqrt(layer.statistics.sumsq), 1.0))
         mask, weight, parts = prune(w, scores, step.sparsity, nm, "row", layer.mask)
         results.append(common.pruned(layer, mask, weight, parts))
     return tuple(results)

@@ -83,7 +83,8 @@ def _split(w, outlier, count):
     return rounded, values, indices, jnp.where(outlier[..., None, :], wide, rounded.values)
 
 
-def _parts(w, absmax, threshold, path):
+def _parts(w, absmax, threshold, path, dtype=None, uniform=False):
+    """The parts, outliers in ``dtype``; ``uniform`` ones have one structure for any outliers."""
     check_threshold(threshold, path)
     checks.check_format(FORMAT, w, None, None, path)
     checks.check_weight(w, path)
@@ -93,16 +94,17 @@ def _parts(w, absmax, threshold, path):
             f"largest magnitudes of its input, got {tuple(absmax.shape)}"
         )
     outlier = np.broadcast_to(np.asarray(absmax) >= threshold, (*w.shape[:-2], w.shape[-1]))
-    if outlier.all():
+    if outlier.all() and not uniform:
         return (Dense(jnp.asarray(w)),), jnp.asarray(w)
     count = int(outlier.sum(-1).max())
     rounded, values, indices, whole = _split(w, outlier, count)
     part = common.with_activation([rounded.part], ACTIVATION)[0]
-    if not count:
+    if not count and not uniform:
         return (part,), whole
     # The integer matmul must not see the outliers, or they would set its scale: they are
     # multiplied by 0.
     hidden = InputScale(part, jnp.asarray(np.where(outlier, 0.0, 1.0), jnp.float32))
+    values = values.astype(dtype or values.dtype)
     return (hidden, DenseColumns(values, indices, in_size=w.shape[-1])), whole
 
 
@@ -181,7 +183,15 @@ def _(step: LLMInt8, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
                 f"{layer.path}: LLM.int8() stores dense int8 weights and cannot keep a mask; "
                 "quantize the pruned weight with RTN or GPTQ, or exclude this path"
             )
-        parts, values = _parts(layer.weight, layer.statistics.absmax, step.threshold, layer.path)
+        # Layers of a stack have more or fewer outliers, or none, and are to be stacked again.
+        parts, values = _parts(
+            layer.weight,
+            layer.statistics.absmax,
+            step.threshold,
+            layer.path,
+            layer.original_dtype,
+            uniform=True,
+        )
         layer = common.quantized(layer, parts, values, None).replace(activation=ACTIVATION)
         results.append(layer)
     return tuple(results)
