@@ -60,7 +60,9 @@ def ours(recipe: str, calibration: str, held_out: str) -> dict:
     recipes = {f"rtn_w{bits}": getattr(presets, f"w{bits}a16_rtn")() for bits in (4, 3, 2)}
     for bits in (4, 3, 2):
         make = getattr(presets, f"w{bits}a16_gptq")
-        recipes |= {f"gptq_w{bits}": make(), f"gptq_w{bits}_activation": make(order="activation")}
+        # Its scales are always those of the original weights.
+        recipes[f"gptq_w{bits}"] = make(static_groups=True)
+        recipes[f"gptq_w{bits}_activation"] = make(order="activation", static_groups=True)
     recipes |= {"awq_w4": presets.w4a16_awq(), "awq_w3": presets.w3a16_awq()}
     recipes["smoothquant_w8a8"] = presets.w8a8_smoothquant()
     for name in ("wanda_50", "wanda_2_4", "sparsegpt_50", "sparsegpt_2_4"):

@@ -24,7 +24,7 @@ from jaxcomp import formats, matmul
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
-from jaxcomp.graph.interpret import as_array
+from jaxcomp.graph.interpret import as_array, picked
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
@@ -165,17 +165,6 @@ class Dispatcher(Plain):
     def dense(self, path, view, leaf):
         """Materializes the weight."""
         return view.replay(as_array(leaf))
-
-
-def picked(leaf: formats.CompressedArray, site: Site) -> formats.CompressedArray:
-    """The slice of a stacked compressed weight that a site uses by a fixed index."""
-    loops = {f.axis for f in site.view.loops}
-    order = [a for a in leaf.stack_axes if a not in loops]
-    for factor, index in site.view.fixed:
-        at = order.index(factor.axis)
-        order.pop(at)
-        leaf = jax.tree.map(lambda a, at=at, index=index: a[(slice(None),) * at + (index,)], leaf)
-    return leaf
 
 
 def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> tuple[str, str]:

@@ -731,3 +731,24 @@ def test_pruned_weights_keep_their_own_dtype(step, how):
     report = jc.compress(mlp, params, Recipe(steps=(step(**how),)), inputs(1)).report
     assert report.bits_per_weight == 9
     assert ("n" in how) == report.rows[0].format.startswith("2:4 of dense bfloat16")
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_second_run_sees_the_first_ones_quantized_inputs(stacked):
+    """Weights that came compressed keep quantizing their inputs while others are calibrated."""
+    act = Activation(format="int4")
+    first = Recipe(steps=(RTN(format=Int(8, full_range=False), activation=act, include=("a",)),))
+    second = Recipe(steps=(GPTQ(format=INT4, include=("b",)),))
+    both = Recipe(steps=first.steps + second.steps)
+    params, data = {"a": normal(16, 16) / 4, "b": normal(16, 8, seed=1)}, inputs(1)
+    apply = mlp
+    if stacked:
+        params["a"] = normal(2, 16, 16) / 4
+
+        def apply(p, x):
+            return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["a"])[0] @ p["b"]
+
+    once = jc.compress(apply, params, both, data).params
+    halfway = jc.compress(apply, params, first, data).params
+    twice = jc.compress(apply, halfway, second, data).params
+    np.testing.assert_allclose(once["b"].materialize(), twice["b"].materialize(), atol=1e-6)

@@ -141,6 +141,11 @@ class CompressedArray:
         """Sizes of the stack axes that are there now."""
         return tuple(self.parts[0].shape[:-2])
 
+    @property
+    def first_axis(self) -> int | None:
+        """Where the first stack axis that is there now lies in the full leaf; None without one."""
+        return self.stack_axes[-len(self.stack)] if self.stack else None
+
     def _layout(self) -> list[tuple[str, int]]:
         """The axes of the leaf as ("stack" | "dim", index), with sliced stack axes gone."""
         dims = iter(("dim", i) for i in range(len(self.dims)))

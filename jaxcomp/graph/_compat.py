@@ -9,6 +9,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core
 
 Literal = core.Literal
@@ -113,6 +114,8 @@ def printable_params(eqn: Any) -> str | None:
         for sub in _jaxprs(value):
             if any(_has_consts(j) for j in _nested(sub)):
                 return None
+        if isinstance(value, np.ndarray):  # printed in full, str() abbreviates
+            value = (value.shape, value.dtype, value.tobytes())
         text = str(value)
         if " at 0x" in text:
             return None

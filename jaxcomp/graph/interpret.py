@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import InputQuant, is_compressed
+from jaxcomp.formats import CompressedArray, InputQuant, is_compressed
 from jaxcomp.graph import _compat
 from jaxcomp.graph.program import Op, Program
+from jaxcomp.graph.sites import Site
 from jaxcomp.graph.views import View
 
 State = dict[str, Any]
@@ -58,6 +59,17 @@ def quantizes_input(leaf: Any) -> bool:
     """Whether a compressed leaf's input is quantized when the model runs."""
     parts = jax.tree.leaves(leaf.parts, is_leaf=lambda p: isinstance(p, InputQuant))
     return any(isinstance(p, InputQuant) for p in parts)
+
+
+def picked(leaf: CompressedArray, site: Site) -> CompressedArray:
+    """The slice of a stacked compressed weight that a site uses by a fixed index."""
+    loops = {f.axis for f in site.view.loops}
+    order = [a for a in leaf.stack_axes if a not in loops]
+    for factor, index in site.view.fixed:
+        at = order.index(factor.axis)
+        order.pop(at)
+        leaf = jax.tree.map(lambda a, at=at, index=index: a[(slice(None),) * at + (index,)], leaf)
+    return leaf
 
 
 def as_array(leaf: Any) -> jax.Array:
@@ -195,7 +207,7 @@ def _leading(leaf: Any, view: View) -> Any:
     axis = view.loop_axis()
     if is_compressed(leaf):
         # The data of a compressed leaf have the stack axes in front, wherever the leaf has them.
-        if leaf.stack and leaf.stack_axes[-len(leaf.stack)] == view.loops[-1].axis:
+        if leaf.first_axis == view.loops[-1].axis:
             return leaf
         leaf = leaf.materialize()
     return jnp.moveaxis(jnp.asarray(leaf), axis, 0)

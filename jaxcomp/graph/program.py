@@ -169,8 +169,9 @@ class Builder:
         name = eqn.primitive.name
         outputs = [self.new(v.aval) for v in eqn.outvars]
         if len(operands) == 1 and name in _SAME_VALUE and outputs:
-            key = (name, _compat.printable_params(eqn), self.number[operands[0]])
-            self.number[outputs[0]] = key
+            text = _compat.printable_params(eqn)
+            if text is not None:
+                self.number[outputs[0]] = (name, text, self.number[operands[0]])
         sources = frozenset().union(
             *(self.derived.get(i, frozenset()) for i in operands),
             {(self.weights[i][0], name, where) for i in operands if i in self.weights},

@@ -19,7 +19,7 @@ from jaxcomp import calibration
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
-from jaxcomp.graph.interpret import Handler
+from jaxcomp.graph.interpret import Handler, picked, quantizes_input
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site, is_grouped, to_tokens
 from jaxcomp.graph.views import View
@@ -118,7 +118,14 @@ class Sequential:
             if op.kind == "view":
                 env[op.outputs[0]] = env[op.inputs[0]]
                 continue
-            if op.kind == "bind" or (op.kind == "site" and self.compressor.needs(op.site) is None):
+            done = op.kind == "site" and self.compressor.needs(op.site) is None
+            root = env.get(roots[op.inputs[op.site.operand]]) if done else None
+            if done and _quantizes(root):
+                flush(k)
+                leaf = _fixed(op.site, root.value)
+                self.evaluate(program, op, env, leaf, len(active))
+                continue
+            if op.kind == "bind" or done:
                 self.contractions += op.kind == "site"
                 pending.append(op)
                 continue
@@ -197,7 +204,14 @@ class Sequential:
         key = _key(op.site, here)
         if key not in self.done:
             self.compress_group(program, op, env, roots, count)
-        leaf = self.done[key]
+        self.evaluate(program, op, env, self.done[key], count)
+        if op.site.uses == 1 and len(here.index) == self.loops:
+            # The compressor keeps the result; this one is spent. (A loop whose iterations share the
+            # weight comes back to it.)
+            self.done[key] = None
+
+    def evaluate(self, program, op, env, leaf, count) -> None:
+        """Evaluates a site on all batches."""
         function = self.applied(op)
         operands = [
             None if j == op.site.operand else self.read(program, env, i)
@@ -215,10 +229,6 @@ class Sequential:
         else:
             self.contractions += 1
             env.update(zip(op.outputs, function(operands, leaf), strict=True))
-        if op.site.uses == 1 and len(here.index) == self.loops:
-            # The compressor keeps the result; this one is spent. (A loop whose iterations share the
-            # weight comes back to it.)
-            self.done[key] = None
 
     def applied(self, op: Op) -> Callable:
         """A jitted function that evaluates a site on a leaf without its loop axes."""
@@ -482,6 +492,11 @@ class Sequential:
         return columns
 
 
+def _quantizes(leaf: Any) -> bool:
+    """Whether a weight came compressed, with a quantized input that evaluation must not drop."""
+    return isinstance(leaf, _Leaf) and is_compressed(leaf.value) and quantizes_input(leaf.value)
+
+
 def _key(site: Site, leaf: _Leaf) -> tuple[str, Index]:
     """A weight's name and its position along the leading stack axes of its matrix."""
     axes = [f.axis for f in site.view.loops] + [f.axis for f, _ in site.view.fixed]
@@ -505,6 +520,8 @@ def _without_fixed(view: View) -> View:
 
 def _fixed(site: Site, leaf: Any) -> Any:
     """A leaf sliced at the fixed indices of a site, on the host if it lies there."""
+    if is_compressed(leaf):
+        return picked(leaf, site)
     gone = [f.axis for f in site.view.loops]
     for factor, index in site.view.fixed:
         at = factor.axis - sum(a < factor.axis for a in gone)
@@ -516,8 +533,10 @@ def _fixed(site: Site, leaf: Any) -> Any:
 def _slice(value: Any, t: int, view: View | None) -> Any:
     """Position ``t`` of a scanned operand."""
     if isinstance(value, _Leaf):
-        if is_compressed(value.value):
+        if is_compressed(value.value) and value.value.first_axis == view.loops[-1].axis:
             return _Leaf(jax.tree.map(lambda a: a[t], value.value), (*value.index, t))
+        if is_compressed(value.value):
+            value = _Leaf(value.value.materialize(), value.index)
         axis = view.loop_axis()
         return _Leaf(value.value[(slice(None),) * axis + (t,)], (*value.index, t))
     if isinstance(value, Many):
