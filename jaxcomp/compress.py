@@ -341,6 +341,8 @@ class _Run:
         ]
         columns = [flatten_inputs(batch, {})[0] for batch in batches]
         inputs = [Many(jnp.asarray(v) for v in column) for column in zip(*columns, strict=True)]
+        # Nobody asks for the outputs: what comes after the last site is left out.
+        program = dataclasses.replace(program, outputs=())
         passes.run(program, [*leaves, *inputs], list(range(len(batches))))
         self.contractions = passes.contractions
         missing = [p for p in self.plan if len(self.records[p]) < _positions(self.graph, p)]

@@ -114,12 +114,16 @@ def w3a16_gptq(
     group_size: int | None = 128,
     symmetric: bool = False,
     order: Literal["natural", "activation"] = "natural",
-    static_groups: bool | None = None,
+    static_groups: bool | None = True,
     damping: float = 0.01,
     include: Rules = ALL,
     exclude: Rules = HEADS,
 ) -> Recipe:
-    """3-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``."""
+    """3-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``.
+
+    Scales are fitted to the original weights: below 4 bits, groups fitted to weights that already
+    carry their predecessors' errors come out worse (``python -m benchmarks.quality``).
+    """
     return _gptq(3, group_size, symmetric, order, static_groups, damping, include, exclude)
 
 
@@ -127,12 +131,16 @@ def w2a16_gptq(
     group_size: int | None = 128,
     symmetric: bool = False,
     order: Literal["natural", "activation"] = "natural",
-    static_groups: bool | None = None,
+    static_groups: bool | None = True,
     damping: float = 0.01,
     include: Rules = ALL,
     exclude: Rules = HEADS,
 ) -> Recipe:
-    """2-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``."""
+    """2-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``.
+
+    Scales are fitted to the original weights: below 4 bits, groups fitted to weights that already
+    carry their predecessors' errors come out worse (``python -m benchmarks.quality``).
+    """
     return _gptq(2, group_size, symmetric, order, static_groups, damping, include, exclude)
 
 

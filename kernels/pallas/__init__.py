@@ -11,4 +11,3 @@ through XLA.
 import jax as _jax  # noqa: F401
 
 __all__: list[str] = []
-
