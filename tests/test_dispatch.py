@@ -209,6 +209,20 @@ def test_inside_shard_map(spec, reported):
     assert {c.implementation for c in jc.dispatch(apply).report(compressed, x)} == {reported}
 
 
+def test_a_quantized_input_is_not_lost_inside_shard_map():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def apply(p, x):
+        specs = (P("a"), P(None, "b"))
+        fn = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=specs, out_specs=P("a", "b"))
+        return fn(x, p["w"])
+
+    x = normal(4, 16)
+    compressed = rtn(apply, {"w": normal(16, 8)}, x, activation=Activation())
+    with pytest.raises(jc.JaxcompError, match=r"w \(16, 8\): enters a shard_map with the spec"):
+        jc.dispatch(apply)(compressed, x)
+
+
 def test_weights_in_odd_places_are_reported():
     apply = lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2)  # noqa: E731
     params, x = {"w": normal(16, 8)}, normal(4, 16)

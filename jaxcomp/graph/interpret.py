@@ -264,19 +264,38 @@ def _shard_map(op, env, read, program, handler, state):
             f"sites {sorted(state)} lie inside a shard_map, where a site's state has no sharding; "
             "apply the transform inside the shard_map, or exclude these weights"
         )
-    values = []
-    for i, keep, spec in zip(op.inputs, op.kept, op.eqn.params["in_specs"], strict=True):
-        whole = all(axis is None for axis in spec)
-        if keep and is_compressed(env[i]) and not whole and quantizes_input(env[i]):
-            raise JaxcompError(
-                f"{program.weights[i][0]} {env[i].shape}: enters a shard_map with the spec {spec}, "
-                "where it must be made dense, and its quantized input would be lost; shard with "
-                "jax.jit instead, or leave the activation out for this path"
-            )
-        values.append(env[i] if keep and is_compressed(env[i]) and whole else read(i))
+    values = [env[i] if keep else read(i) for i, keep in zip(op.inputs, op.kept, strict=True)]
+    return shard_mapped(op, values, handler), state
+
+
+def shard_mapped(op: Op, values: Sequence[Any], handler: Handler) -> list[Any]:
+    """Evaluates a shard_map operation on leaves that may be compressed.
+
+    Args:
+      op: an operation of kind "shard_map".
+      values: one for each input; compressed leaves are made dense unless they are replicated.
+      handler: what to do at sites.
+
+    Returns:
+      The equation's results.
+
+    Raises:
+      JaxcompError: a leaf that is made dense would lose the quantization of its input.
+    """
     (body,) = op.bodies
+    ready = []
+    for i, value, spec in zip(body.inputs, values, op.eqn.params["in_specs"], strict=True):
+        if is_compressed(value) and any(axis is not None for axis in spec):
+            if quantizes_input(value):
+                raise JaxcompError(
+                    f"{body.weights[i][0]} {value.shape}: enters a shard_map with the spec {spec}, "
+                    "where it must be made dense, and its quantized input would be lost; shard "
+                    "with jax.jit instead, or leave the activation out for this path"
+                )
+            value = value.materialize()
+        ready.append(value)
     run = lambda *values: tuple(interpret(body, list(values), handler, {})[0])  # noqa: E731
-    return list(_compat.shard_map(op.eqn, run)(*values)), state
+    return list(_compat.shard_map(op.eqn, run)(*ready))
 
 
 _STRUCTURED = {

@@ -19,7 +19,7 @@ from jaxcomp import calibration
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
-from jaxcomp.graph.interpret import Handler, picked, quantizes_input
+from jaxcomp.graph.interpret import Handler, picked, quantizes_input, shard_mapped
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site, is_grouped, to_tokens
 from jaxcomp.graph.views import View
@@ -374,7 +374,7 @@ class Sequential:
             for k, i in enumerate(op.inputs):
                 if i == root and op.kept[k]:
                     values[k] = self.done[_key(other.site, env[root])]
-        function = jax.jit(lambda *values: sharded.evaluate(op, values, self.handler, {})[0])
+        function = jax.jit(lambda *values: shard_mapped(op, values, self.handler))
         self.contractions += len(direct) * count
         return self._each(function, values, count)
 

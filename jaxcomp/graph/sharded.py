@@ -9,39 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcomp import calibration
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat
-from jaxcomp.graph.interpret import Handler, Plain, State, interpret, quantizes_input
+from jaxcomp.graph.interpret import Plain, State, interpret
 from jaxcomp.graph.program import Op
 from jaxcomp.graph.sites import Site, to_tokens
-
-
-def evaluate(op: Op, values: Sequence[Any], handler: Handler, state: State) -> tuple[list, State]:
-    """Evaluates a shard_map operation on leaves that may be compressed.
-
-    Args:
-      op: an operation of kind "shard_map".
-      values: one for each input; compressed leaves are made dense unless they are replicated.
-      handler: what to do at sites.
-      state: none is kept.
-
-    Returns:
-      Results and ``state``.
-    """
-    (body,) = op.bodies
-    specs = op.eqn.params["in_specs"]
-    for v, spec in zip(values, specs, strict=True):
-        if is_compressed(v) and any(a is not None for a in spec) and quantizes_input(v):
-            raise JaxcompError(
-                f"a weight {v.shape} enters a shard_map with the spec {spec}, where its quantized "
-                "input would be lost; leave the activation out of the recipe for this path"
-            )
-    values = [
-        v.materialize() if is_compressed(v) and any(a is not None for a in spec) else v
-        for v, spec in zip(values, specs, strict=True)
-    ]
-    run = lambda *values: tuple(interpret(body, list(values), handler, {})[0])  # noqa: E731
-    return list(_compat.shard_map(op.eqn, run)(*values)), state
 
 
 def statistics(op: Op, values: Sequence[Any], state: State) -> State:
