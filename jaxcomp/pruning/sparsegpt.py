@@ -20,7 +20,7 @@ Source: SparseGPT, https://arxiv.org/abs/2301.00774.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class SparseGPT(Step, frozen=True, tag="sparsegpt"):
     format: Element | None = None
     damping: float = 0.01
     block_size: int = 128
-    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
+    clipping: str = "minmax"
     percentile: float = 99.9
 
     def needs(self) -> frozenset[str]:

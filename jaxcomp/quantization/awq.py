@@ -19,7 +19,6 @@ Source: AWQ, https://arxiv.org/abs/2306.00978.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ class AWQ(Step, frozen=True, tag="awq"):
     """
 
     format: Element
-    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
+    clipping: str = "minmax"
     percentile: float = 99.9
     grid_size: int = 20
     search_clip: bool = True

@@ -56,7 +56,7 @@ class GPTQ(Step, frozen=True, tag="gptq"):
     block_size: int = 128
     order: Literal["natural", "activation"] = "natural"
     static_groups: bool | None = None
-    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
+    clipping: str = "minmax"
     percentile: float = 99.9
     activation: Activation | None = None
 

@@ -8,7 +8,6 @@ other methods.
 """
 
 import functools
-from typing import Literal
 
 import jax
 
@@ -29,7 +28,7 @@ class RTN(Step, frozen=True, tag="rtn"):
     """
 
     format: Element
-    clipping: Literal["minmax", "mse", "percentile"] = "minmax"
+    clipping: str = "minmax"
     percentile: float = 99.9
     activation: Activation | None = None
 
