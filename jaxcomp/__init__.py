@@ -22,6 +22,7 @@ from jaxcomp.graph import Graph, Site, trace
 from jaxcomp.io.checkpoint import load, save
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
+from jaxcomp.taps import tap
 
 __all__ = [
     "CompressedArray",
@@ -50,5 +51,6 @@ __all__ = [
     "pruning",
     "quantization",
     "save",
+    "tap",
     "trace",
 ]

@@ -142,10 +142,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for index, step in enumerate(self.steps):
             named = tuple(rule for rule in step.include if rule != "*")
             for rule in step.include:
-                if not any(_fits(rule, p) for p in (paths if rule == "*" else everything)):
+                if not any(fits(rule, p) for p in (paths if rule == "*" else everything)):
                     raise RecipeError(_unmatched(index, step, "include", rule, everything))
             for rule in step.exclude:
-                if rule not in HEADS and not any(_fits(rule, p) for p in everything):
+                if rule not in HEADS and not any(fits(rule, p) for p in everything):
                     raise RecipeError(_unmatched(index, step, "exclude", rule, everything))
             chosen = [p for p in paths if matches(step, p)]
             chosen += [p for p in on_request if _any(named, p) and not _any(step.exclude, p)]
@@ -165,10 +165,11 @@ def matches(step: Step, path: str) -> bool:
 
 
 def _any(rules: tuple[str, ...], path: str) -> bool:
-    return any(_fits(rule, path) for rule in rules)
+    return any(fits(rule, path) for rule in rules)
 
 
-def _fits(rule: str, path: str) -> bool:
+def fits(rule: str, path: str) -> bool:
+    """Whether one rule, a glob or a regular expression behind ``re:``, matches a whole path."""
     return _compiled(rule).fullmatch(path) is not None
 
 

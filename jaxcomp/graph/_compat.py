@@ -6,6 +6,7 @@ trees.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,23 @@ def inner_jaxpr(eqn: Any) -> Any | None:
     if name in ("custom_vjp_call_jaxpr", "custom_vmap_call"):
         return eqn.params.get("fun_jaxpr", eqn.params.get("call"))
     return None
+
+
+def names_in(eqn: Any, wanted: Callable[[str], bool]) -> bool:
+    """Whether a call or loop holds a wanted named value that can be reached.
+
+    Values inside a custom derivative cannot: reaching them would give the derivative up.
+    """
+    if eqn.primitive.name.startswith("custom_"):
+        return False
+    for value in eqn.params.values():
+        for jaxpr in _jaxprs(value):
+            for inner in body_of(jaxpr).eqns:
+                if inner.primitive.name == "name" and wanted(inner.params["name"]):
+                    return True
+                if names_in(inner, wanted):
+                    return True
+    return False
 
 
 def is_remat(eqn: Any) -> bool:

@@ -37,6 +37,9 @@ class Handler(Protocol):
           The equation's results, and the new state.
         """
 
+    def named(self, op: Op, value: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """Passes a named value on; ``op.named`` says which. Returns it and the new state."""
+
     def dense(self, path: str, view: View, leaf: Any) -> jax.Array:
         """The weight as an array of ``view.shape``, where something other than a site wants it."""
 
@@ -49,6 +52,10 @@ class Plain:
         operands = list(operands)
         operands[op.site.operand] = self.dense(op.site.path, op.site.view, leaf)
         return _compat.bind(op.eqn, *operands), state
+
+    def named(self, op, value, state):
+        """The value as it is."""
+        return value, state
 
     def dense(self, path, view, leaf):
         """Replays the view."""
@@ -86,8 +93,8 @@ def interpret(
       program: from ``build``.
       arguments: one value an input; the leaf itself for weights.
       handler: what to do at sites.
-      state: site id -> that site's state, stacked along enclosing scans. Sites without an entry get
-        None and keep none.
+      state: id of a site or named value -> its state, stacked along enclosing scans. Those without
+        an entry get None and keep none.
 
     Returns:
       The results, and the new state with the same keys.
@@ -117,8 +124,14 @@ def interpret(
             results, after = handler.site(op, operands, leaf, new_state.get(op.site.id))
             if op.site.id in new_state:
                 new_state[op.site.id] = after
+        elif op.kind == "named":
+            (value,) = _compat.bind(op.eqn, read(op.inputs[0]))
+            value, after = handler.named(op, value, new_state.get(op.named.id))
+            results = [value]
+            if op.named.id in new_state:
+                new_state[op.named.id] = after
         else:
-            ids = {s.id for body in op.bodies for s in body.sites}
+            ids = {h.id for body in op.bodies for h in (*body.sites, *body.named)}
             inner = {i: s for i, s in new_state.items() if i in ids}
             results, inner = _STRUCTURED[op.kind](op, env, read, program, handler, inner)
             new_state.update(inner)
@@ -261,7 +274,7 @@ def _cond(op, env, read, program, handler, state):
 def _shard_map(op, env, read, program, handler, state):
     if state:
         raise JaxcompError(
-            f"sites {sorted(state)} lie inside a shard_map, where a site's state has no sharding; "
+            f"{sorted(state)} lie inside a shard_map, where a site's state has no sharding; "
             "apply the transform inside the shard_map, or exclude these weights"
         )
     values = [env[i] if keep else read(i) for i, keep in zip(op.inputs, op.kept, strict=True)]

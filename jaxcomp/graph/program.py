@@ -7,7 +7,8 @@ one opaque equation, so that its custom derivative and remat policy survive.
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jaxcomp.graph import _compat
 from jaxcomp.graph.sites import CONTRACTIONS, Site, layout_of, roles
@@ -20,12 +21,14 @@ class Op:
 
     Attributes:
       kind: "bind" (an equation as it stands), "view" (of a weight: nothing is computed), "site",
-        or a structure with bodies: "scan", "while", "cond", "remat", "shard_map".
+        "named" (a value with a name), or a structure with bodies: "scan", "while", "cond", "remat",
+        "shard_map".
       eqn: the equation.
       inputs: ids of its operands.
       outputs: ids of its results.
       site: for kind "site".
-      bodies: programs of the equation's sub-jaxprs that hold sites.
+      named: for kind "named".
+      bodies: programs of the equation's sub-jaxprs that hold sites or named values.
       kept: for "scan", "while" and "shard_map": which inputs enter the body as weights.
     """
 
@@ -34,8 +37,22 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     site: Site | None = None
+    named: "Named | None" = None
     bodies: tuple["Program", ...] = ()
     kept: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A value that the model names with ``jax.ad_checkpoint.checkpoint_name``.
+
+    Attributes:
+      id: where it stands in the function, as in ``Site.id``.
+      name: its name.
+    """
+
+    id: str
+    name: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,6 +66,7 @@ class Program:
       constants: values known beforehand, by id.
       weights: for ids that stand for a weight, its path and view.
       sites: all sites in it, its bodies' included.
+      named: all named values in it, likewise.
       depth: how many loops enclose it.
     """
 
@@ -58,6 +76,7 @@ class Program:
     constants: dict[int, Any]
     weights: dict[int, tuple[str, View]]
     sites: tuple[Site, ...]
+    named: tuple[Named, ...] = ()
     depth: int = 0
 
 
@@ -79,11 +98,18 @@ class OtherUse:
     contracted: bool
 
 
+class _Mark(NamedTuple):
+    sites: int
+    other: int
+    named: int
+
+
 class Builder:
     """Collects what ``build`` finds; one for a whole function."""
 
-    def __init__(self, avals: dict[str, Any]):
+    def __init__(self, avals: dict[str, Any], wanted: Callable[[str], bool] | None):
         self.avals = avals
+        self.wanted = wanted
         self.ids = itertools.count()
         self.weights: dict[int, tuple[str, View]] = {}
         self.derived: dict[int, frozenset[tuple[str, str, str]]] = {}
@@ -91,6 +117,7 @@ class Builder:
         self.number: dict[int, Any] = {}
         self.shapes: dict[int, Any] = {}
         self.sites: list[Site] = []
+        self.named: list[Named] = []
         self.other: list[OtherUse] = []
         self.layouts: dict[str, Any] = {}
         self.groups: dict[Any, int] = {}
@@ -107,11 +134,11 @@ class Builder:
         """Builds a body on given argument ids."""
         ops: list[Op] = []
         constants: dict[int, Any] = {}
-        first = len(self.sites)
+        first = self.mark()
         outputs = self.inline(body, inputs, where, ops, constants)
-        found = tuple(self.sites[first:])
+        found = tuple(self.sites[first.sites :]), tuple(self.named[first.named :])
         ids = tuple(inputs), tuple(outputs)
-        return Program(*ids, ops, constants, self.weights, found, self.depth)
+        return Program(*ids, ops, constants, self.weights, *found, self.depth)
 
     def loop_body(self, body: _compat.Body, inputs: list[int], where: str) -> Program:
         """Builds the body of a loop."""
@@ -149,8 +176,12 @@ class Builder:
 
     def equation(self, eqn, operands, where, ops, constants) -> list[int]:
         """Adds one equation."""
-        if any(self.involved(i) for i in operands):
-            name = eqn.primitive.name
+        name = eqn.primitive.name
+        involved = any(self.involved(i) for i in operands)
+        wanted = self.wanted
+        if name == "name" and not involved and wanted is not None and wanted(eqn.params["name"]):
+            return self.name(eqn, operands, where, ops)
+        if involved or (wanted is not None and _compat.names_in(eqn, wanted)):
             if _compat.inner_jaxpr(eqn) is not None:
                 done = self.call(eqn, operands, where, ops, constants)
             elif name in _STRUCTURES:
@@ -163,6 +194,14 @@ class Builder:
             if done is not None:
                 return list(done)
         return self.opaque(eqn, operands, where, ops)
+
+    def name(self, eqn, operands, where, ops) -> list[int]:
+        """Adds a named value."""
+        named = Named(where, eqn.params["name"])
+        self.named.append(named)
+        out = self.new(eqn.outvars[0].aval)
+        ops.append(Op("named", eqn, tuple(operands), (out,), named=named))
+        return [out]
 
     def opaque(self, eqn, operands, where, ops) -> list[int]:
         """Adds an equation as it stands."""
@@ -244,11 +283,11 @@ class Builder:
     def call(self, eqn, operands, where, ops, constants):
         """A call: inlined, or a remat body, if it holds a site or hands a weight on; else None."""
         body = _compat.body_of(_compat.inner_jaxpr(eqn))
-        first = len(self.sites), len(self.other)
+        first = self.mark()
         if _compat.is_remat(eqn):
             inner = [self.alias(i) for i in operands]
             program = self.program(body, inner, f"{where}/")
-            if len(self.sites) == first[0]:
+            if not self.found(first):
                 return self.discard(first)
             outputs = tuple(self.new(v.aval) for v in eqn.outvars)
             ops.append(Op("remat", eqn, tuple(operands), outputs, bodies=(program,)))
@@ -256,17 +295,25 @@ class Builder:
         mine: list[Op] = []
         extra: dict[int, Any] = {}
         outputs = self.inline(body, operands, f"{where}/", mine, extra)
-        if len(self.sites) == first[0] and not any(self.involved(i) for i in outputs):
+        if not self.found(first) and not any(self.involved(i) for i in outputs):
             return self.discard(first)
         ops += mine
         constants.update(extra)
         return outputs
 
-    def discard(self, first) -> None:
+    def mark(self) -> "_Mark":
+        """How much has been found so far."""
+        return _Mark(len(self.sites), len(self.other), len(self.named))
+
+    def found(self, first: "_Mark") -> bool:
+        """Whether a site or named value has been found since."""
+        return len(self.sites) > first.sites or len(self.named) > first.named
+
+    def discard(self, first: "_Mark") -> None:
         """Forgets a tentative build, but for weights that arithmetic led to a contraction."""
-        del self.sites[first[0] :]
-        kept = [o for o in self.other[first[1] :] if o.contracted]
-        self.other[first[1] :] = kept
+        del self.sites[first.sites :], self.named[first.named :]
+        kept = [o for o in self.other[first.other :] if o.contracted]
+        self.other[first.other :] = kept
 
     def alias(self, i: int) -> int:
         """A value under a new id inside a body."""
@@ -288,15 +335,15 @@ class Builder:
         return j
 
     def finish(self, kind, eqn, operands, programs, kept, first):
-        """The structured operation, or None where its bodies hold no site."""
-        if len(self.sites) == first[0]:
+        """The structured operation, or None where its bodies hold nothing."""
+        if not self.found(first):
             return self.discard(first)
         outputs = tuple(self.new(v.aval) for v in eqn.outvars)
         return Op(kind, eqn, tuple(operands), outputs, bodies=tuple(programs), kept=tuple(kept))
 
     def scan(self, eqn, operands, where):
         """A scan: weights enter as constants, as unchanged carries, or sliced along the loop."""
-        first = len(self.sites), len(self.other)
+        first = self.mark()
         loop = _compat.scan_of(eqn.params)
         body = _compat.body_of(loop.jaxpr)
         inner, kept = [], []
@@ -322,7 +369,7 @@ class Builder:
 
     def while_loop(self, eqn, operands, where):
         """A while loop: weights enter as constants or unchanged carries."""
-        first = len(self.sites), len(self.other)
+        first = self.mark()
         body = _compat.body_of(eqn.params["body_jaxpr"])
         skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         inner, kept = [], [False] * skip
@@ -338,7 +385,7 @@ class Builder:
 
     def cond(self, eqn, operands, where):
         """A conditional: every branch sees the weights."""
-        first = len(self.sites), len(self.other)
+        first = self.mark()
         programs = [
             self.program(
                 _compat.body_of(branch), [self.alias(i) for i in operands[1:]], f"{where}/{b}/"
@@ -349,7 +396,7 @@ class Builder:
 
     def shard_map(self, eqn, operands, where):
         """A shard_map: inside, a weight is the shard of its leaf."""
-        first = len(self.sites), len(self.other)
+        first = self.mark()
         body = _compat.body_of(eqn.params["jaxpr"])
         inner, kept = [], []
         for i, var in zip(operands, body.invars, strict=True):
@@ -384,6 +431,7 @@ _SAME_VALUE = frozenset(
         "broadcast_in_dim",
         "copy",
         "copy_p",
+        "name",
         "sharding_constraint",
         "pvary",
         "pcast",
@@ -392,18 +440,43 @@ _SAME_VALUE = frozenset(
 )
 
 
-def build(jaxpr: Any, weights: dict[int, tuple[str, Any]]) -> tuple[Program, Builder]:
+def hooks(program: Program, loops: tuple[int, ...] = ()) -> Iterator[tuple[Op, tuple[int, ...]]]:
+    """The sites and named values of a program, its bodies included, in order of evaluation.
+
+    Args:
+      program: from ``build``.
+      loops: lengths of the scans that enclose it, outermost first.
+
+    Yields:
+      Operations, and the lengths of the scans that enclose each: the leading axes of its state.
+    """
+    for op in program.ops:
+        if op.kind in ("site", "named"):
+            yield op, loops
+        inner = loops
+        if op.kind == "scan":
+            inner = (*loops, _compat.scan_of(op.eqn.params).length)
+        for body in op.bodies:
+            yield from hooks(body, inner)
+
+
+def build(
+    jaxpr: Any,
+    weights: dict[int, tuple[str, Any]],
+    named: Callable[[str], bool] | None = None,
+) -> tuple[Program, Builder]:
     """Rewrites a jaxpr with some of its arguments as named weights.
 
     Args:
       jaxpr: a closed jaxpr.
       weights: argument position -> (path, aval of the leaf).
+      named: which named values become operations of their own; None is none of them.
 
     Returns:
       The program, and the builder with the sites and other uses that it found.
     """
     body = _compat.body_of(jaxpr)
-    builder = Builder({path: aval for path, aval in weights.values()})
+    builder = Builder({path: aval for path, aval in weights.values()}, named)
     inputs = []
     for k, var in enumerate(body.invars):
         i = builder.new(var.aval)

@@ -90,6 +90,7 @@ def trace(
     params: Any,
     *inputs: Any,
     select: Callable[[Any], bool] = is_array,
+    named: Callable[[str], bool] | None = None,
     **kwargs: Any,
 ) -> Graph:
     r"""Traces ``apply(params, *inputs)`` from shapes alone and follows every weight to its uses.
@@ -101,6 +102,8 @@ def trace(
       *inputs: further positional arguments, arrays or shapes; Python scalars and None are
         constants.
       select: which leaves of ``params`` are followed; the others are ordinary values.
+      named: which values named with ``jax.ad_checkpoint.checkpoint_name`` are to be operations of
+        their own, for handlers; None is none of them.
       **kwargs: keyword arguments of ``apply``.
 
     Returns:
@@ -113,17 +116,17 @@ def trace(
       >>> [(s.path, s.out_size, s.in_size) for s in graph.sites]
       [('w', 4, 8)]
     """
-    named, treedef = leaf_paths(params)
+    leaves, treedef = leaf_paths(params)
     seen: set[str] = set()
-    for path, _ in named:
+    for path, _ in leaves:
         if path in seen:
             raise JaxcompError(f"two leaves of params are both named {path!r}; rename one")
         seen.add(path)
-    jaxpr, out_tree, moving = _jaxpr(apply, named, treedef, inputs, kwargs)
-    weights = {k: named[i] for k, i in enumerate(moving) if _numeric(named[i][1])}
+    jaxpr, out_tree, moving = _jaxpr(apply, leaves, treedef, inputs, kwargs)
+    weights = {k: leaves[i] for k, i in enumerate(moving) if _numeric(leaves[i][1])}
     weights = {k: (path, leaf) for k, (path, leaf) in weights.items() if select(leaf)}
-    program, builder = build(jaxpr, weights)
-    shapes = {path: leaf for path, leaf in named}
+    program, builder = build(jaxpr, weights, named)
+    shapes = {path: leaf for path, leaf in leaves}
     layouts = {  # of the whole leaf, also where a shard_map sees a shard of it
         path: dataclasses.replace(layout, leaf_shape=tuple(shapes[path].shape))
         for path, (_, layout) in builder.layouts.items()
@@ -145,7 +148,7 @@ def trace(
         program,
         tuple(final.values()),
         tuple(builder.other),
-        tuple(path for path, _ in named),
+        tuple(path for path, _ in leaves),
         shapes,
         layouts,
         out_tree,

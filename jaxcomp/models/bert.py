@@ -81,12 +81,12 @@ class Layer(nnx.Module):
         self.output_norm = blocks.LayerNorm(
             c.hidden_size, c.layer_norm_eps, param_dtype=param_dtype
         )
-        self.heads, self.activation = c.num_attention_heads, c.hidden_act
+        self.head_dim, self.activation = c.hidden_size // c.num_attention_heads, c.hidden_act
 
     def __call__(self, x, mask):
         """Maps ``(batch, tokens, hidden)`` to the same shape."""
-        shape = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (p(x).reshape(shape) for p in (self.query, self.key, self.value))
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = blocks.named(*(p(x).reshape(shape) for p in (self.query, self.key, self.value)))
         x = self.attention_norm(x + self.attention_output(blocks.attention(q, k, v, mask)))
         return self.output_norm(x + self.output(ACTIVATIONS[self.activation](self.intermediate(x))))
 

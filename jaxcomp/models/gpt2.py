@@ -79,12 +79,12 @@ class Attention(nnx.Module):
         out = 0.02 / math.sqrt(2 * c.n_layer)
         self.c_attn = blocks.Linear(c.n_embd, 3 * c.n_embd, **kw)
         self.c_proj = blocks.Linear(c.n_embd, c.n_embd, stddev=out, **kw)
-        self.heads = c.n_head
+        self.head_dim = c.n_embd // c.n_head
 
     def __call__(self, x, mask, cache=None):
         """Attends; returns the output and the layer's updated (k, v) cache, None without one."""
-        shape = (*x.shape[:-1], self.heads, -1)
-        q, k, v = (a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1))
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = blocks.named(*(a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1)))
         if cache is not None:
             old_k, old_v, length = cache
             k, v = blocks.append(old_k, k, length), blocks.append(old_v, v, length)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxcomp.errors import ModelError
 
@@ -103,6 +104,11 @@ class LayerNorm(nnx.Module):
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         y = y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)
         return y.astype(x.dtype)
+
+
+def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values under names by which transforms of the model find them."""
+    return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -238,7 +244,8 @@ def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
 
     Args:
       layers: ``nnx.List`` of layers, or one module with stacked parameters.
-      body: function of (layer, x, one layer's inputs) that returns (x, one layer's output).
+      body: function of (layer, x, one layer's inputs) that returns (x, one layer's output); the x
+        that it returns is named "hidden".
       x: what flows through the layers.
       inputs: pytree whose leaves have a leading layer axis, or None.
       remat: recompute each layer in the backward pass.
@@ -246,6 +253,11 @@ def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
     Returns:
       x after the last layer, and the outputs stacked over layers.
     """
+
+    def run(layer, x, item):
+        x, output = body(layer, x, item)
+        return checkpoint_name(x, "hidden"), output
+
     if isinstance(layers, nnx.List):
         outputs = []
         for i, layer in enumerate(layers):
@@ -254,18 +266,18 @@ def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
                 graph, state = nnx.split(layer)
 
                 def step(state, x, item, graph=graph):
-                    return body(nnx.merge(graph, state), x, item)
+                    return run(nnx.merge(graph, state), x, item)
 
                 x, output = jax.checkpoint(step)(state, x, item)
             else:
-                x, output = body(layer, x, item)
+                x, output = run(layer, x, item)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     graph, state = nnx.split(layers)
 
     def scanned(x, scanned_in):
         state, item = scanned_in
-        return body(nnx.merge(graph, state), x, item)
+        return run(nnx.merge(graph, state), x, item)
 
     if remat:
         scanned = jax.checkpoint(scanned, prevent_cse=False)

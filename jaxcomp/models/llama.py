@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = blocks.rotate(q, *rope), blocks.rotate(k, *rope)
+        q, k, v = blocks.named(blocks.rotate(q, *rope), blocks.rotate(k, *rope), v)
         if cache is not None:
             old_k, old_v, length = cache
             k, v = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
