@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.errors import JaxcompError
 
@@ -119,40 +120,72 @@ def _bits(scores: jax.Array) -> jax.Array:
     )
 
 
+def _ordered_bits(scores: jax.Array) -> jax.Array:
+    """Signed scores as unsigned integers that order in the same way, zeros of both signs alike."""
+    if scores.dtype not in (jnp.float32, jnp.float64):
+        scores = scores.astype(jnp.float32)
+    wide = scores.dtype == jnp.float64
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint64 if wide else jnp.uint32)
+    sign = jnp.asarray(1, bits.dtype) << (63 if wide else 31)
+    # Minus zero alone is the sign bit; compared as a float, denormals would be zero too.
+    bits = jnp.where(bits == sign, 0, bits)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _split(count):
+    """A count as (high, low) with 15 low bits; such a pair is left as it is."""
+    return count if isinstance(count, tuple) else (count >> 15, count & 0x7FFF)
+
+
+def _minus(total, count):
+    """The pair ``total`` less an int32 count, not below zero."""
+    low = total[1] - (count & 0x7FFF)
+    high = total[0] - (count >> 15) + (low >> 15)
+    return jnp.maximum(high, 0), jnp.where(high < 0, 0, low & 0x7FFF)
+
+
 def _total(counts):
     """Sum of int32 counts as (high, low) with 15 low bits, which holds more than 2**31 weights."""
     low = sum(c & 0x7FFF for c in counts)
     return sum(c >> 15 for c in counts) + (low >> 15), low & 0x7FFF
 
 
-def _kth_bits(bits: Sequence[jax.Array], k, axis: int = -1) -> jax.Array:
-    """The k-th smallest (from 1) of integers over an axis of all arrays, kept; -1 for k = 0."""
-    width = 63 if bits[0].dtype == jnp.int64 else 31
-    one = jnp.asarray(1, bits[0].dtype)
-    high, low = k >> 15, k & 0x7FFF
+def _kth_bits(bits: Sequence[jax.Array], k) -> jax.Array:
+    """The k-th smallest (from 1) of integers over the last axis of all arrays; 0 for k = 0."""
+    return _search(list(bits), *_split(k))
+
+
+@jax.jit
+def _search(bits, high, low):
+    dtype = bits[0].dtype
+    info = jnp.iinfo(dtype)
+    width = info.bits - (info.min < 0)
+    one = jnp.asarray(1, dtype)
 
     def narrow(i, value):
         # Sets the bit where fewer than k scores lie below the candidate: then the k-th is not
         # below.
-        candidate = value | jnp.left_shift(one, width - 1 - i)
-        counts = [(b < candidate).sum(axis, keepdims=True, dtype=jnp.int32) for b in bits]
+        candidate = value | jnp.left_shift(one, (width - 1 - i).astype(dtype))
+        counts = [(b < candidate).sum(-1, keepdims=True, dtype=jnp.int32) for b in bits]
         below_high, below_low = _total(counts)
         fewer = (below_high < high) | ((below_high == high) & (below_low < low))
         return jnp.where(fewer, candidate, value)
 
     start = jnp.zeros_like(bits[0], shape=(*bits[0].shape[:-1], 1))
-    value = jax.lax.fori_loop(0, width, narrow, start)
-    return jnp.where(jnp.asarray(k > 0), value, -1)
+    return jax.lax.fori_loop(0, width, narrow, start)
 
 
-def drop_smallest(scores: jax.Array, k, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+def drop_smallest(
+    scores: jax.Array, k, axes: tuple[int, ...] = (-1,), signed: bool = False
+) -> jax.Array:
     """Marks all but the k smallest scores over some axes.
 
     Args:
-      scores: non-negative scores, any shape.
+      scores: scores, any shape.
       k: how many to drop, may be traced; a scalar, or an array that broadcasts against the scores
         with ``axes`` reduced to one.
       axes: the axes over which scores are compared, which must be trailing and in order.
+      signed: compare the scores themselves, -inf first; otherwise their magnitudes.
 
     Returns:
       Bool like ``scores``, False for exactly k of them in each comparison group.
@@ -164,7 +197,7 @@ def drop_smallest(scores: jax.Array, k, axes: tuple[int, ...] = (-1,)) -> jax.Ar
         )
     shape = scores.shape
     lead = shape[: scores.ndim - len(axes)]
-    bits = _bits(scores).reshape(*lead, -1)
+    bits = (_ordered_bits if signed else _bits)(scores).reshape(*lead, -1)
     k = jnp.asarray(k)
     k = k.reshape(*k.shape[: -len(axes)], 1) if k.ndim else k
     threshold = _kth_bits([bits], k)
@@ -246,19 +279,82 @@ def global_mask(scores: Any, sparsity: float) -> Any:
     """
     check_sparsity(sparsity)
     leaves, structure = jax.tree.flatten(scores)
-    wide = jnp.result_type(jnp.float32, *leaves)
-    bits = [_bits(leaf.astype(wide)).reshape(-1) for leaf in leaves]
     k = dropped_count(sparsity, sum(leaf.size for leaf in leaves))
+    return jax.tree.unflatten(structure, drop_smallest_of_all(leaves, k))
+
+
+def drop_smallest_of_all(
+    scores: Sequence[jax.Array], k: Any, signed: bool = False
+) -> list[jax.Array]:
+    """Marks all but the k smallest scores of several arrays together.
+
+    Args:
+      scores: the arrays, any shapes.
+      k: how many to drop: an int, or a pair of int32 from ``traced_counts``.
+      signed: compare the scores themselves, -inf first; otherwise their magnitudes.
+
+    Returns:
+      A bool mask for each, False for exactly k of all; ties are broken in the order of the arrays.
+
+    Example:
+      >>> a, b = drop_smallest_of_all([jnp.array([1.0, -5.0]), jnp.array([0.0])], 1, signed=True)
+      >>> a.tolist(), b.tolist()
+      ([True, False], [True])
+    """
+    wide = jnp.result_type(jnp.float32, *scores)
+    order = _ordered_bits if signed else _bits
+    bits = [order(leaf.astype(wide)).reshape(-1) for leaf in scores]
     threshold = _kth_bits(bits, k)
-    high, low = _total([(b < threshold).sum(dtype=jnp.int32) for b in bits])
-    free = ((k >> 15) - high) * (1 << 15) + (k & 0x7FFF) - low
-    masks = []
-    for leaf, b in zip(leaves, bits, strict=True):
+    free = _split(k)
+    for b in bits:
+        free = _minus(free, (b < threshold).sum(dtype=jnp.int32))
+    result = []
+    for leaf, b in zip(scores, bits, strict=True):
         equal = b == threshold
-        drop = (b < threshold) | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= free))
-        free = jnp.maximum(free - equal.sum(dtype=jnp.int32), 0)
-        masks.append(~drop.reshape(leaf.shape))
-    return jax.tree.unflatten(structure, masks)
+        here = jnp.where(free[0] >= 1 << 16, 2**31 - 1, (free[0] << 15) | free[1])
+        drop = (b < threshold) | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= here))
+        free = _minus(free, equal.sum(dtype=jnp.int32))
+        result.append(~drop.reshape(leaf.shape))
+    return result
+
+
+_DECIMALS = 10**7
+
+
+def traced_counts(sparsity: Any, sizes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """``dropped_count`` of a traced sparsity for several sizes, in whole numbers throughout.
+
+    float32 cannot count beyond 2**24, so the sparsity is read to seven decimals and multiplied with
+    the size digit by digit: 0.9 of a billion weights is exactly 900,000,000.
+
+    Args:
+      sparsity: scalar from 0 to 1, may be traced.
+      sizes: numbers of weights.
+
+    Returns:
+      Pair of int32 arrays ``(len(sizes),)``: the counts divided by 2**15, and the remainders.
+
+    Example:
+      >>> high, low = traced_counts(jnp.float32(0.9), [1_000_000_000])
+      >>> int(high[0]) * 2**15 + int(low[0])
+      900000000
+    """
+    digits = jnp.round(jnp.clip(sparsity, 0, 1) * _DECIMALS).astype(jnp.int32)
+    whole = jnp.asarray([size // _DECIMALS for size in sizes], jnp.int32)
+    part = jnp.asarray([size % _DECIMALS for size in sizes], jnp.int32)
+
+    def double(i, carry):
+        high, low, rest = carry
+        bit = (digits >> (23 - i)) & 1
+        rest = 2 * rest + bit * part
+        low = 2 * low + bit * whole + rest // _DECIMALS
+        return 2 * high + (low >> 15), low & 0x7FFF, rest % _DECIMALS
+
+    zero = jnp.zeros_like(part)
+    high, low, rest = jax.lax.fori_loop(0, 24, double, (zero, zero, zero))
+    half = _DECIMALS // 2
+    low = low + ((rest > half) | ((rest == half) & (low % 2 == 1)))
+    return high + (low >> 15), low & 0x7FFF
 
 
 def apply_mask(tree: Any, masks: Any) -> Any:
@@ -296,3 +392,26 @@ def sparsity(masks: Any) -> float:
     if not size:
         return 0.0
     return math.fsum(float((~leaf).sum()) for leaf in leaves) / size
+
+
+def sparsity_counts(masks: Any) -> dict[str, tuple[int, int]]:
+    """Exact counts of what masks drop.
+
+    Args:
+      masks: a bool mask or a pytree of them; leaves of None do not count.
+
+    Returns:
+      For each path, how many weights are dropped and how many there are.
+
+    Example:
+      >>> sparsity_counts({"up": jnp.array([True, False, False, False]), "bias": None})
+      {'up': (3, 4)}
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(masks)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            leaf.size - int(np.asarray(leaf).sum(dtype=np.int64)),
+            leaf.size,
+        )
+        for path, leaf in flat
+    }
