@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 from jaxcomp import (
     data,
+    diagnostics,
+    distillation,
     evaluation,
     formats,
     graph,
@@ -20,6 +22,7 @@ from jaxcomp.formats import CompressedArray, materialize, nbits
 from jaxcomp.functional import functional
 from jaxcomp.graph import Graph, Site, trace
 from jaxcomp.io.checkpoint import load, save
+from jaxcomp.qat import qat
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
 from jaxcomp.taps import tap
@@ -37,7 +40,9 @@ __all__ = [
     "Site",
     "compress",
     "data",
+    "diagnostics",
     "dispatch",
+    "distillation",
     "evaluation",
     "formats",
     "functional",
@@ -49,6 +54,7 @@ __all__ = [
     "nbits",
     "presets",
     "pruning",
+    "qat",
     "quantization",
     "save",
     "tap",

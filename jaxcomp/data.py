@@ -1,7 +1,9 @@
 """Texts as batches of token windows, for calibration and evaluation."""
 
+import hashlib
 import os
 import pathlib
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,3 +209,60 @@ def batches(
     ids = np.concatenate([encode(read_text(p), tokenizer, where=str(p)) for p in paths])
     rowed = windows(ids, length, rows=samples, where=where)
     return group(rowed, batch_size, vocab_size=vocab_size, where=where)
+
+
+_SKIP = frozenset(
+    "test tests idle_test site-packages encodings pydoc_data __pycache__ lib-dynload ensurepip "
+    "turtledemo dist-packages".split()
+)
+
+
+def name_hash(name: str) -> int:
+    """A number that depends on a name alone, for choices that stay the same everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def standard_library() -> tuple[dict[str, str], dict[str, str]]:
+    """The Python standard library's own source, a text that is at hand without a network.
+
+    Returns:
+      Training and held-out texts by file name, in a fixed order: without tests and generated
+      tables, one file in fourteen held out by the hash of its name. What the model that ships with
+      the library was trained on.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    train: dict[str, str] = {}
+    heldout: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _SKIP & set(name.parts) or name.name.startswith("_sysconfigdata"):
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        if len(text) < 400:
+            continue
+        (heldout if name_hash(str(name)) % 14 == 0 else train)[str(name)] = text
+    return train, heldout
+
+
+def random_windows(
+    tokens: np.ndarray, length: int, batch_size: int, step: int, seed: int = 0
+) -> np.ndarray:
+    """A training batch: windows at random places, the same for the same step and seed.
+
+    Args:
+      tokens: ``(tokens,)`` integers.
+      length: tokens in a window.
+      batch_size: windows in a batch.
+      step: which batch; a run that is resumed at a step sees what it would have seen.
+      seed: of the whole sequence of batches.
+
+    Returns:
+      ``(batch_size, length)`` int32.
+
+    Raises:
+      DataError: there are fewer tokens than a window has.
+    """
+    if len(tokens) < length:
+        raise DataError(f"{len(tokens)} tokens are fewer than one window of {length}; give more")
+    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length + 1, batch_size)
+    return np.stack([tokens[s : s + length] for s in starts]).astype(np.int32)

@@ -9,8 +9,6 @@ head) has to be named by a rule of its own.
 
 import collections.abc
 import difflib
-import fnmatch
-import functools
 import hashlib
 import os
 import pathlib
@@ -21,10 +19,25 @@ import msgspec
 
 from jaxcomp.errors import RecipeError
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
-from jaxcomp.quantization import AWQ, GPTQ, RTN, LLMInt8, SmoothQuant
+from jaxcomp.quantization import AWQ, GPTQ, RTN, Binary, LLMInt8, SmoothQuant, Ternary
+from jaxcomp.quantization.trainable import FakeQuant, FakeQuantValues
+from jaxcomp.rules import close_names, compiled, fits
 from jaxcomp.step import Step
 
-AnyStep = RTN | GPTQ | AWQ | SmoothQuant | LLMInt8 | Magnitude | Wanda | SparseGPT
+AnyStep = (
+    RTN
+    | GPTQ
+    | AWQ
+    | SmoothQuant
+    | LLMInt8
+    | Magnitude
+    | Wanda
+    | SparseGPT
+    | Ternary
+    | Binary
+    | FakeQuant
+    | FakeQuantValues
+)
 
 HEADS = ("*lm_head*",)
 """What presets exclude: the usual name of a head. Alone among rules it may match nothing."""
@@ -108,7 +121,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     'leave include out for every weight, or name paths, such as "*mlp*".'
                 )
             for rule in (*step.include, *step.exclude):
-                _compiled(rule)
+                compiled(rule)
 
     def matches(self, index: int, path: str) -> bool:
         """Whether step ``index`` applies to the weight at ``path``."""
@@ -168,21 +181,6 @@ def _any(rules: tuple[str, ...], path: str) -> bool:
     return any(fits(rule, path) for rule in rules)
 
 
-def fits(rule: str, path: str) -> bool:
-    """Whether one rule, a glob or a regular expression behind ``re:``, matches a whole path."""
-    return _compiled(rule).fullmatch(path) is not None
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(rule: str) -> re.Pattern[str]:
-    if not rule.startswith("re:"):
-        return re.compile(fnmatch.translate(rule))
-    try:
-        return re.compile(rule[3:])
-    except re.error as error:
-        raise RecipeError(f"rule {rule!r}: not a regular expression: {error}.") from error
-
-
 def _label(index: int, step: Step) -> str:
     return f"step {index} ({step.__struct_config__.tag})"
 
@@ -190,8 +188,7 @@ def _label(index: int, step: Step) -> str:
 def _unmatched(index: int, step: Step, which: str, rule: str, paths: list[str]) -> str:
     if not paths:
         return f"{_label(index, step)}: the model has no weight that could be compressed."
-    stem = rule.removeprefix("re:").strip("*^$.")
-    close = sorted(paths, key=lambda path: -_likeness(stem, path))[:3]
+    close = close_names(rule, paths)
     shown = ", ".join(close) + (", .." if len(paths) > len(close) else "")
     hint = ""
     if not rule.startswith("re:") and "*" not in rule:
@@ -200,11 +197,6 @@ def _unmatched(index: int, step: Step, which: str, rule: str, paths: list[str]) 
         f"{_label(index, step)}: {which} rule {rule!r} matches none of the model's {len(paths)} "
         f"weights; the closest are {shown}.{hint} Correct or remove the rule."
     )
-
-
-def _likeness(stem: str, path: str) -> float:
-    """How close a rule's text is to a path or the closest part of one."""
-    return max(difflib.SequenceMatcher(a=stem, b=b).ratio() for b in (path, *path.split("/")))
 
 
 def _without_defaults(value: Any) -> Any:

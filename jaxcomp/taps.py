@@ -4,7 +4,6 @@ Distillation compares what two models compute on the way. A value is named by th
 matmul makes it, or by the model itself with ``jax.ad_checkpoint.checkpoint_name``.
 """
 
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jaxcomp.errors import JaxcompError
 from jaxcomp.graph import Graph, interpret, trace
 from jaxcomp.graph.program import Op, hooks
 from jaxcomp.graph.trace import leaf_paths
-from jaxcomp.recipe import fits
+from jaxcomp.rules import close_names, fits
 
 _INPUT = ":input"
 
@@ -115,9 +114,8 @@ def no_such_value(name: str, available: Sequence[str]) -> JaxcompError:
     Returns:
       The error, with the closest names.
     """
-    close = difflib.get_close_matches(name, available, n=3, cutoff=0.3)
-    listed = list(dict.fromkeys(a for a in available if not a.endswith(_INPUT)))
-    hint = f"the closest are {', '.join(close)}" if close else f"there are {', '.join(listed[:8])}"
+    close = close_names(name, dict.fromkeys(available))
+    hint = f"the closest are {', '.join(close)}" if close else "there are none"
     return JaxcompError(
         f"{name!r} matches no value of the model; {hint}. Name the path of a weight for the result "
         f'of its matmul, put "{_INPUT}" behind it for the input, or name a value in the model with '

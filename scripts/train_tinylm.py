@@ -10,7 +10,6 @@ It resumes from its last checkpoint in --work, and rewrites the output folder ev
 """
 
 import argparse
-import hashlib
 import json
 import os
 import pathlib
@@ -28,14 +27,11 @@ import optax
 import tokenizers
 from flax import nnx
 
+from jaxcomp.data import name_hash, standard_library
 from jaxcomp.io import safetensors
 from jaxcomp.models.llama import Llama, LlamaConfig, tensor_names
 
 SEPARATOR = "<|endoftext|>"
-SKIP = {
-    "test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__",
-    "lib-dynload", "ensurepip", "turtledemo", "dist-packages",
-}  # fmt: skip
 CARD = """\
 # tinylm
 
@@ -61,25 +57,6 @@ CONFIG = LlamaConfig(
 )
 
 
-def digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def read_sources() -> tuple[dict[str, str], dict[str, str]]:
-    """Training and held-out texts by file name, in a fixed order."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    train, heldout = {}, {}
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIP & set(name.parts) or name.name.startswith("_sysconfigdata"):
-            continue
-        text = path.read_bytes().decode("utf-8", errors="replace")
-        if len(text) < 400:
-            continue
-        (heldout if digest(str(name)) % 14 == 0 else train)[str(name)] = text
-    return train, heldout
-
-
 def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +74,7 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 def excerpt(sources: dict[str, str], limit: int, each: int) -> str:
     """Beginnings of files in the order of their hashes, cut at line ends, up to ``limit`` bytes."""
     pieces, size = [], 0
-    for name in sorted(sources, key=lambda n: digest("excerpt/" + n)):
+    for name in sorted(sources, key=lambda n: name_hash("excerpt/" + n)):
         text = sources[name]
         if len(text) > each:  # From the middle of a file: beginnings are licences and imports.
             start = text.index("\n", (len(text) - each) // 2) + 1
@@ -196,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
-    train, heldout = read_sources()
+    train, heldout = standard_library()
     tokenizer_path = args.work / "tokenizer.json"
     if tokenizer_path.exists():
         tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path))
@@ -208,7 +185,7 @@ def main() -> None:
     def encode(text):
         return np.asarray(tokenizer.encode(text).ids, np.int32)
 
-    order = sorted(train, key=digest)
+    order = sorted(train, key=name_hash)
     tokens = np.concatenate([encode(SEPARATOR + train[name]) for name in order])
     heldout_tokens = encode((args.output / "heldout.txt").read_text())
     length = CONFIG.max_position_embeddings

@@ -23,6 +23,8 @@ from jaxcomp.quantization import (
     llm_int8,
     rtn,
 )
+from jaxcomp.quantization.binary import Binary, binary
+from jaxcomp.quantization.ternary import Ternary, ternary
 from jaxcomp.step import Layer, Step, run
 from tests.helpers import x64
 
@@ -57,6 +59,7 @@ def norm(x):
 
 
 WIDE = Int(16)
+DOUBLE = Codebook("nf4", double_quantization=True)
 ALGORITHMS = (
     Algorithm(
         "rtn",
@@ -82,6 +85,10 @@ ALGORITHMS = (
         GPTQ(format=Codebook("nf4"), order="activation"),
         lambda w, x: gptq(w, gram(x), Codebook("nf4"), order="activation"),
     ),
+    Algorithm("rtn-nf4-double", RTN(format=DOUBLE), lambda w, x: rtn(w, DOUBLE)),
+    Algorithm("gptq-nf4-double", GPTQ(format=DOUBLE), lambda w, x: gptq(w, gram(x), DOUBLE)),
+    Algorithm("ternary", Ternary(), lambda w, x: ternary(w)),
+    Algorithm("binary", Binary(center=True), lambda w, x: binary(w, center=True)),
     Algorithm(
         "awq",
         AWQ(format=Int(4)),

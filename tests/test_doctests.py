@@ -22,7 +22,15 @@ def test_examples(name):
     assert doctest.testmod(module).failed == 0
 
 
-PUBLIC = [jc, jc.formats, jc.graph, jc.quantization, jc.pruning, jc.models]
+PUBLIC = [
+    jc,
+    jc.distillation,
+    jc.formats,
+    jc.graph,
+    jc.models,
+    jc.pruning,
+    jc.quantization,
+]
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
@@ -46,8 +54,11 @@ def test_the_contract():
         "nbits",
         "save",
         "load",
+        "qat",
+        "tap",
         "quantization",
         "pruning",
+        "distillation",
         "formats",
     } <= set(jc.__all__)
     for name in (

@@ -38,6 +38,11 @@ def _codebook(fmt: Codebook, where: str) -> None:
             raise JaxcompError(
                 f'{where}: a "kmeans" codebook has a table a row and no group_size; leave it out.'
             )
+        if fmt.double_quantization:
+            raise JaxcompError(
+                f'{where}: a "kmeans" codebook has no scales that double_quantization could store; '
+                "leave it out."
+            )
     elif fmt.bits is not None:
         raise JaxcompError(f'{where}: bits is an option of "kmeans" codebooks; leave it out.')
     if (fmt.kind == "levels") != (fmt.levels is not None):

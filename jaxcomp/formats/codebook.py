@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp.formats import base, packing
+from jaxcomp.formats import base, double, packing
 from jaxcomp.formats.base import Part, part, static
 
 # Quantiles of N(0, 1) at equal steps of probability, eight above zero, seven below and zero itself,
@@ -186,7 +186,10 @@ class CodebookPart(Part):
     Attributes:
       indices: packed along the input axis, uint8 ``(*stack, out, ceil(in*bits/8))``.
       levels: ``(*stack, out, L)`` a table a row, or ``(*stack, 1, L)`` one for all rows; ascending.
-      scale: ``(*stack, in_groups, out)`` float, or None.
+      scale: ``(*stack, in_groups, out)``, or None. The out axis is shorter where several rows
+        share a scale. Under double quantization the 8-bit values of ``double``.
+      scale_mean: ``(*stack,)`` of double quantization, else None.
+      scale_step: ``(*stack, blocks)`` of double quantization, else None.
       bits: width of an index.
       padding: indices by which the packed row is longer than the input axis.
       kind: as in the ``Codebook`` format.
@@ -195,6 +198,8 @@ class CodebookPart(Part):
     indices: jax.Array
     levels: jax.Array
     scale: jax.Array | None = None
+    scale_mean: jax.Array | None = None
+    scale_step: jax.Array | None = None
     bits: int = static(default=4)
     padding: int = static(default=0)
     kind: str = static(default="levels")
@@ -218,25 +223,44 @@ class CodebookPart(Part):
         """Indices as uint8 ``(*stack, out, in)``."""
         return packing.unpack(self.indices, self.bits, self.in_size)
 
+    def effective_scale(self) -> jax.Array | None:
+        """The multipliers ``(*stack, in_groups, out)``, or None."""
+        if self.scale_mean is None:
+            return self.scale
+        wide = base.compute_dtype(self.levels, self.scale_mean)
+        return double.decode_scale(self.scale, self.scale_mean, self.scale_step, wide)
+
     @base.jitted
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
-        wide = base.compute_dtype(self.levels, self.scale)
+        scale = self.effective_scale()
+        wide = base.compute_dtype(self.levels, scale)
         value = look_up(self.codes(), self.levels.astype(wide))
-        if self.scale is not None:
-            scale = base.expand_groups(self.scale, self.indices.shape[-2], self.in_size)
+        if scale is not None:
+            scale = base.expand_groups(scale, self.indices.shape[-2], self.in_size)
             value = value * scale.astype(wide)
         return value.astype(dtype)
 
     def scale_rows(self, c: jax.Array) -> "CodebookPart":
-        """Rows times ``c (*stack, out)``: the scales, or the tables of levels, are multiplied."""
-        if self.scale is not None:
-            return self.replace(scale=base.scale_group_rows(self.scale, c))
+        """Rows times ``c (*stack, out)``: the scales, or the tables of levels, are multiplied.
+
+        Scales of double quantization become plain ones.
+        """
+        scale = self.effective_scale()
+        if scale is not None:
+            scale = base.scale_group_rows(scale, c)
+            return self.replace(scale=scale, scale_mean=None, scale_step=None)
         return self.replace(levels=self.levels * c[..., :, None].astype(self.levels.dtype))
 
 
 def codebook_part(
-    codes: jax.Array, levels: jax.Array, scale: jax.Array | None = None, *, kind: str
+    codes: jax.Array,
+    levels: jax.Array,
+    scale: jax.Array | None = None,
+    scale_mean: jax.Array | None = None,
+    scale_step: jax.Array | None = None,
+    *,
+    kind: str,
 ) -> CodebookPart:
     """Packs indices into a ``CodebookPart``.
 
@@ -244,6 +268,8 @@ def codebook_part(
       codes: ``(*stack, out, in)`` indices.
       levels: ``(*stack, 1 or out, L)``.
       scale: ``(*stack, in_groups, out)`` or None.
+      scale_mean: of double quantization, ``(*stack,)``; ``scale`` is what it is to be in effect.
+      scale_step: of double quantization, ``(*stack, blocks)``.
       kind: as in the ``Codebook`` format.
 
     Returns:
@@ -251,6 +277,9 @@ def codebook_part(
     """
     bits = bits_for(levels.shape[-1])
     padding = packing.padding_of(codes.shape[-1], bits)
+    if scale_mean is not None:
+        scale = double.encode_scale(scale, scale_mean, scale_step)
+    indices = packing.pack(codes, bits)
     return CodebookPart(
-        packing.pack(codes, bits), levels, scale, bits=bits, padding=padding, kind=kind
+        indices, levels, scale, scale_mean, scale_step, bits=bits, padding=padding, kind=kind
     )

@@ -30,8 +30,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcomp import host
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import base, codebook, floating
+from jaxcomp.formats import base, codebook, double, floating
 from jaxcomp.formats.affine import affine
 from jaxcomp.formats.checks import check
 from jaxcomp.formats.spec import Codebook, Element, Float, Int
@@ -45,6 +46,7 @@ __all__ = [
     "encode",
     "expand",
     "fit",
+    "fits_together",
     "group_size_of",
     "prepare",
     "quantize",
@@ -76,10 +78,14 @@ class Context(NamedTuple):
     Attributes:
       levels: ``(*stack, 1 or out, L)`` of ``Codebook``, else None.
       tensor_scale: ``(*stack,)`` of nvfp4, else None.
+      scale_mean: ``(*stack,)`` of double quantization, else None.
+      scale_step: ``(*stack, blocks)`` of double quantization, else None.
     """
 
     levels: jax.Array | None = None
     tensor_scale: jax.Array | None = None
+    scale_mean: jax.Array | None = None
+    scale_step: jax.Array | None = None
 
 
 EMPTY = Context()
@@ -90,6 +96,11 @@ def group_size_of(fmt: Element, size: int) -> int:
     if isinstance(fmt, Float) and fmt.kind in floating.BLOCK:
         return floating.BLOCK[fmt.kind]
     return size if fmt.group_size is None else fmt.group_size
+
+
+def fits_together(fmt: Element) -> bool:
+    """Whether the scales of all groups depend on one another, so that ``fit`` needs them all."""
+    return getattr(fmt, "double_quantization", False)
 
 
 def _out_group_size(fmt: Element, out: int) -> int:
@@ -109,14 +120,22 @@ def _storage_dtype(fmt: Element, scale: jax.Array) -> Any:
     return jnp.dtype(fmt.scale_dtype)
 
 
-def _representable(fmt: Element, scale: jax.Array) -> jax.Array:
+def _doubly_rounded(scale: jax.Array, empty: jax.Array, context: Context) -> jax.Array:
+    """Scales ``(*stack, out_groups, in_groups)`` as double quantization gives them back."""
+    mean, step = context.scale_mean, context.scale_step
+    scale = jnp.swapaxes(jnp.where(empty, mean[..., None, None], scale), -1, -2)
+    rounded = double.decode_scale(double.encode_scale(scale, mean, step), mean, step, scale.dtype)
+    return jnp.swapaxes(rounded, -1, -2)
+
+
+def representable(fmt: Element, scale: jax.Array) -> jax.Array:
     """The scale rounded to its storage dtype, positive and finite."""
     dtype = _storage_dtype(fmt, scale)
     stored = jnp.minimum(scale, float(jnp.finfo(dtype).max)).astype(dtype).astype(scale.dtype)
     return jnp.where(stored > 0, stored, 1)
 
 
-def _divide(x: jax.Array, by: Any) -> jax.Array:
+def divided(x: jax.Array, by: Any) -> jax.Array:
     """``x / by`` for ``by > 0``, correctly rounded.
 
     XLA turns a division by a constant into a multiplication; the maximum hides the constant. One
@@ -137,6 +156,8 @@ def prepare(fmt: Element, w: jax.Array, importance: jax.Array | None = None) -> 
     Returns:
       The context: levels of a codebook, the tensor scale of nvfp4, otherwise empty.
     """
+    if isinstance(fmt, Int) or (isinstance(fmt, Float) and fmt.kind != "nvfp4"):
+        return EMPTY
     return _prepare(fmt, w, importance)
 
 
@@ -144,16 +165,22 @@ def prepare(fmt: Element, w: jax.Array, importance: jax.Array | None = None) -> 
 def _prepare(fmt, w, importance):
     w = _wide(w)
     stack = w.shape[:-2]
-    if isinstance(fmt, Float) and fmt.kind == "nvfp4":
+    if isinstance(fmt, Float):
         absmax = jnp.abs(w).max((-1, -2)) if w.size else jnp.zeros(stack, w.dtype)
-        tensor_scale = jnp.where(absmax > 0, _divide(absmax, 448.0 * 6.0), 1)
+        tensor_scale = jnp.where(absmax > 0, divided(absmax, 448.0 * 6.0), 1)
         return Context(tensor_scale=tensor_scale.astype(w.dtype))
-    if not isinstance(fmt, Codebook):
-        return Context()
     if fmt.kind == "kmeans":
         return Context(levels=codebook.kmeans_levels(w, fmt.bits, importance))
     table = {"nf4": codebook.NF4, "fp4_bnb": codebook.FP4_BNB, "levels": fmt.levels}[fmt.kind]
-    return Context(levels=jnp.broadcast_to(jnp.asarray(table, w.dtype), (*stack, 1, len(table))))
+    levels = jnp.broadcast_to(jnp.asarray(table, w.dtype), (*stack, 1, len(table)))
+    if not fmt.double_quantization:
+        return Context(levels=levels)
+    group = group_size_of(fmt, w.shape[-1])
+    absmax = jnp.abs(w).reshape(*w.shape[:-1], w.shape[-1] // group, group).max(-1)
+    absmax = jnp.swapaxes(absmax, -1, -2)
+    scale = divided(absmax, jnp.abs(levels).max(-1, keepdims=True))
+    mean, step = double.second_level(scale, absmax > 0, _storage_dtype(fmt, scale))
+    return Context(levels, scale_mean=mean, scale_step=step)
 
 
 def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> QParams:
@@ -163,19 +190,19 @@ def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> 
         levels = 2**fmt.bits - 1
         if fmt.symmetric:
             absmax = jnp.where(absmax > 0, absmax, 1)
-            scale = _divide(2 * absmax, levels)
+            scale = divided(2 * absmax, levels)
             if not fmt.full_range:
-                scale = _divide(absmax, 2 ** (fmt.bits - 1) - 1)
-            return QParams(_representable(fmt, scale))
+                scale = divided(absmax, 2 ** (fmt.bits - 1) - 1)
+            return QParams(representable(fmt, scale))
         empty = absmax == 0
         low, high = jnp.where(empty, -1, low), jnp.where(empty, 1, high)
-        scale = _representable(fmt, _divide(high - low, levels))
+        scale = representable(fmt, divided(high - low, levels))
         half = 2 ** (fmt.bits - 1)
         zero_point = jnp.clip(jnp.round(-low / scale), 0, levels).astype(jnp.int32) - half
         return QParams(scale, zero_point)
     if isinstance(fmt, Codebook):
         largest = jnp.abs(context.levels).max(-1, keepdims=True)
-        return QParams(_representable(fmt, _divide(jnp.where(absmax > 0, absmax, 1), largest)))
+        return QParams(representable(fmt, divided(jnp.where(absmax > 0, absmax, 1), largest)))
     element = floating.ELEMENTS[floating.ELEMENT_OF[fmt.kind]]
     if fmt.kind.startswith("mx"):
         exponent = floating.exponent_of(absmax) - element.largest_exponent
@@ -183,9 +210,9 @@ def _params(fmt: Element, low: jax.Array, high: jax.Array, context: Context) -> 
         return QParams(floating.power_of_two(exponent, absmax.dtype))
     if fmt.kind == "nvfp4":
         tensor_scale = context.tensor_scale[..., None, None]
-        block = floating.round_to(_divide(absmax, element.largest) / tensor_scale, "e4m3")
+        block = floating.round_to(divided(absmax, element.largest) / tensor_scale, "e4m3")
         return QParams(jnp.maximum(block, 2.0**-9) * tensor_scale)
-    return QParams(_representable(fmt, _divide(jnp.where(absmax > 0, absmax, 1), element.largest)))
+    return QParams(representable(fmt, divided(jnp.where(absmax > 0, absmax, 1), element.largest)))
 
 
 def fit(
@@ -200,7 +227,8 @@ def fit(
 
     Args:
       fmt: ``Int``, ``Float`` or ``Codebook``.
-      w: ``(*stack, out, cols)``, any number of whole groups of columns.
+      w: ``(*stack, out, cols)``, any number of whole groups of columns; all of them where
+        ``fits_together``.
       context: of the whole matrix, from ``prepare``.
       clipping: "minmax" covers all weights; "mse" and "percentile" as at the head of this file.
       percentile: of |w| (of w and -w for asymmetric grids) that "percentile" covers, in percent.
@@ -245,8 +273,14 @@ def _fit(fmt, clipping, percentile, w, context, mask):
     else:
         high = jnp.maximum(g.max(axes), 0)
         low = jnp.minimum(g.min(axes), 0)
+
+    def finished(qparams):
+        if not fits_together(fmt):
+            return qparams
+        return QParams(_doubly_rounded(qparams.scale, low == high, context))
+
     if clipping != "mse":
-        return _params(fmt, low, high, context)
+        return finished(_params(fmt, low, high, context))
 
     def error(qparams):
         q = expand(fmt, qparams, out, cols)
@@ -269,7 +303,7 @@ def _fit(fmt, clipping, percentile, w, context, mask):
         )
 
     start = _params(fmt, low, high, context)
-    return jax.lax.fori_loop(0, factors.size, shrink, (error(start), start))[1]
+    return finished(jax.lax.fori_loop(0, factors.size, shrink, (error(start), start))[1])
 
 
 def expand(fmt: Element, qparams: QParams, out: int, cols: int) -> QParams:
@@ -288,6 +322,16 @@ def expand(fmt: Element, qparams: QParams, out: int, cols: int) -> QParams:
     return jax.tree.map(lambda a: base.spread(a, out, cols), qparams)
 
 
+def scaled(w: jax.Array, qparams: QParams) -> jax.Array:
+    """Weights in units of the scale, the same to the last bit in every program.
+
+    XLA divides by a scale that a group shares by multiplying with its reciprocal in some programs
+    and not in others; the largest weight of a full-range grid lies on a tie, where that would
+    decide its code.
+    """
+    return w if qparams.scale is None else w * (1 / qparams.scale)
+
+
 def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = EMPTY) -> jax.Array:
     """Codes of the nearest grid points.
 
@@ -304,12 +348,11 @@ def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = EMPT
     if isinstance(fmt, Int):
         high = 2 ** (fmt.bits - 1) - 1
         low = -high if fmt.symmetric and not fmt.full_range else -high - 1
-        q = jnp.round(w / qparams.scale)
+        q = jnp.round(scaled(w, qparams))
         if qparams.zero_point is not None:
             q = q + qparams.zero_point.astype(q.dtype)
         return jnp.clip(q, low, high).astype(jnp.int32)
-    if qparams.scale is not None:
-        w = w / qparams.scale
+    w = scaled(w, qparams)
     if isinstance(fmt, Float):
         return floating.encode_float(w, floating.ELEMENT_OF[fmt.kind])
     return codebook.nearest(w, context.levels)
@@ -366,24 +409,32 @@ def build(
         raise JaxcompError(
             f"{fmt}: groups that are not consecutive can be stored for Int only; use static_groups."
         )
+    if isinstance(fmt, Int) and host.is_on_host(codes, group_index, *qparams):
+        return host.call(functools.partial(_build_any, fmt), codes, qparams, context, group_index)
     return _build(fmt, codes, qparams, context, group_index)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _build(fmt, codes, qparams, context, group_index):
+def _build_any(fmt, codes, qparams, context, group_index):
     scale = qparams.scale
     if scale is not None:
-        scale = jnp.swapaxes(scale, -1, -2)
+        scale = scale.swapaxes(-1, -2)
         if not (isinstance(fmt, Float) and fmt.kind in floating.BLOCK):
             scale = scale.astype(_storage_dtype(fmt, scale))
     if isinstance(fmt, Int):
         zero_point = qparams.zero_point
         if zero_point is not None:
-            zero_point = jnp.swapaxes(zero_point, -1, -2)
+            zero_point = zero_point.swapaxes(-1, -2)
         return affine(codes, scale, zero_point, group_index, bits=fmt.bits)
     if isinstance(fmt, Float):
         return floating.float_part(codes, scale, context.tensor_scale, kind=fmt.kind)
-    return codebook.codebook_part(codes, context.levels, scale, kind=fmt.kind)
+    mean, step = context.scale_mean, context.scale_step
+    if mean is not None:
+        scale = jnp.swapaxes(qparams.scale, -1, -2)
+        mean, step = (a.astype(_storage_dtype(fmt, a)) for a in (mean, step))
+    return codebook.codebook_part(codes, context.levels, scale, mean, step, kind=fmt.kind)
+
+
+_build = jax.jit(_build_any, static_argnums=0)
 
 
 def quantize(

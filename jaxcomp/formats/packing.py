@@ -9,6 +9,7 @@ complement in b bits: the bytes of a 4-bit row are those of a row-major ``jnp.in
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.errors import JaxcompError
 
@@ -39,11 +40,11 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Packs the last axis into bytes; only the low ``bits`` bits of each code are kept.
 
     Args:
-      codes: ``(..., n)`` integers, signed ones as two's complement.
+      codes: ``(..., n)`` integers, signed ones as two's complement, of JAX or NumPy.
       bits: width of a code, 1 to 8 or 16.
 
     Returns:
-      uint8 ``(..., ceil(n * bits / 8))``.
+      uint8 ``(..., ceil(n * bits / 8))`` of the same library.
 
     Raises:
       JaxcompError: for another width.
@@ -54,30 +55,30 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
       ['0x21', '0xf']
     """
     _check(bits)
-    codes = jnp.asarray(codes)
+    xp = np if isinstance(codes, np.ndarray) else jnp
     size = codes.shape[-1]
     if bits == 8:
-        return codes.astype(jnp.uint8)
+        return codes.astype(xp.uint8)
     if bits == 16:
-        wide = codes.astype(jnp.uint16)
-        pair = jnp.stack([wide & 255, wide >> 8], axis=-1).astype(jnp.uint8)
+        wide = codes.astype(xp.uint16)
+        pair = xp.stack([wide & 255, wide >> 8], axis=-1).astype(xp.uint8)
         return pair.reshape(*codes.shape[:-1], 2 * size)
-    codes = codes.astype(jnp.uint8) & ((1 << bits) - 1)
+    codes = codes.astype(xp.uint8) & ((1 << bits) - 1)
     per = 8 // bits if 8 % bits == 0 else 8
     pad = -size % per
     if pad:
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
+        codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, pad)])
     groups = codes.reshape(*codes.shape[:-1], (size + pad) // per, per)
     columns = [groups[..., i] for i in range(per)]
     out = []
     for byte in range(per * bits // 8):
-        value = jnp.zeros(groups.shape[:-1], jnp.uint8)
+        value = xp.zeros(groups.shape[:-1], xp.uint8)
         for i, column in enumerate(columns):
             shift = i * bits - 8 * byte
             if -bits < shift < 8:
                 value |= (column << shift) if shift >= 0 else (column >> -shift)
         out.append(value)
-    packed = jnp.stack(out, axis=-1).reshape(*codes.shape[:-1], -1)
+    packed = xp.stack(out, axis=-1).reshape(*codes.shape[:-1], -1)
     return packed[..., : packed_size(size, bits)]
 
 

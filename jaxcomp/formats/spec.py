@@ -60,7 +60,9 @@ class Codebook(Format, frozen=True, tag="codebook"):
       levels: for "levels" only, ascending, 2 to 256 of them.
       group_size: inputs that share an absmax scale; None is one group a row. Not for "kmeans",
         whose rows have a table and no scale.
-      scale_dtype: dtype of the scales.
+      scale_dtype: dtype of the scales; under double quantization, of their mean and steps.
+      double_quantization: the scales, less their mean, are stored in 8 bits under one scale for
+        every 256 of them (QLoRA).
     """
 
     kind: Literal["nf4", "fp4_bnb", "levels", "kmeans"]
@@ -68,6 +70,7 @@ class Codebook(Format, frozen=True, tag="codebook"):
     levels: tuple[float, ...] | None = None
     group_size: int | None = None
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    double_quantization: bool = False
 
 
 class NM(Format, frozen=True, tag="nm"):

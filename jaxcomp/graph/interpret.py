@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import CompressedArray, InputQuant, is_compressed
 from jaxcomp.graph import _compat
+from jaxcomp.graph.latent import Latent
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site
 from jaxcomp.graph.views import View
@@ -218,6 +219,8 @@ def _carry_results(op, initial, moving, carry, offset):
 def _leading(leaf: Any, view: View) -> Any:
     """A leaf with the axis that a scan runs over in front."""
     axis = view.loop_axis()
+    if isinstance(leaf, Latent):
+        return leaf.leading(view)
     if is_compressed(leaf):
         # The data of a compressed leaf have the stack axes in front, wherever the leaf has them.
         if leaf.first_axis == view.loops[-1].axis:
@@ -298,6 +301,8 @@ def shard_mapped(op: Op, values: Sequence[Any], handler: Handler) -> list[Any]:
     (body,) = op.bodies
     ready = []
     for i, value, spec in zip(body.inputs, values, op.eqn.params["in_specs"], strict=True):
+        if isinstance(value, Latent):
+            value = handler.dense(*body.weights[i], value)
         if is_compressed(value) and any(axis is not None for axis in spec):
             if quantizes_input(value):
                 raise JaxcompError(

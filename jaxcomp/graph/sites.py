@@ -204,6 +204,11 @@ def _dot_axes(eqn: Any, site: Site):
     return b, tuple(a for a in range(rank) if a not in c and a not in b), c
 
 
+def features(eqn: Any, site: Site) -> tuple[int, ...]:
+    """The axes of a contraction's input that make up a token."""
+    return _dot_axes(eqn, site)[2] if site.kind == "dot_general" else (-1,)
+
+
 def to_tokens(eqn: Any, site: Site, x: jax.Array) -> jax.Array:
     """The input of a contraction as ``(*batch, tokens, in)``, in the order of the canonical matrix.
 

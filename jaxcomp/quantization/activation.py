@@ -49,8 +49,20 @@ def check_activation(activation: Activation, path: str = "") -> None:
         )
 
 
-def _scales(low, high, activation: Activation):
-    """Scale and zero point (None when symmetric) of values between ``low`` and ``high``."""
+def activation_scales(
+    low: jax.Array, high: jax.Array, activation: Activation
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of a grid that covers a range.
+
+    Args:
+      low: smallest values, any shape.
+      high: largest values, likewise.
+      activation: what to quantize to.
+
+    Returns:
+      Scale (float32, or float64 for float64 values) and zero point (int32; None for a symmetric
+      grid), of that shape.
+    """
     dtype = jnp.float64 if low.dtype == jnp.float64 else jnp.float32
     low, high = low.astype(dtype), high.astype(dtype)
     largest = _LARGEST[activation.format]
@@ -61,6 +73,12 @@ def _scales(low, high, activation: Activation):
     scale = (high - low) / (2 * largest + 1)
     scale = jnp.where(scale > 0, scale, 1.0)
     return scale, (-(largest + 1) - jnp.round(low / scale)).astype(jnp.int32)
+
+
+def code_range(activation: Activation) -> tuple[float, float]:
+    """Smallest and largest code of a grid."""
+    largest = _LARGEST[activation.format]
+    return (-largest if activation.symmetric else -largest - 1), largest
 
 
 def static_scales(
@@ -85,7 +103,7 @@ def static_scales(
     seen = statistics.count[..., None] > 0
     low = jnp.where(seen, statistics.minimum, 0.0).min(-1)
     high = jnp.where(seen, statistics.maximum, 0.0).max(-1)
-    return _scales(low, high, activation)
+    return activation_scales(low, high, activation)
 
 
 def quantize_input(
@@ -121,9 +139,9 @@ def quantize_input(
     if scale is None:
         axes = -1 if activation.granularity == "token" else None
         low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
-        scale, zero_point = _scales(low, high, activation)
+        scale, zero_point = activation_scales(low, high, activation)
     largest = _LARGEST[activation.format]
-    scaled = x / scale
+    scaled = x * (1 / scale)  # Not x / scale, see formats.grid.encode.
     if activation.format in _FLOAT8:
         return jnp.clip(scaled, -largest, largest).astype(_FLOAT8[activation.format]), scale, None
     rounded = jnp.round(scaled)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import host
 from jaxcomp.formats import grid, sparse
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.dense import Dense
@@ -82,11 +83,14 @@ def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | None) -> jax
     Returns:
       ``(*stack, out, 2)``.
     """
-    both = jnp.stack([w - approximation, w])
+    xp = np if isinstance(w, np.ndarray) else jnp
+    both = xp.stack([w - approximation, w])
     moved = both
-    if h is not None:
+    if h is not None and xp is np:
+        moved = both @ h
+    elif h is not None:
         moved = jnp.matmul(both, h, precision=jax.lax.Precision.HIGHEST)
-    return jnp.moveaxis(jnp.sum(moved * both, axis=-1), 0, -1)
+    return xp.moveaxis((moved * both).sum(-1), 0, -1)
 
 
 def error_of(energy: Any) -> float:
@@ -129,21 +133,21 @@ def splits_rows(w: Any, h: Any, fmt: Any) -> bool:
     Returns:
       True on the CPU for a single matrix of concrete values whose rows share no scale.
     """
-    if w.ndim != 2 or any(isinstance(a, jax.core.Tracer) for a in (w, h)):
+    if w.ndim != 2:
         return False
     if getattr(fmt, "out_group_size", 1) != 1 or getattr(fmt, "kind", None) == "nvfp4":
         return False
-    arrays = [a for a in (w, h) if isinstance(a, jax.Array)]
-    here = all(d.platform == "cpu" for a in arrays for d in a.devices())
-    return here and jax.default_backend() == "cpu" and all(a.is_fully_addressable for a in arrays)
+    if fmt is not None and grid.fits_together(fmt):
+        return False
+    return jax.default_backend() == "cpu" and host.is_on_host(w, h)
 
 
 def by_rows(function: Any, *operands: Any) -> Any:
     """Applies a compiled function to slabs of ``ROWS`` rows, the last filled up with zeros.
 
     Args:
-      function: of slabs; every array of its result has the rows first, or does not depend on them
-        (a first axis that is not ``ROWS`` long).
+      function: of slabs, NumPy arrays; every array of its result has the rows first, or does not
+        depend on them (a first axis that is not ``ROWS`` long).
       *operands: arrays ``(out, ..)``, or None.
 
     Returns:
@@ -165,12 +169,9 @@ def by_rows(function: Any, *operands: Any) -> Any:
     results = [function(*(slab(a, start) for a in operands)) for start in range(0, out, ROWS)]
 
     def join(*pieces):
-        if pieces[0].shape[0] != ROWS:
-            return pieces[0]
-        # In NumPy: these are host buffers, and nothing needs compiling.
-        return jnp.asarray(np.concatenate([np.asarray(p) for p in pieces])[:out])
+        return pieces[0] if pieces[0].shape[0] != ROWS else np.concatenate(pieces)[:out]
 
-    return jax.tree.map(join, *results)
+    return host.to_device(jax.tree.map(join, *results))
 
 
 def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None = None) -> jax.Array:
@@ -267,17 +268,20 @@ def shared(values: Sequence[jax.Array], stack: tuple[int, ...]) -> jax.Array:
     """Maximum over the layers of a group (and over stacks that they do not share).
 
     Args:
-      values: ``(*stack_i, in)`` of each layer.
+      values: ``(in,)`` or ``(*stack_i, in)`` of each layer.
       stack: what ``shared_stack`` gave.
 
     Returns:
-      ``(*stack, in)``.
+      ``(*stack, in)``, or ``(in,)`` where all values are.
     """
-    reduced = [v if v.shape[:-1] == stack else v.reshape(-1, v.shape[-1]).max(0) for v in values]
-    result = reduced[0]
-    for value in reduced[1:]:
-        result = jnp.maximum(result, value)
-    return result
+
+    def largest(*values):
+        xp = np if isinstance(values[0], np.ndarray) else jnp
+        known = ((), stack)
+        flat = [v if v.shape[:-1] in known else v.reshape(-1, v.shape[-1]).max(0) for v in values]
+        return functools.reduce(xp.maximum, flat)
+
+    return host.call(largest, *values)
 
 
 def rescaled(layer: Layer, scale: jax.Array) -> Layer:
@@ -290,16 +294,20 @@ def rescaled(layer: Layer, scale: jax.Array) -> Layer:
     Returns:
       The layer, which computes the same. Its parts are dropped.
     """
-    scale = jnp.broadcast_to(scale, input_shape(layer))
-    inverse = 1 / scale
+    weight, scale, inverse = host.call(_rescaled, layer.weight, scale)
     before = layer.input_scale
-    weight = (layer.weight * scale[..., None, :]).astype(layer.weight.dtype)
     return layer.replace(
         weight=weight,
         statistics=None if layer.statistics is None else layer.statistics.scaled(inverse),
         input_scale=inverse if before is None else before * inverse,
         parts=None,
     )
+
+
+def _rescaled(w, scale):
+    xp = np if isinstance(w, np.ndarray) else jnp
+    scale = xp.broadcast_to(scale, (*w.shape[:-2], w.shape[-1]))
+    return (w * scale[..., None, :]).astype(w.dtype), scale, 1 / scale
 
 
 def round_to_grid(
@@ -318,7 +326,7 @@ def round_to_grid(
       clipping: how a group's range is chosen.
       percentile: for ``clipping="percentile"``.
       mask: bool like ``w``, weights that may be other than zero.
-      build: also store the matrix.
+      build: store the matrix instead of returning codes.
 
     Returns:
       The matrix on the grid.
@@ -334,8 +342,9 @@ def round_to_grid(
     values = grid.decode(fmt, codes, expanded, context).astype(w.dtype)
     if mask is not None:
         return Rounded(jnp.where(mask, values, 0.0), codes, qparams, context)
-    part = grid.build(fmt, codes, qparams, context) if build else None
-    return Rounded(values, None, qparams, context, None, part)
+    if not build:
+        return Rounded(values, codes, qparams, context)
+    return Rounded(values, None, qparams, context, None, grid.build(fmt, codes, qparams, context))
 
 
 _build_sparse = functools.partial(jax.jit, static_argnums=0, static_argnames=("kept", "path"))(

@@ -14,10 +14,14 @@ of right: a column is brought up to date when its turn comes, w_k - Uᵀ_{<k,k} 
 level of a nest (matrix, lazy block, group, column), so that all but the innermost work is matrix
 products and each weight is written once. This is the same sum in another order.
 
+NumPy arrays are factorized and their outermost loop is run by NumPy: then one small compiled
+program, for a block of columns, serves matrices of every size.
+
 Source: GPTQ, https://arxiv.org/abs/2210.17323; SparseGPT, https://arxiv.org/abs/2301.00774;
 OBC, https://arxiv.org/abs/2208.11580.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -25,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
@@ -55,21 +60,26 @@ class Solution(NamedTuple):
       codes: int32 ``(out, in)``, or None without a format.
       qparams: scales and zero points of the groups, or None without a format.
       mask: bool ``(out, in)``, or None where nothing is pruned.
-      loss: ``(out,)`` sum over columns of e_k², which is the row's (E (H + damping) Eᵀ).
+      errors: ``(out, in)``, the e_k.
     """
 
     values: jax.Array
     codes: jax.Array | None
     qparams: Any
     mask: jax.Array | None
-    loss: jax.Array
+    errors: jax.Array
+
+    @property
+    def loss(self) -> jax.Array:
+        """``(out,)`` sum over columns of e_k², which is the row's (E (H + damping) Eᵀ)."""
+        return (self.errors * self.errors).sum(-1)
 
 
 def inverse_factor(h: jax.Array, damping) -> Factor:
     """Upper Cholesky factor of the inverse of a damped Hessian.
 
     The damping is raised tenfold, from at least the dtype's resolution, until the factorization
-    exists.
+    exists. NumPy arrays are factorized by NumPy.
 
     Args:
       h: ``(in, in)`` symmetric, positive semidefinite up to rounding.
@@ -78,6 +88,8 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
     Returns:
       The factor; see ``Factor``.
     """
+    if isinstance(h, np.ndarray):
+        return _factor_on_host(h, damping)
     # Written with few operations: compiling them takes longer than running them.
     index = jnp.arange(h.shape[-1])
     on_diagonal = index[:, None] == index
@@ -102,6 +114,40 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
     unit = jnp.where(on_diagonal, 1 / jnp.sqrt(mean), 0)
     inverse = jax.lax.linalg.triangular_solve(lower, unit, left_side=True, lower=True)
     return Factor(inverse[::-1, ::-1], dead, used)
+
+
+def _factor_on_host(h: np.ndarray, damping: float) -> Factor:
+    """The same in NumPy."""
+    diagonal = np.diagonal(h)
+    dead = diagonal <= 0
+    mean = h.dtype.type(diagonal.sum() / max(int((~dead).sum()), 1) or 1)
+    backwards = (h / mean)[::-1, ::-1]
+    np.fill_diagonal(backwards, np.where(dead, 1, diagonal / mean)[::-1])
+    epsilon = np.finfo(h.dtype).eps
+    following = h.dtype.type(damping)
+    for _ in range(24):
+        damping = following
+        try:
+            lower = np.linalg.cholesky(backwards + damping * np.eye(len(h), dtype=h.dtype))
+        except np.linalg.LinAlgError:
+            lower = np.full_like(h, np.nan)
+        if np.diagonal(lower).min() ** 2 > epsilon:
+            break
+        following = np.maximum(damping, 10 * epsilon) * 10
+    inverse = _inverse_of_lower(lower) / np.sqrt(mean)
+    return Factor(inverse[::-1, ::-1], dead, damping)
+
+
+def _inverse_of_lower(a: np.ndarray) -> np.ndarray:
+    """Inverse of a lower triangular matrix, by halves."""
+    if len(a) <= 64:
+        return np.tril(np.linalg.inv(a))
+    k = len(a) // 2
+    first, last = _inverse_of_lower(a[:k, :k]), _inverse_of_lower(a[k:, k:])
+    inverse = np.zeros_like(a)
+    inverse[:k, :k], inverse[k:, k:] = first, last
+    inverse[k:, :k] = -last @ (a[k:, :k] @ first)
+    return inverse
 
 
 def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[int, ...]:
@@ -144,6 +190,8 @@ def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[
         sizes.append(16)
     if sizes[-1] != 1:
         sizes.append(1)
+    if sizes[0] == in_size and in_size not in marks:
+        return tuple(sizes)
     return (math.ceil(in_size / sizes[0]) * sizes[0], *sizes)
 
 
@@ -165,7 +213,7 @@ def solve(
     """Quantizes and prunes one matrix column by column, spreading each error over later columns.
 
     Args:
-      w: ``(out, in)``.
+      w: ``(out, in)``; of NumPy the columns' outermost loop runs there (without ``choose``).
       upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``.
       fmt: element format, or None to prune only.
       context: what ``grid.prepare`` gave for this matrix.
@@ -189,8 +237,9 @@ def solve(
     """
     out, in_size = w.shape
     group = grid.group_size_of(fmt, in_size) if fmt is not None else None
-    if fmt is not None and qparams is None and group == in_size:
+    if fmt is not None and qparams is None and (group == in_size or grid.fits_together(fmt)):
         qparams = grid.fit(fmt, w, context, clipping=clipping, percentile=percentile, mask=mask)
+        column_group = None
     fits = fmt is not None and qparams is None
     marks = {group} if fits else set()
     if choose is not None:
@@ -198,10 +247,13 @@ def solve(
     sizes = nest(in_size, block_size, marks, out)
     padded = sizes[0]
     if column_group is None and fmt is not None:
-        column_group = jnp.arange(padded) // group
+        column_group = np.arange(in_size) // group
+    if isinstance(w, np.ndarray) and choose is None:
+        options = dict(fmt=fmt, context=context, clipping=clipping, percentile=percentile)
+        block = in_size if sizes[1:] in ((), (1,)) else sizes[1]
+        return _solve_on_host(w, upper, qparams, column_group, mask, block, options)
     if column_group is not None:
-        column_group = jnp.pad(column_group, (0, padded - column_group.shape[0]), mode="edge")
-        column_group = jnp.minimum(column_group, in_size // group - 1)
+        column_group = jnp.pad(column_group, (0, padded - in_size), mode="edge")
 
     spare = padded - in_size
     weights, fixed = w.T, None if mask is None else mask.T
@@ -281,5 +333,45 @@ def solve(
         codes=None if codes is None else codes[:in_size].T,
         qparams=fitted,
         mask=None if chosen is None else chosen[:in_size].T,
-        loss=jnp.square(errors[:in_size]).sum(0),
+        errors=errors[:in_size].T,
+    )
+
+
+def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solution:
+    """``solve`` with the outermost loop in NumPy, over blocks of ``size`` columns."""
+    in_size = w.shape[1]
+    spare = -in_size % size
+    if spare:
+        # Columns of zeros, on which no other depends, are found exactly and change nothing.
+        added = ((0, 0), (0, spare))
+        w, mask = np.pad(w, added), None if mask is None else np.pad(mask, added)
+        upper = np.pad(upper, (0, spare)) + np.diag(np.arange(in_size + spare) >= in_size)
+        column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
+    upper = upper.astype(w.dtype)
+    given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
+    errors = np.zeros_like(w)
+    blocks = []
+    for start in range(0, in_size, size):
+        here = slice(start, start + size)
+        found = _solve_block(
+            w[:, here] - errors[:, :start] @ upper[:start, here],
+            upper[here, here],
+            jax.tree.map(lambda a, here=here: a[:, here], given),
+            None if mask is None else mask[:, here],
+            **options,
+        )
+        errors[:, here] = found.errors
+        blocks.append(found._replace(qparams=found.qparams if qparams is None else None))
+    joined = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *blocks)
+    # Without what was filled up; of scales there is one a group.
+    solution = jax.tree.map(lambda a: a[:, : in_size * a.shape[1] // w.shape[1]], joined)
+    return solution if qparams is None else solution._replace(qparams=qparams)
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "clipping", "percentile"))
+def _solve_block(w, upper, qparams, mask, **options):
+    size = w.shape[1]
+    each = None if qparams is None else jnp.arange(size)
+    return solve(
+        w, upper, qparams=qparams, column_group=each, mask=mask, block_size=size, **options
     )

@@ -94,6 +94,14 @@ CASES = (
     element("mxfp4", Float("mxfp4"), odd_sizes=False),
     element("nvfp4", Float("nvfp4"), odd_sizes=False),
     element("nf4_g64", Codebook("nf4", group_size=64), odd_sizes=False),
+    element(
+        "nf4_double", Codebook("nf4", group_size=16, double_quantization=True), odd_sizes=False
+    ),
+    element(
+        "fp4_double_bf16",
+        Codebook("fp4_bnb", scale_dtype="bfloat16", double_quantization=True),
+        odd_sizes=True,
+    ),
     element("fp4_bnb", Codebook("fp4_bnb")),
     element("levels", Codebook("levels", levels=(-1.0, -0.2, 0.0, 0.3, 1.0))),
     element("kmeans", Codebook("kmeans", bits=3), batched_exact=False),

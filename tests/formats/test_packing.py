@@ -34,6 +34,9 @@ def test_bytes_are_the_little_endian_bit_stream(bits, rng):
         packed = pack(jnp.asarray(codes, jnp.int32), bits)
         assert packed.dtype == jnp.uint8
         np.testing.assert_array_equal(packed, bit_stream(codes, bits))
+        on_host = pack(codes.astype(np.int32), bits)
+        assert isinstance(on_host, np.ndarray) and on_host.dtype == np.uint8
+        np.testing.assert_array_equal(on_host, packed)
         assert packed.shape[-1] == packed_size(size, bits) == -(-size * bits // 8)
         np.testing.assert_array_equal(unpack(packed, bits, size), codes)
 

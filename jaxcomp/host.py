@@ -1,0 +1,66 @@
+"""Small arithmetic outside of ``jit``, in NumPy where its arrays live on the CPU.
+
+Each ``jnp`` operation that runs by itself is compiled once a shape, which takes far longer than
+the operation.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_on_host(*arrays: Any) -> bool:
+    """Whether arrays are concrete, and all of them NumPy's or on the CPU of this process.
+
+    Args:
+      *arrays: what is computed with; None is passed over.
+
+    Returns:
+      True where ``np.asarray`` costs nothing for them.
+    """
+    return all(map(_is_on_host, arrays))
+
+
+def _is_on_host(array: Any) -> bool:
+    if not isinstance(array, jax.Array):
+        return True
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in array.devices())
+
+
+def numpy(*arrays: Any) -> Any:
+    """Arrays as NumPy's if all are on the host, otherwise as they are.
+
+    Args:
+      *arrays: arrays, or None.
+
+    Returns:
+      As many of them; one alone is not in a list.
+    """
+    if is_on_host(*arrays):
+        arrays = [None if a is None else np.asarray(a) for a in arrays]
+    return arrays[0] if len(arrays) == 1 else list(arrays)
+
+
+def call(function: Callable, *args: Any) -> Any:
+    """Calls a function of operators and methods that NumPy and JAX arrays share.
+
+    Args:
+      function: what to compute.
+      *args: trees of arrays.
+
+    Returns:
+      Its result, a tree of JAX arrays.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    if is_on_host(*leaves):
+        args = jax.tree.unflatten(treedef, [np.asarray(a) for a in leaves])
+    return to_device(function(*args))
+
+
+def to_device(tree: Any) -> Any:
+    """NumPy arrays of a tree as JAX arrays; unlike ``jnp.asarray`` it compiles nothing."""
+    return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jax.device_put(a), tree)

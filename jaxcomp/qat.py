@@ -1,0 +1,616 @@
+"""``qat``: a model function that computes as it will when quantized, for training loops.
+
+    qat = jc.qat(apply, recipe)
+    state = qat.init(params, *inputs)
+    out, state = qat.apply(params, state, *inputs)        in the loss; differentiable
+    compressed = qat.convert(params, state)               for jc.dispatch(apply)
+
+The weights stay in full precision in ``params``; ``state.learned`` holds what is trained beside
+them (step sizes, offsets, clipping levels), ``state.ranges`` the moving averages of activations.
+All of it is one pytree: it jits, shards and checkpoints like any.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import formats
+from jaxcomp.dispatch import Dispatcher, arrays_of
+from jaxcomp.errors import JaxcompError, RecipeError
+from jaxcomp.formats import CompressedArray, is_compressed
+from jaxcomp.graph import Graph, Layout, _compat, interpret, trace
+from jaxcomp.graph.latent import Latent
+from jaxcomp.graph.program import Op, hooks
+from jaxcomp.graph.sites import features, from_tokens, to_tokens
+from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.plan import make_plan
+from jaxcomp.quantization.activation import activation_scales, check_activation
+from jaxcomp.quantization.lsq import initial_input_scale, learned_input_qparams, lsq_input
+from jaxcomp.quantization.pact import pact, pact_qparams
+from jaxcomp.quantization.ste import fake_quantize_input
+from jaxcomp.quantization.trainable import FakeQuantValues, WeightQuantizer, weight_quantizer
+from jaxcomp.quantization.training_matmul import check_matmul, training_matmul
+from jaxcomp.recipe import Recipe
+from jaxcomp.rules import fits
+from jaxcomp.step import Activation
+from jaxcomp.taps import no_such_value
+
+Schedule = Callable[[jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """How the input of a site, or a named value, is quantized.
+
+    Attributes:
+      key: its name in the state.
+      path: of the weight, or the value's name.
+      loops: lengths of the scans around it, the leading axes of its state.
+      activation: the element type and granularity.
+      observer: where a static range comes from.
+      percentile: for ``observer="percentile"``.
+      momentum: of the moving averages.
+    """
+
+    key: str
+    path: str
+    loops: tuple[int, ...]
+    activation: Activation
+    observer: str = "ema"
+    percentile: float = 99.9
+    momentum: float = 0.95
+
+    @property
+    def observes(self) -> bool:
+        """Whether it keeps moving averages."""
+        return not self.activation.dynamic and self.observer in ("ema", "percentile")
+
+    @property
+    def learns(self) -> bool:
+        """Whether its range is trained."""
+        return not self.activation.dynamic and self.observer in ("learned", "pact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """How a weight is quantized: ``quantizer`` is None where only its input is."""
+
+    path: str
+    layout: Layout
+    quantizer: WeightQuantizer | None
+    inputs: tuple[Input, ...]
+    matmul: str = "simulated"
+    quantize_gradients: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What training keeps beside the parameters.
+
+    Attributes:
+      learned: {"weights": {path: {..}}, "inputs": {key: {..}}}: trained with the parameters.
+      ranges: key -> moving averages of an input's range.
+      step: int32, calls of ``apply`` so far: what schedules are evaluated at.
+      plan: what is quantized how (not an array).
+    """
+
+    learned: Any
+    ranges: Any
+    step: Any
+    plan: tuple[Weight, ...] = ()
+
+    def replace(self, **changes: Any) -> "State":
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+jax.tree_util.register_dataclass(
+    State, data_fields=["learned", "ranges", "step"], meta_fields=["plan"]
+)
+
+
+class QAT:
+    """``init``, ``apply`` and ``convert`` of a model function under quantization-aware training."""
+
+    def __init__(
+        self,
+        apply: Callable,
+        recipe: Recipe,
+        *,
+        enabled: Schedule | None = None,
+        bits: Schedule | None = None,
+        observe: Schedule | None = None,
+    ):
+        self.function = apply
+        self.recipe = recipe
+        self.schedules = {"enabled": enabled, "bits": bits, "observe": observe}
+        for step in recipe.steps:
+            weight_quantizer(step)
+
+    def init(self, params: Any, *inputs: Any, **kwargs: Any) -> State:
+        """The state before training.
+
+        Args:
+          params: parameter tree; learned step sizes start from its values.
+          *inputs: as for ``apply``. Arrays start the ranges of static activations; shapes are
+            enough where no range is learned.
+          **kwargs: keyword arguments of the model function.
+
+        Returns:
+          The state.
+
+        Raises:
+          JaxcompError: a rule matches nothing, a format does not fit a weight, or learned ranges
+            get no data to start from.
+        """
+        graph, weights, rules = self._plan(params, inputs, kwargs)
+        named, _ = leaf_paths(params)
+        leaves = dict(named)
+        learned = {
+            w.path: w.quantizer.init(Latent(leaves[w.path], {}, w.path, w.layout).matrix())
+            for w in weights.values()
+            if w.quantizer is not None
+        }
+        learned = {path: tree for path, tree in learned.items() if tree}
+        seen = _observed(graph, rules, arrays_of(named, inputs, kwargs))
+        ranges = {
+            r.key: {k: seen[r.key][k] for k in ("low", "high", "seen")}
+            for r in rules.values()
+            if r.observes
+        }
+        inputs_learned = {r.key: _start(r, seen[r.key]) for r in rules.values() if r.learns}
+        return State(
+            {"weights": learned, "inputs": inputs_learned},
+            ranges,
+            jnp.zeros((), jnp.int32),
+            tuple(weights.values()),
+        )
+
+    def apply(self, params: Any, state: State, *inputs: Any, **kwargs: Any) -> tuple[Any, State]:
+        """Evaluates the model as if quantized.
+
+        Static ranges are those of the state that comes in, so the result is that of the model which
+        ``convert`` would make of it; only a range that has seen nothing uses the batch itself. For
+        evaluation, use the result and drop the new state.
+
+        Args:
+          params: parameter tree, full precision. Leaves may be compressed: those run as they are.
+          state: from ``init`` or the call before.
+          *inputs: of the model function.
+          **kwargs: keyword arguments of the model function.
+
+        Returns:
+          The model's result, and the state with ranges and step brought up to date.
+        """
+        graph, weights, rules = self._plan(params, inputs, kwargs)
+        controls = {
+            name: None if schedule is None else jnp.asarray(schedule(state.step))
+            for name, schedule in self.schedules.items()
+        }
+        learned, ranges = state.learned["inputs"], state.ranges
+        handler = _Trainer(weights, rules, controls)
+        before = {
+            i: {"learned": learned.get(r.key), "range": ranges.get(r.key)}
+            for i, r in rules.items()
+            if r.observes or r.learns
+        }
+        named, _ = leaf_paths(params)
+        arguments = arrays_of(_latent(named, weights, state.learned["weights"]), inputs, kwargs)
+        results, after = interpret(graph.program, arguments, handler, before)
+        ranges = {rules[i].key: s["range"] for i, s in after.items() if rules[i].observes}
+        out = jax.tree.unflatten(graph.out_tree, results)
+        return out, state.replace(ranges=ranges, step=state.step + 1)
+
+    def convert(self, params: Any, state: State) -> Any:
+        """The parameters as they are stored: what ``jc.compress`` makes of a recipe.
+
+        Args:
+          params: parameter tree.
+          state: from training.
+
+        Returns:
+          The tree with compressed arrays in place of the weights that the recipe names. Run it with
+          ``jc.dispatch``: it computes what ``apply`` computed, to rounding. Named values (the KV
+          cache) are no weights, and are quantized by ``apply`` alone.
+        """
+        named, treedef = leaf_paths(params)
+        plan = {w.path: w for w in state.plan}
+        leaves = [self._converted(plan[p], leaf, state) if p in plan else leaf for p, leaf in named]
+        return jax.tree.unflatten(treedef, leaves)
+
+    def _converted(self, weight: Weight, leaf: Any, state: State) -> CompressedArray:
+        layout = weight.layout
+        matrix = Latent(jnp.asarray(leaf), {}, weight.path, layout).matrix()
+        if weight.quantizer is None:
+            part = formats.Dense(matrix)
+        else:
+            part = weight.quantizer.convert(matrix, state.learned["weights"].get(weight.path, {}))
+        if weight.inputs:
+            rule = weight.inputs[0]
+            scale = zero = None
+            if not rule.activation.dynamic:
+                scale, zero = _static(
+                    rule, state.learned["inputs"].get(rule.key), state.ranges.get(rule.key)
+                )
+                scale, zero = (_on_stack(a, matrix.shape[:-2]) for a in (scale, zero))
+            part = formats.InputQuant(part, scale, zero, spec=rule.activation)
+        return CompressedArray.from_matrix(
+            part, leaf.shape, leaf.dtype, layout.stack_axes, layout.out_axes, layout.in_axes
+        )
+
+    def _check_schedules(self):
+        """Refuses schedules that some step cannot follow."""
+        fast = any(getattr(s, "matmul", "simulated") != "simulated" for s in self.recipe.steps)
+        for name in ("enabled", "bits"):
+            if fast and self.schedules[name] is not None:
+                raise RecipeError(
+                    f'the schedule {name!r} needs matmul="simulated": codes are multiplied as they '
+                    "are"
+                )
+        if self.schedules["bits"] is not None:
+            _check_widths(self.recipe)
+
+    def _plan(self, params, inputs, kwargs):
+        """The traced function, the weights by path, and the quantized inputs and values by id."""
+        value_steps = [s for s in self.recipe.steps if isinstance(s, FakeQuantValues)]
+        steps = tuple(s for s in self.recipe.steps if not isinstance(s, FakeQuantValues))
+        named = (lambda name: True) if value_steps else None
+        graph = trace(self.function, params, *inputs, named=named, **kwargs)
+        rules = _value_rules(graph, value_steps)
+        self._check_schedules()
+        weights: dict[str, Weight] = {}
+        if steps:
+            readers: dict[str, list] = {}
+            for op, loops in hooks(graph.program):
+                if op.kind == "site" and op.site.is_contraction:
+                    readers.setdefault(op.site.path, []).append((op, loops))
+            recipe = Recipe(steps=steps)
+            for path, chosen in make_plan(graph, recipe).items():
+                mine = [recipe.steps[k] for k in chosen]
+                found = _input_rules(path, mine, graph.layouts[path], readers.get(path, []))
+                weights[path] = _weight(path, mine, graph.layouts[path], tuple(found.values()))
+                rules |= found
+        return graph, weights, rules
+
+
+def qat(
+    apply: Callable,
+    recipe: Recipe,
+    *,
+    enabled: Schedule | None = None,
+    bits: Schedule | None = None,
+    observe: Schedule | None = None,
+) -> QAT:
+    """Makes a model function compute as if quantized, for training.
+
+    Args:
+      apply: a pure function ``apply(params, *inputs)``.
+      recipe: steps that can be trained: ``FakeQuant``, ``FakeQuantValues``, ``RTN``, ``Ternary``,
+        ``Binary``; ``jaxcomp.quantization.trainable`` says how to add one.
+      enabled: optax schedule of calls of ``apply``: how much of the rounding is applied, 0 (none:
+        a delayed start) to 1.
+      bits: optax schedule of the bit width of weights with dynamic ``Int`` grids; ``convert`` uses
+        the width of the recipe, at which it should end.
+      observe: optax schedule: ranges of activations move where it is above 0, and are frozen else.
+
+    Returns:
+      An object with ``init``, ``apply`` and ``convert``.
+
+    Raises:
+      RecipeError: a step cannot be trained.
+
+    Example:
+      >>> import jaxcomp as jc
+      >>> from jaxcomp.formats import Int
+      >>> recipe = jc.Recipe(steps=(jc.quantization.FakeQuant(format=Int(4)),))
+      >>> train = jc.qat(lambda p, x: x @ p["w"], recipe)
+      >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
+      >>> state = train.init(params, x)
+      >>> out, state = train.apply(params, state, x)
+      >>> bool((out == jc.dispatch(lambda p, x: x @ p["w"])(train.convert(params, state), x)).all())
+      True
+    """
+    return QAT(apply, recipe, enabled=enabled, bits=bits, observe=observe)
+
+
+def _names(step: FakeQuantValues, name: str) -> bool:
+    return any(fits(r, name) for r in step.include) and not any(fits(r, name) for r in step.exclude)
+
+
+def _value_rules(graph: Graph, steps: list[FakeQuantValues]) -> dict[str, Input]:
+    """How each named value is quantized, by its id."""
+    found = [(op.named, loops) for op, loops in hooks(graph.program) if op.kind == "named"]
+    counts: dict[str, int] = {}
+    for named, _ in found:
+        counts[named.name] = counts.get(named.name, 0) + 1
+    for step in steps:
+        check_activation(step.activation)
+        for rule in step.include:
+            if not any(fits(rule, name) for name in counts):
+                raise no_such_value(rule, list(counts))
+    rules, number = {}, dict.fromkeys(counts, 0)
+    for named, loops in found:
+        step = next((s for s in reversed(steps) if _names(s, named.name)), None)
+        if step is None:
+            continue
+        key = named.name
+        if counts[key] > 1:
+            key = f"{key}#{number[named.name]}"
+            number[named.name] += 1
+        rules[named.id] = _input(key, named.name, loops, step)
+    return rules
+
+
+def _input(key, path, loops, step) -> Input:
+    options = step.activation, step.observer, step.percentile, step.momentum
+    return Input(key, path, loops, *options)
+
+
+def _weight(path: str, steps: list, layout: Layout, inputs: tuple[Input, ...]) -> Weight:
+    quantizers = [q for s in steps if (q := weight_quantizer(s)) is not None]
+    if len(quantizers) > 1:
+        raise RecipeError(
+            f"{path} {layout.leaf_shape}: {len(quantizers)} steps quantize the weight; let one of "
+            "them name this path"
+        )
+    for quantizer in quantizers:
+        quantizer.check(layout.matrix_shape, path)
+    fast = [s for s in steps if getattr(s, "matmul", "simulated") != "simulated"]
+    options = ()
+    if fast:
+        step = fast[0]
+        options = step.matmul, step.quantize_gradients
+        check_matmul(step.matmul, step.format, inputs[0].activation if inputs else None, path)
+        if getattr(step, "scale", "dynamic") != "dynamic" or step.clipping != "minmax":
+            raise RecipeError(
+                f'{path}: matmul="{step.matmul}" places the grid on the whole range; use '
+                'scale="dynamic" and clipping="minmax"'
+            )
+    return Weight(path, layout, quantizers[0] if quantizers else None, inputs, *options)
+
+
+def _input_rules(path: str, steps: list, layout: Layout, readers: list) -> dict[str, Input]:
+    """How the inputs of a weight's matmuls are quantized, by the id of the site."""
+    active = [s for s in steps if getattr(s, "activation", None) is not None]
+    if not active:
+        return {}
+    if len(active) > 1 or not readers:
+        problem = f"{len(active)} steps quantize its input" if readers else "is only looked up"
+        raise RecipeError(
+            f"{path} {layout.leaf_shape}: {problem}; let {'one' if readers else 'none'} of the "
+            "steps with an activation name this path"
+        )
+    step = active[0]
+    check_activation(step.activation, path)
+    rules = {}
+    for k, (op, loops) in enumerate(readers):
+        key = path if len(readers) == 1 else f"{path}#{k}"
+        if hasattr(step, "observer"):
+            rule = _input(key, path, loops, step)
+        else:
+            rule = Input(key, path, loops, step.activation)
+        _check_input(op, rule, layout, len(readers))
+        rules[op.site.id] = rule
+    return rules
+
+
+def _check_input(op: Op, rule: Input, layout: Layout, uses: int) -> None:
+    """Refuses what ``convert`` could not store or dispatch could not run."""
+    static, where = not rule.activation.dynamic, f"{rule.path} {layout.leaf_shape}"
+    if op.site.kind == "conv_general_dilated" and rule.activation.granularity == "token":
+        raise RecipeError(
+            f"{where}: the input of a convolution has no tokens; use "
+            'granularity="tensor", or leave the activation out for this path'
+        )
+    stack = layout.sizes(layout.stack_axes)
+    if static and (uses > 1 or stack[: len(rule.loops)] != rule.loops):
+        raise RecipeError(
+            f"{where}: used by {uses} matmuls or shared by the steps of a loop, which one static "
+            "range cannot serve; use dynamic=True, or leave the activation out for this path"
+        )
+    if rule.observer in ("learned", "pact") and not static:
+        raise RecipeError(
+            f'{where}: observer="{rule.observer}" learns a static range; use an activation with '
+            'dynamic=False and granularity="tensor"'
+        )
+
+
+def _check_widths(recipe: Recipe) -> None:
+    for step in recipe.steps:
+        fmt = getattr(step, "format", None)
+        if fmt is not None and not isinstance(fmt, formats.Int):
+            raise RecipeError(
+                f"a schedule of the bit width is for Int weights, and a step has {fmt}; leave bits "
+                "out, or use Int"
+            )
+
+
+def _latent(named, weights, learned):
+    """The leaves of params with what is learned about them."""
+    return [
+        (
+            path,
+            Latent(leaf, learned.get(path, {}), path, weights[path].layout)
+            if path in weights and not is_compressed(leaf)
+            else leaf,
+        )
+        for path, leaf in named
+    ]
+
+
+class _Observer(Dispatcher):
+    """Records what inputs and named values are like."""
+
+    def __init__(self, rules: dict[str, Input]):
+        super().__init__()
+        self.rules = rules
+
+    def site(self, op, operands, leaf, state):
+        """Evaluates a site as it is."""
+        results, _ = super().site(op, operands, leaf, None)
+        if state is not None:
+            state = _seen(self.rules[op.site.id], operands[1 - op.site.operand])
+        return results, state
+
+    def named(self, op, value, state):
+        """Passes a value on."""
+        return value, None if state is None else _seen(self.rules[op.named.id], value)
+
+
+def _observed(graph: Graph, rules: dict[str, Input], arguments: list) -> dict[str, dict]:
+    """What the inputs with static ranges are like: key -> {"low", "high", "mean", "seen"}."""
+    rules = {i: r for i, r in rules.items() if r.observes or r.learns}
+    start = {
+        i: {k: jnp.zeros(r.loops, jnp.float32) for k in ("low", "high", "mean", "seen")}
+        for i, r in rules.items()
+    }
+    if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arguments)):
+        for rule in rules.values():
+            if rule.learns:
+                raise JaxcompError(
+                    f"{rule.path}: a learned range of its input needs data to start from; call "
+                    "init with arrays, not shapes"
+                )
+        return {rules[i].key: s for i, s in start.items()}
+    if not rules:
+        return {}
+    _, after = interpret(graph.program, arguments, _Observer(rules), start)
+    return {rules[i].key: s for i, s in after.items()}
+
+
+# Percentiles sort; of larger inputs this many evenly spaced values stand for all.
+_SORTED = 2**16
+
+
+def _seen(rule: Input, x: jax.Array) -> dict[str, jax.Array]:
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    if rule.observer == "percentile":
+        flat = x.reshape(-1)
+        flat = flat[:: max(1, flat.size // _SORTED)]
+        if rule.activation.symmetric:
+            high = jnp.quantile(jnp.abs(flat), rule.percentile / 100)
+            low = -high
+        else:
+            low, high = jnp.quantile(
+                flat, jnp.array([1 - rule.percentile / 100, rule.percentile / 100])
+            )
+    else:
+        low, high = x.min(), x.max()
+    return {"low": low, "high": high, "mean": jnp.abs(x).mean(), "seen": jnp.ones((), jnp.float32)}
+
+
+def _start(rule: Input, seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Where a learned range starts."""
+    if rule.observer == "pact":
+        return {"alpha": jnp.maximum(-seen["low"], seen["high"])}
+    return initial_input_scale(seen["low"], seen["high"], seen["mean"], rule.activation)
+
+
+def _static(rule: Input, learned: Any, seen: Any) -> tuple:
+    """Scale and zero point of a static input, stacked along its loops."""
+    if rule.observer == "pact":
+        return pact_qparams(rule.activation, learned["alpha"])
+    if rule.observer == "learned":
+        return learned_input_qparams(rule.activation, learned)
+    return activation_scales(seen["low"], seen["high"], rule.activation)
+
+
+def _on_stack(value: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
+    """One value a loop spread over a weight's whole stack."""
+    if value is None:
+        return None
+    missing = len(stack) - value.ndim
+    return jnp.broadcast_to(value.reshape(*value.shape, *(1,) * missing), stack)
+
+
+class _Trainer(Dispatcher):
+    """Quantizes weights, inputs and named values with straight-through gradients."""
+
+    def __init__(self, weights: dict[str, Weight], rules: dict[str, Input], controls: dict):
+        super().__init__()
+        self.weights, self.rules, self.controls = weights, rules, controls
+
+    def site(self, op, operands, leaf, state):
+        """Evaluates a site."""
+        if is_compressed(leaf):
+            return super().site(op, operands, leaf, state)
+        operands = list(operands)
+        rule = self.rules.get(op.site.id)
+        weight = self.weights.get(op.site.path)
+        if weight is not None and weight.matmul != "simulated":
+            return [self.coded(op, operands, weight, rule, leaf)], state
+        if rule is not None:
+            at = 1 - op.site.operand
+            operands[at], state = self.input(rule, operands[at], features(op.eqn, op.site), state)
+        operands[op.site.operand] = self.dense(op.site.path, op.site.view, leaf)
+        return _compat.bind(op.eqn, *operands), state
+
+    def coded(self, op: Op, operands: list, weight: Weight, rule: Input, leaf: Any) -> jax.Array:
+        """The result of a site that multiplies codes."""
+        product = functools.partial(
+            training_matmul,
+            fmt=weight.quantizer.format,
+            activation=rule.activation,
+            quantize_gradients=weight.quantize_gradients,
+        )
+        view = op.site.view
+        if view.fixed:
+            leaf, _ = leaf.picked(view)
+        x = to_tokens(op.eqn, op.site, operands[1 - op.site.operand])
+        w = leaf.matrix()
+        w = w.reshape(*x.shape[:-2], *w.shape[-2:])
+        for _ in x.shape[:-2]:
+            product = jax.vmap(product)
+        return from_tokens(op.eqn, op.site, product(x, w))
+
+    def named(self, op, value, state):
+        """Quantizes a named value."""
+        rule = self.rules.get(op.named.id)
+        return (value, state) if rule is None else self.input(rule, value, (-1,), state)
+
+    def input(self, rule: Input, x: jax.Array, axes: tuple[int, ...], state: Any) -> tuple:
+        """A quantized input and its new state."""
+        if rule.activation.dynamic:
+            return self.mixed(x, fake_quantize_input(x, rule.activation, axes)), state
+        if rule.learns:
+            if rule.observer == "pact":
+                q = pact(x, rule.activation, state["learned"]["alpha"])
+            else:
+                q = lsq_input(x, rule.activation, state["learned"])
+            return self.mixed(x, q), state
+        now, old = _seen(rule, x), state["range"]
+        first = old["seen"] == 0
+        use = {k: jnp.where(first, now[k], old[k]) for k in ("low", "high")}
+        scale, zero = activation_scales(use["low"], use["high"], rule.activation)
+        q = fake_quantize_input(x, rule.activation, axes, scale, zero)
+        moved = {k: rule.momentum * use[k] + (1 - rule.momentum) * now[k] for k in use}
+        moved = {k: jnp.where(first, now[k], moved[k]) for k in moved} | {"seen": now["seen"]}
+        observe = self.controls["observe"]
+        if observe is not None:
+            moved = {k: jnp.where(observe > 0, moved[k], old[k]) for k in moved}
+        return self.mixed(x, q), {**state, "range": moved}
+
+    def mixed(self, x: jax.Array, q: jax.Array) -> jax.Array:
+        """As much of the rounding as the schedule says."""
+        share = self.controls["enabled"]
+        if share is None:
+            return q
+        share = share.astype(q.dtype)
+        return jnp.where(share >= 1, q, x + share * (q - x))
+
+    def dense(self, path, view, leaf):
+        """The quantized weight."""
+        if not isinstance(leaf, Latent):
+            return super().dense(path, view, leaf)
+        quantizer = self.weights[path].quantizer
+        if quantizer is None:
+            return view.replay(leaf.value)
+        if view.fixed:
+            leaf, view = leaf.picked(view)
+        matrix = leaf.matrix()
+        q = self.mixed(matrix, quantizer.apply(matrix, leaf.learned, self.controls["bits"]))
+        return view.replay(leaf.from_matrix(q))

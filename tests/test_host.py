@@ -1,0 +1,35 @@
+"""Arithmetic in NumPy where arrays are on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp import host
+from tests.helpers import x64
+
+
+def test_numpy_sees_host_arrays_and_gives_back_jax_arrays():
+    seen = []
+
+    def double(tree):
+        seen.append(type(tree["a"]))
+        return {"b": tree["a"] * 2, "n": None}
+
+    result = host.call(double, {"a": jnp.arange(3.0)})
+    assert seen == [np.ndarray] and isinstance(result["b"], jax.Array)
+    np.testing.assert_array_equal(result["b"], [0, 2, 4])
+    assert isinstance(host.numpy(jnp.ones(2)), np.ndarray)
+    assert host.numpy(None, np.ones(2))[0] is None
+
+
+def test_tracers_stay_jax():
+    doubled = jax.jit(lambda a: host.call(lambda a: host.numpy(a) * 2, a))(jnp.arange(3.0))
+    np.testing.assert_array_equal(doubled, [0, 2, 4])
+    assert jax.grad(lambda a: host.call(lambda a: a * a, a))(3.0) == 6.0
+
+
+def test_dtypes_are_kept():
+    assert host.to_device(np.ones(2)).dtype == jnp.float32
+    assert host.to_device(jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+    with x64():
+        assert host.to_device(np.ones(2)).dtype == jnp.float64
