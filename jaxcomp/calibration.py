@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxcomp import host
 
 
 class Statistics(NamedTuple):
@@ -29,19 +32,22 @@ class Statistics(NamedTuple):
 
     def scaled(self, scale: jax.Array) -> "Statistics":
         """Statistics of ``x * scale``, for a positive per-channel ``scale (*stack, in)``."""
+        return host.call(_scaled, self, scale)
 
-        def by(value, factor):
-            return None if value is None else value * factor
 
-        return Statistics(
-            count=self.count,
-            hessian=by(self.hessian, scale[..., :, None] * scale[..., None, :]),
-            absmax=by(self.absmax, scale),
-            abssum=by(self.abssum, scale),
-            sumsq=by(self.sumsq, scale**2),
-            minimum=by(self.minimum, scale),
-            maximum=by(self.maximum, scale),
-        )
+def _scaled(s: Statistics, scale: jax.Array) -> Statistics:
+    def by(value, factor):
+        return None if value is None else value * factor
+
+    return Statistics(
+        count=s.count,
+        hessian=by(s.hessian, scale[..., :, None] * scale[..., None, :]),
+        absmax=by(s.absmax, scale),
+        abssum=by(s.abssum, scale),
+        sumsq=by(s.sumsq, scale**2),
+        minimum=by(s.minimum, scale),
+        maximum=by(s.maximum, scale),
+    )
 
 
 FIELDS = {
@@ -66,15 +72,16 @@ def init(in_size: int, needs: frozenset[str], stack: tuple[int, ...] = ()) -> St
     """
     wanted = {field for need in needs for field in FIELDS[need]}
     vector = (*stack, in_size)
-    start = {
-        "hessian": lambda: jnp.zeros((*vector, in_size), jnp.float32),
-        "absmax": lambda: jnp.zeros(vector, jnp.float32),
-        "abssum": lambda: jnp.zeros(vector, jnp.float32),
-        "sumsq": lambda: jnp.zeros(vector, jnp.float32),
-        "minimum": lambda: jnp.full(vector, jnp.inf, jnp.float32),
-        "maximum": lambda: jnp.full(vector, -jnp.inf, jnp.float32),
-    }
-    return Statistics(jnp.zeros(stack, jnp.float32), **{f: start[f]() for f in sorted(wanted)})
+    start = {"minimum": np.inf, "maximum": -np.inf}
+    shape = {"hessian": (*vector, in_size), "count": stack}
+    return host.to_device(
+        Statistics(
+            **{
+                field: np.full(shape.get(field, vector), start.get(field, 0), np.float32)
+                for field in ("count", *sorted(wanted))
+            }
+        )
+    )
 
 
 def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None) -> Statistics:
@@ -82,21 +89,23 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
 
     Args:
       statistics: what ``init`` or an earlier ``update`` returned.
-      x: ``(*stack, tokens, in)`` inputs, any float dtype.
+      x: ``(*stack, tokens, in)`` inputs, any float dtype, of JAX or NumPy; the result is of the
+        same library.
       weight: optional bool ``(*stack, tokens)``, False for tokens that do not count (padding of
         ragged expert groups).
 
     Returns:
       The statistics of all tokens so far.
     """
-    x = x.astype(jnp.float32)
+    xp = np if isinstance(x, np.ndarray) else jnp
+    x = x.astype(xp.float32, copy=False)
     low, high = x, x
-    count = jnp.asarray(x.shape[-2], jnp.float32)
+    count = xp.float32(x.shape[-2])
     if weight is not None:
         keep = weight[..., None]
-        low, high = jnp.where(keep, x, jnp.inf), jnp.where(keep, x, -jnp.inf)
-        x = jnp.where(keep, x, 0.0)
-        count = weight.sum(-1).astype(jnp.float32)
+        low, high = xp.where(keep, x, xp.inf), xp.where(keep, x, -xp.inf)
+        x = xp.where(keep, x, 0.0)
+        count = weight.sum(-1).astype(xp.float32)
     s = statistics
 
     def combine(old, op, new):
@@ -105,17 +114,21 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
     add = lambda a, b: a + b  # noqa: E731
     return Statistics(
         count=s.count + count,
-        hessian=combine(
-            s.hessian,
-            add,
-            lambda: jnp.einsum("...ti,...tj->...ij", x, x, precision=jax.lax.Precision.HIGHEST),
-        ),
-        absmax=combine(s.absmax, jnp.maximum, lambda: jnp.abs(x).max(-2)),
-        abssum=combine(s.abssum, add, lambda: jnp.abs(x).sum(-2)),
+        hessian=combine(s.hessian, add, lambda: _gram(x)),
+        absmax=combine(s.absmax, xp.maximum, lambda: abs(x).max(-2)),
+        abssum=combine(s.abssum, add, lambda: abs(x).sum(-2)),
         sumsq=combine(s.sumsq, add, lambda: (x * x).sum(-2)),
-        minimum=combine(s.minimum, jnp.minimum, lambda: low.min(-2)),
-        maximum=combine(s.maximum, jnp.maximum, lambda: high.max(-2)),
+        minimum=combine(s.minimum, xp.minimum, lambda: low.min(-2)),
+        maximum=combine(s.maximum, xp.maximum, lambda: high.max(-2)),
     )
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """Xᵀ X of ``(*stack, tokens, in)``."""
+    if isinstance(x, np.ndarray):
+        # NumPy sees that the result is symmetric, and does half of the work.
+        return x.swapaxes(-1, -2) @ x
+    return jnp.einsum("...ti,...tj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import folding, formats
+from jaxcomp import folding, formats, host
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.fingerprint import fingerprints
@@ -340,7 +340,7 @@ class _Run:
             for i, leaf in zip(program.inputs, arrays, strict=False)
         ]
         columns = [flatten_inputs(batch, {})[0] for batch in batches]
-        inputs = [Many(jnp.asarray(v) for v in column) for column in zip(*columns, strict=True)]
+        inputs = [Many(host.to_device(v) for v in column) for column in zip(*columns, strict=True)]
         # Nobody asks for the outputs: what comes after the last site is left out.
         program = dataclasses.replace(program, outputs=())
         passes.run(program, [*leaves, *inputs], list(range(len(batches))))
@@ -452,9 +452,9 @@ def _positions(graph: Graph, path: str) -> int:
 
 def _matrix(leaf: Any, axes: tuple) -> jax.Array:
     """A leaf as a float32 (or float64) device matrix, read from the host once."""
-    matrix = jnp.asarray(formats.to_matrix(leaf, *axes))
+    matrix = formats.to_matrix(host.numpy(leaf), *axes)
     wide = jnp.float64 if matrix.dtype == jnp.float64 else jnp.float32
-    matrix = matrix.astype(wide)
+    matrix = host.to_device(matrix.astype(wide, copy=False))
     jaxcomp.io.safetensors.release(leaf)
     return matrix
 

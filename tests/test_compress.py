@@ -711,16 +711,45 @@ def test_float64_models_stay_float64():
         np.testing.assert_allclose(got, mlp(params, data[0][0]), rtol=1e-3, atol=1e-3)
 
 
-def test_hessian_is_exact_and_streams():
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_hessian_is_exact_and_streams(array):
     x = normal(40, 16)
     state = calibration.init(16, frozenset({"hessian", "range", "absmean"}))
     for part in jnp.split(x, 4):
-        state = calibration.update(state, part)
+        state = calibration.update(state, array(part))
     wide = np.asarray(x, np.float64)
     np.testing.assert_allclose(state.hessian, wide.T @ wide, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(state.abssum, np.abs(wide).sum(0), rtol=1e-5)
     np.testing.assert_array_equal(state.minimum, x.min(0))
     assert float(state.count) == 40
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_statistics_leave_out_tokens_of_weight_zero(array):
+    x = np.asarray(normal(2, 10, 16))
+    keep = np.arange(10) < np.array([[4], [0]])
+    needs = frozenset({"hessian", "range", "absmax", "absmean", "sumsq"})
+    start = calibration.init(16, needs, (2,))
+    state = calibration.update(start, array(x), array(keep))
+    alone = calibration.update(calibration.init(16, needs), array(x[0, :4]))
+    for found, expected, empty in zip(state, alone, start, strict=True):
+        np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[1], empty[1])
+
+
+def test_what_a_site_does_not_read_is_compiled_with_what_follows(monkeypatch):
+    """silu(gate) waits for up, so that one program multiplies them."""
+    seen = []
+    original = Sequential.segment
+
+    def segment(self, program, ops, *rest):
+        seen.append([op.eqn.primitive.name for op in ops])
+        return original(self, program, ops, *rest)
+
+    monkeypatch.setattr(Sequential, "segment", segment)
+    params = jax.tree.map(lambda a: a[0], blocks(1))
+    jc.compress(lambda p, x: block(x, p), params, Recipe(steps=(GPTQ(format=INT4),)), inputs())
+    assert len(seen) == 3 and len(seen[1]) > 1 and seen[1][-1] == "mul"
 
 
 @pytest.mark.parametrize("step", [Magnitude, SparseGPT, Wanda])

@@ -136,11 +136,11 @@ def representable(fmt: Element, scale: jax.Array) -> jax.Array:
 
 
 def divided(x: jax.Array, by: Any) -> jax.Array:
-    """``x / by`` for ``by > 0``, correctly rounded.
+    """``x / by`` for ``by > 0``, correctly rounded in every program.
 
-    XLA turns a division by a constant into a multiplication; the maximum hides the constant. One
-    unit in the last place of a scale decides the ties at the ends of a full-range grid, where the
-    largest weight lies half a step from two codes.
+    XLA divides by a constant, and in some programs by what a group shares, by multiplying with the
+    reciprocal. The maximum, which changes nothing, hides both. One unit in the last place decides
+    the ties of a full-range grid, whose largest weight lies half a step from two codes.
     """
     return x / jnp.maximum(by, -jnp.abs(x))
 
@@ -323,13 +323,8 @@ def expand(fmt: Element, qparams: QParams, out: int, cols: int) -> QParams:
 
 
 def scaled(w: jax.Array, qparams: QParams) -> jax.Array:
-    """Weights in units of the scale, the same to the last bit in every program.
-
-    XLA divides by a scale that a group shares by multiplying with its reciprocal in some programs
-    and not in others; the largest weight of a full-range grid lies on a tie, where that would
-    decide its code.
-    """
-    return w if qparams.scale is None else w * (1 / qparams.scale)
+    """Weights in units of the scale."""
+    return w if qparams.scale is None else divided(w, qparams.scale)
 
 
 def encode(fmt: Element, w: jax.Array, qparams: QParams, context: Context = EMPTY) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import calibration
+from jaxcomp import calibration, host
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
@@ -129,12 +129,15 @@ class Sequential:
                 self.contractions += op.kind == "site"
                 pending.append(op)
                 continue
-            flush(k)
+            # What a site does not read can wait, and be compiled together with what follows.
+            if op.kind != "site" or any(i in p.outputs for p in pending for i in op.inputs):
+                flush(k)
             if op.kind == "site":
                 self.site(program, op, env, roots, len(active))
             else:
                 self.structure(program, op, env, active)
-            for i in [i for i in env if last.get(i, -1) <= k and i not in program.inputs]:
+            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
+            for i in [i for i in env if last.get(i, -1) <= k and i not in kept]:
                 del env[i]
         flush(len(program.ops))
         return [self.read(program, env, i) for i in program.outputs]
@@ -144,6 +147,8 @@ class Sequential:
         value = env[i]
         if isinstance(value, _Leaf):
             path, view = program.weights[i]
+            if not is_compressed(value.value):
+                return host.call(view.replay, value.value)
             return self.handler.dense(path, view, value.value)
         return value
 
@@ -288,9 +293,10 @@ class Sequential:
         ]
         stack = site.layout.sizes(site.batch_axes)
         state = calibration.init(site.in_size, needs, stack)
-        function = self.updating(op)
+        function = self.updating(op, _at(operands[1 - site.operand], 0))
         for b in range(count):
             state = function(state, [v[b] if isinstance(v, Many) else v for v in operands])
+        state = host.to_device(state)
         for name, value in state._asdict().items():
             if value is not None and np.isnan(np.asarray(value)).any():
                 raise DataError(
@@ -300,9 +306,14 @@ class Sequential:
                 )
         return state
 
-    def updating(self, op: Op) -> Callable:
-        """A jitted function that adds a batch's input to statistics."""
+    def updating(self, op: Op, x: Any) -> Callable:
+        """A function that adds a batch's input, such as ``x``, to statistics."""
         site = op.site
+        if site.kind == "dot_general" and host.is_on_host(x):
+            return lambda state, operands: calibration.update(
+                jax.tree.map(np.asarray, state),
+                to_tokens(op.eqn, site, np.asarray(operands[1 - site.operand])),
+            )
         text = _compat.printable_params(op.eqn)
         layout = (site.view.axes, site.view.leaf_shape, site.operand)
         avals = tuple(str(v.aval) for v in op.eqn.invars)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxcomp.calibration import Statistics
 from jaxcomp.errors import JaxcompError
+from jaxcomp.formats.grid import divided
 from jaxcomp.step import Activation
 
 _LARGEST = {"int8": 127, "int4": 7, "e4m3": 448.0, "e5m2": 57344.0}
@@ -141,7 +142,7 @@ def quantize_input(
         low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
         scale, zero_point = activation_scales(low, high, activation)
     largest = _LARGEST[activation.format]
-    scaled = x * (1 / scale)  # Not x / scale, see formats.grid.encode.
+    scaled = divided(x, scale)
     if activation.format in _FLOAT8:
         return jnp.clip(scaled, -largest, largest).astype(_FLOAT8[activation.format]), scale, None
     rounded = jnp.round(scaled)

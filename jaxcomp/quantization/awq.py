@@ -22,7 +22,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcomp import host
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
@@ -64,16 +66,17 @@ def _energy(e, h):
 
 
 def _scale(absmean, ratio):
+    xp = np if isinstance(absmean, np.ndarray) else jnp
     live = absmean > 0
-    scale = jnp.where(live, absmean, 1.0) ** ratio
-    largest = jnp.max(scale, -1, keepdims=True, where=live, initial=0.0)
-    least = jnp.min(scale, -1, keepdims=True, where=live, initial=jnp.inf)
-    scale = scale / jnp.sqrt(largest * jnp.minimum(least, jnp.finfo(scale.dtype).max))
-    return jnp.where(live, scale, 1.0)
+    scale = xp.where(live, absmean, 1) ** ratio
+    limits = xp.finfo(scale.dtype)
+    largest = scale.max(-1, keepdims=True, where=live, initial=limits.tiny)
+    least = scale.min(-1, keepdims=True, where=live, initial=limits.max)
+    return xp.where(live, scale / (xp.sqrt(largest) * xp.sqrt(least)), 1)
 
 
 def _clip(fmt, w, h, mask, clipping, percentile):
-    """Factors ``(*stack, out_groups, in_groups)`` of each group's absmax, least error."""
+    """The weight clipped to the factor of each group's absmax that makes the error least."""
     *stack, out, size = w.shape
     group = grid.group_size_of(fmt, size)
     rows = grid.fit(fmt, w, grid.prepare(fmt, w)).scale.shape[-2]
@@ -100,86 +103,55 @@ def _clip(fmt, w, h, mask, clipping, percentile):
 
     def attempt(i, best):
         least, factor = best
-        candidate = jnp.full_like(whole, 1.0) * (1 - i / 20).astype(w.dtype)
+        candidate = whole * (1 - i / 20).astype(w.dtype)
         tried = loss(candidate)
         return jnp.minimum(least, tried), jnp.where(tried < least, candidate, factor)
 
-    _, factor = jax.lax.fori_loop(1, 10, attempt, (loss(whole), whole))
-    before = _energy(quantized(whole) - w, h).reshape(*stack, rows, -1).sum(-1)
-    after = _energy(quantized(factor) - w, h).reshape(*stack, rows, -1).sum(-1)
+    _, factor = jax.lax.fori_loop(0, 10, attempt, (jnp.full_like(whole, jnp.inf), whole))
+    energy = jax.lax.map(lambda f: _energy(quantized(f) - w, h), jnp.stack([whole, factor]))
+    before, after = energy.reshape(2, *stack, rows, out // rows).sum(-1)
     factor = jnp.where((after < before)[..., None], factor, 1.0)
     limit = limits(factor)
     return jnp.clip(w, -limit, limit)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "fmt",
-        "clipping",
-        "percentile",
-        "grid_size",
-        "search_clip",
-        "stack",
-        "report",
-    ),
-)
-def _awq(
-    weights,
-    hessians,
-    absmeans,
-    masks,
-    *,
-    fmt,
-    clipping,
-    percentile,
-    grid_size,
-    search_clip,
-    stack,
-    report,
-):
-    dtype = common.working_dtype(*weights)
-    weights, hessians, absmeans = jax.tree.map(
-        lambda a: a.astype(dtype), (weights, hessians, absmeans)
-    )
-    weights = [
-        w if mask is None else jnp.where(mask, w, 0.0)
-        for w, mask in zip(weights, masks, strict=True)
-    ]
-    absmean = common.shared(
-        [
-            jnp.broadcast_to(a, (*w.shape[:-2], w.shape[-1]))
-            for a, w in zip(absmeans, weights, strict=True)
-        ],
-        stack,
-    )
+_STATIC = ("fmt", "clipping", "percentile")
 
-    def objective(ratio):
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "grid_size"))
+def _losses(w, h, mask, absmean, *, grid_size, **options):
+    """Rows' losses under each exponent, ``(*stack, out, grid_size)``."""
+    w, h = w.astype(absmean.dtype), h.astype(absmean.dtype)
+    w = w if mask is None else jnp.where(mask, w, 0.0)
+
+    def loss(ratio):
         scale = _scale(absmean, ratio)[..., None, :]
-        total = jnp.zeros(stack, dtype)
-        for w, h, mask in zip(weights, hessians, masks, strict=True):
-            rounded = common.round_to_grid(fmt, w * scale, clipping, percentile, mask, False).values
-            loss = _energy(rounded / scale - w, h).sum(-1)
-            total = total + (loss if loss.shape == stack else loss.sum())
-        return total
+        values = common.round_to_grid(w=w * scale, mask=mask, build=False, **options).values
+        return _energy(values / scale - w, h)
 
-    ratios = jnp.arange(grid_size, dtype=dtype) / grid_size
-    losses = jax.lax.map(objective, ratios)
-    ratio = ratios[jnp.argmin(losses, axis=0)]
-    scale = _scale(absmean, ratio[..., None])
+    ratios = jnp.arange(grid_size, dtype=absmean.dtype) / grid_size
+    return jnp.moveaxis(jax.lax.map(loss, ratios), 0, -1)
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "search_clip", "report"))
+def _rounded(w, h, mask, scale, *, search_clip, report, **options):
+    """The weight rounded under a scale, and the energies of its error."""
+    w, h = w.astype(scale.dtype), h.astype(scale.dtype)
+    w = w if mask is None else jnp.where(mask, w, 0.0)
     column = scale[..., None, :]
-    rounded, errors = [], []
-    for w, h, mask in zip(weights, hessians, masks, strict=True):
-        scaled = w * column
-        target = scaled
-        if search_clip and not (isinstance(fmt, Codebook) and fmt.kind == "kmeans"):
-            seen = h / (column * jnp.swapaxes(column, -1, -2))
-            target = _clip(fmt, scaled, seen, mask, clipping, percentile)
-        result = common.round_to_grid(fmt, target, clipping, percentile, mask)
-        rounded.append(result)
-        error = common.relative_error(w, result.values / column, h) if report else None
-        errors.append(error)
-    return scale, ratio, rounded, errors
+    target = scaled = w * column
+    if search_clip:
+        seen = h / (column * jnp.swapaxes(column, -1, -2))
+        target = _clip(w=scaled, h=seen, mask=mask, **options)
+    result = common.round_to_grid(w=target, mask=mask, build=False, **options)
+    return result, common.energies(w, result.values / column, h) if report else None
+
+
+def _by_rows(function, w, h, mask, shared, **options):
+    """Calls one of the above on all rows, or on the CPU on slabs of them."""
+    if not common.splits_rows(w, h, options["fmt"]):
+        return function(w, h, mask, shared, **options)
+    return common.by_rows(lambda w, mask: function(w, h, mask, shared, **options), w, mask)
 
 
 def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, report):
@@ -191,23 +163,28 @@ def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, rep
         checks.check_hessian(h, w, path)
     if step.grid_size < 1:
         raise JaxcompError(f"grid_size {step.grid_size} must be at least 1")
-    scale, ratio, rounded, errors = _awq(
-        tuple(weights),
-        tuple(hessians),
-        tuple(absmeans),
-        tuple(masks),
-        fmt=fmt,
-        clipping=step.clipping,
-        percentile=step.percentile,
-        grid_size=step.grid_size,
-        search_clip=step.search_clip,
-        stack=stack,
-        report=report,
-    )
-    parts = [
-        common.store(fmt, r, mask, nm) for r, mask, nm in zip(rounded, masks, patterns, strict=True)
+    options = dict(fmt=fmt, clipping=step.clipping, percentile=step.percentile)
+    kmeans = isinstance(fmt, Codebook) and fmt.kind == "kmeans"
+    dtype = common.working_dtype(*weights)
+    absmean = common.shared(absmeans, stack).astype(dtype)
+    layers = list(zip(weights, hessians, masks, strict=True))
+    losses = 0
+    for layer in layers:
+        rows = host.numpy(_by_rows(_losses, *layer, absmean, grid_size=step.grid_size, **options))
+        lead = tuple(range(rows.ndim - 2)) if rows.shape[:-2] != stack else ()
+        losses = losses + rows.sum((*lead, -2))
+    ratio = (losses.argmin(-1) / step.grid_size).astype(dtype)
+    scale = host.call(_scale, absmean, ratio[..., None])
+    search = step.search_clip and not kmeans
+    found = [
+        _by_rows(_rounded, *layer, scale, search_clip=search, report=report, **options)
+        for layer in layers
     ]
-    return scale, ratio, rounded, errors, parts
+    parts = [
+        common.store(fmt, rounded, mask, nm)
+        for (rounded, _), mask, nm in zip(found, masks, patterns, strict=True)
+    ]
+    return scale, ratio, found, parts
 
 
 def awq(
@@ -260,7 +237,7 @@ def awq(
         grid_size=grid_size,
         search_clip=search_clip,
     )
-    scale, _, _, _, (parts,) = _solve(
+    scale, _, _, (parts,) = _solve(
         [w], [hessian], [absmean], [mask], [nm], [""], step, stack, report=False
     )
     parts = common.with_activation(parts, activation)
@@ -274,15 +251,18 @@ def _moments(x):
     return jnp.einsum("...ti,...tj->...ij", x, x, precision=_EXACT), jnp.abs(x).mean(-2)
 
 
+def _mean(total, count):
+    return total / count.clip(1)[..., None]
+
+
 @run.register
 def _(step: AWQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     absmeans = []
     for layer in layers:
         checks.check_statistics(layer, "hessian")
         checks.check_statistics(layer, "abssum")
-        count = jnp.maximum(layer.statistics.count, 1)[..., None]
-        absmeans.append(layer.statistics.abssum / count)
-    scale, ratio, rounded, errors, parts = _solve(
+        absmeans.append(host.call(_mean, layer.statistics.abssum, layer.statistics.count))
+    scale, ratio, found, parts = _solve(
         [layer.weight for layer in layers],
         [layer.statistics.hessian for layer in layers],
         absmeans,
@@ -294,9 +274,10 @@ def _(step: AWQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         report=True,
     )
     results = []
-    for layer, part, result, error in zip(layers, parts, rounded, errors, strict=True):
+    for layer, part, (rounded, energy) in zip(layers, parts, found, strict=True):
+        error = common.error_of(energy)
         layer = common.rescaled(layer, scale)
-        layer = common.quantized(layer, part, result.values, step.activation, error)
+        layer = common.quantized(layer, part, rounded.values, step.activation, error)
         layer.metrics["ratio"] = float(ratio.mean())
         results.append(layer)
     return tuple(results)

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
@@ -82,21 +83,21 @@ def _hessian(h, damping, *, order):
     """Factor of the inverse Hessian in the order of the columns, and that order."""
     permutation = None
     if order == "activation":
-        permutation = jnp.argsort(-jnp.diagonal(h), stable=True)
+        permutation = (-h.diagonal()).argsort(stable=True)
         h = h[permutation][:, permutation]
     return obs.inverse_factor(h, damping), permutation
 
 
 def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, percentile, report):
-    """Quantizes rows of a matrix."""
+    """Quantizes rows of a matrix, on the host if they are NumPy's."""
     dtype, size = upper.dtype, w.shape[-1]
-    w, h = w.astype(dtype), h.astype(dtype)
-    original, diagonal = w, jnp.diagonal(h)
+    w, h = w.astype(dtype, copy=False), h.astype(dtype, copy=False)
+    original, diagonal = w, h.diagonal()
     group = grid.group_size_of(fmt, size)
-    w = jnp.where((diagonal <= 0) & jnp.any(diagonal > 0), 0.0, w)
+    w = w * ~((diagonal <= 0) & (diagonal > 0).any())
     importance = None
     if mask is not None:
-        w = jnp.where(mask, w, 0.0)
+        w = w * mask
     if isinstance(fmt, Codebook):
         importance = jnp.broadcast_to(diagonal, w.shape)
     context = grid.prepare(fmt, w, importance)
@@ -122,14 +123,10 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
     )
     values, codes = solution.values, solution.codes
     if permutation is not None:
-        back = jnp.argsort(permutation)
+        back = permutation.argsort()
         values, codes = values[:, back], codes[:, back]
     energy = common.energies(original, values, h) if report else None
     return _Rows(values, codes, solution.qparams, context, energy)
-
-
-_rows_jit = jax.jit(_rows, static_argnames=_STATIC)
-_hessian_jit = jax.jit(_hessian, static_argnames=("order",))
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "order"))
@@ -178,17 +175,18 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
     chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
     chosen |= {"static": static, "report": report}
     if common.splits_rows(w, h, fmt):
+        h = np.asarray(h)
         if known is None:
-            known = _hessian_jit(h.astype(common.working_dtype(w)), damping, order=order)
+            known = _hessian(h.astype(common.working_dtype(w)), damping, order=order)
         factor, permutation = known
         rows = common.by_rows(
-            lambda w, mask: _rows_jit(w, mask, h, factor.upper, permutation, **chosen), w, mask
+            lambda w, mask: _rows(w, mask, h, factor.upper, permutation, **chosen), w, mask
         )
     else:
         rows, factor, permutation = _gptq(w, h, mask, damping, order=order, **chosen)
     group_index = None
     if scattered:
-        group_index = (jnp.argsort(permutation, axis=-1) // group).astype(jnp.int32)
+        group_index = (permutation.argsort(axis=-1) // group).astype(jnp.int32)
     rounded = common.Rounded(rows.values, rows.codes, rows.qparams, rows.context, group_index)
     parts = common.store(fmt, rounded, mask, nm)
     error = common.error_of(rows.energy) if report else None

@@ -1,7 +1,6 @@
 """GPTQ against the paper's identities and an independent reference."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from jaxcomp.quantization import GPTQ, gptq, obs, rtn
 from jaxcomp.step import Layer, run
 from tests import references as ref
 from tests.helpers import x64
-
-module = importlib.import_module("jaxcomp.quantization.gptq")
 
 
 def solve(w, h, fmt, damping=0.01, qparams=None, mask=None, **options):
@@ -37,13 +34,16 @@ def dense(ca):
     return np.asarray(ca.materialize(), np.float64)
 
 
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("kind", ["iid", "correlated", "outliers"])
-def test_inverse_factor_is_the_papers(kind):
-    _, _, h = ref.layer(0, kind=kind)
-    hd, _ = ref.damped(h, 0.01)
+def test_inverse_factor_is_the_papers(kind, array):
+    _, _, h = ref.layer(0, size=150, tokens=400, kind=kind)
+    h[:, [3, 149]] = h[[3, 149]] = 0
+    hd, dead = ref.damped(h, 0.01)
     with x64():
-        factor = obs.inverse_factor(jnp.asarray(h), 0.01)
+        factor = obs.inverse_factor(array(h), 0.01)
     np.testing.assert_allclose(factor.upper, ref.inverse_factor(hd), rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(factor.dead, dead)
     assert float(factor.damping) == 0.01
 
 
@@ -228,6 +228,17 @@ def test_without_any_input_weights_are_rounded():
     np.testing.assert_array_equal(got.matrix(), rtn(jnp.float32(w), fmt).matrix())
 
 
+def test_singular_hessian_is_damped_alike_on_the_host():
+    _, _, h = ref.layer(10, tokens=6)
+    found = obs.inverse_factor(np.float32(h), 0.0)
+    expected = obs.inverse_factor(jnp.float32(h), 0.0)
+    assert float(found.damping) == float(expected.damping) > 0
+    hd, _ = ref.damped(h, float(found.damping))
+    for factor in (found, expected):
+        upper = np.asarray(factor.upper, np.float64)
+        np.testing.assert_allclose(upper @ hd @ upper.T, np.eye(len(h)), atol=0.05)
+
+
 def test_singular_hessian_raises_its_own_damping_and_says_so():
     w, x, _ = ref.layer(10, tokens=6)
     stats = update(init(32, frozenset({"hessian"})), jnp.float32(x))
@@ -309,15 +320,59 @@ def test_step_names_the_path_in_errors():
         run(GPTQ(format=Int(4, 10)), (Layer("layers/0/q", jnp.ones((4, 32)), stats),))
 
 
-def test_one_compilation_an_input_size():
-    """Rows are taken in slabs, so layers of different output sizes share a compilation."""
-    module._rows_jit.clear_cache()
-    module._hessian_jit.clear_cache()
-    for seed, out in enumerate((24, 300, 7)):
-        w, _, h = ref.layer(seed, out=out)
-        got = gptq(jnp.float32(w), jnp.float32(h), Int(4, 16))
+def test_one_compilation_for_all_sizes():
+    """Rows are taken in slabs and columns in blocks, so layers of all sizes share a compilation."""
+    obs._solve_block.clear_cache()
+    for seed, (out, size) in enumerate(((24, 32), (300, 80), (7, 48))):
+        w, _, h = ref.layer(seed, out=out, size=size, tokens=200)
+        got = gptq(jnp.float32(w), jnp.float32(h), Int(4, 8), block_size=16)
         assert got.shape == w.shape
-    assert module._rows_jit._cache_size() == module._hessian_jit._cache_size() == 1
+    assert obs._solve_block._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("fmt", "static"),
+    [
+        (Int(3), False),
+        (Int(3, 8, symmetric=False), False),
+        (Int(3, 8), True),
+        (Float("mxfp4"), False),
+        (Codebook("nf4", group_size=32), True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_on_the_host_equal_the_compiled_loop(fmt, static, masked):
+    """The last block is filled up: 96 columns are no multiple of 40."""
+    w, _, h = ref.layer(17, size=96, tokens=200)
+    mask = np.random.default_rng(2).random(w.shape) < 0.6 if masked else None
+    with x64():
+        upper = obs.inverse_factor(h, 0.01).upper
+        context = grid.prepare(fmt, jnp.asarray(w))
+        qparams = grid.fit(fmt, jnp.asarray(w), context) if static else None
+        options = dict(fmt=fmt, context=context, qparams=qparams, block_size=40)
+        found = obs.solve(w, upper, mask=mask, **options)
+        expected = obs.solve(jnp.asarray(w), jnp.asarray(upper), mask=mask, **options)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_zero_columns_on_which_nothing_depends_change_nothing():
+    """What fills up the last block of columns."""
+    w, _, h = ref.layer(18)
+    wide, factor = np.zeros((len(w), 40)), np.eye(40)
+    wide[:, :32] = w
+    with x64():
+        factor[:32, :32] = upper = obs.inverse_factor(h, 0.01).upper
+        qparams = grid.fit(Int(3, 8), w)
+        more = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 1)), mode="edge"), qparams)
+        options = dict(fmt=Int(3, 8), context=grid.EMPTY)
+        a = obs.solve(jnp.asarray(w), jnp.asarray(upper), qparams=qparams, **options)
+        b = obs.solve(jnp.asarray(wide), jnp.asarray(factor), qparams=more, **options)
+    np.testing.assert_array_equal(a.codes, b.codes[:, :32])
+    np.testing.assert_allclose(a.errors, b.errors[:, :32], rtol=1e-9, atol=1e-12)
+    assert not np.asarray(b.values)[:, 32:].any() and not np.asarray(b.errors)[:, 32:].any()
 
 
 def test_slabs_of_rows_equal_the_whole():
