@@ -12,7 +12,7 @@ from typing import Literal
 from jaxcomp.errors import RecipeError
 from jaxcomp.formats.spec import Codebook, Float, Int
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
-from jaxcomp.quantization import AWQ, GPTQ, RTN, LLMInt8, SmoothQuant
+from jaxcomp.quantization import AWQ, GPTQ, RTN, FakeQuant, LLMInt8, SmoothQuant
 from jaxcomp.recipe import HEADS, Recipe
 from jaxcomp.step import Activation
 
@@ -245,10 +245,44 @@ def llm_int8(threshold: float = 6.0, include: Rules = ALL, exclude: Rules = HEAD
     return Recipe(steps=(LLMInt8(threshold=threshold, include=include, exclude=exclude),))
 
 
-def nf4(group_size: int | None = 64, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
-    """4-bit weights on the NormalFloat grid of QLoRA, absmax scales; needs no data."""
-    format = Codebook(kind="nf4", group_size=group_size, scale_dtype="bfloat16")
+def nf4(
+    group_size: int | None = 64,
+    double_quantization: bool = False,
+    include: Rules = ALL,
+    exclude: Rules = HEADS,
+) -> Recipe:
+    """4-bit weights on the NormalFloat grid of QLoRA, absmax scales; needs no data.
+
+    Args:
+      group_size: consecutive inputs that share a scale; None is one group a row.
+      double_quantization: scales stored in 8 bits under second scales, as QLoRA's base.
+      include: rules for the weights it applies to.
+      exclude: rules for the weights it leaves alone.
+
+    Returns:
+      The recipe.
+    """
+    format = Codebook(
+        kind="nf4",
+        group_size=group_size,
+        scale_dtype="float32" if double_quantization else "bfloat16",
+        double_quantization=double_quantization,
+    )
     return Recipe(steps=(RTN(format=format, include=include, exclude=exclude),))
+
+
+def w2a16_qat(group_size: int | None = 64, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+    """For ``jc.qat``: 2-bit weights whose step sizes are trained (LSQ)."""
+    format = Int(bits=2, group_size=group_size, scale_dtype="bfloat16")
+    step = FakeQuant(format=format, scale="learned", include=include, exclude=exclude)
+    return Recipe(steps=(step,))
+
+
+def w4a8_qat(group_size: int | None = 128, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+    """For ``jc.qat``: 4-bit weights, 8-bit inputs with one dynamic scale a token."""
+    format = Int(bits=4, group_size=group_size, full_range=False, scale_dtype="bfloat16")
+    step = FakeQuant(format=format, activation=Activation(), include=include, exclude=exclude)
+    return Recipe(steps=(step,))
 
 
 def magnitude(
@@ -368,6 +402,8 @@ _NAMED: dict[str, collections.abc.Callable[[], Recipe]] = {
     "w2a16_gptq": w2a16_gptq,
     "w4a16_awq": w4a16_awq,
     "w3a16_awq": w3a16_awq,
+    "w2a16_qat": w2a16_qat,
+    "w4a8_qat": w4a8_qat,
     "w8a8_smoothquant": w8a8_smoothquant,
     "w8a8_dynamic": w8a8_dynamic,
     "fp8_dynamic": fp8_dynamic,
