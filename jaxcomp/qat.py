@@ -22,69 +22,17 @@ from jaxcomp import formats
 from jaxcomp.dispatch import Dispatcher, arrays_of
 from jaxcomp.errors import JaxcompError, RecipeError
 from jaxcomp.formats import CompressedArray, is_compressed
-from jaxcomp.graph import Graph, Layout, _compat, interpret, trace
+from jaxcomp.graph import Graph, _compat, interpret
 from jaxcomp.graph.latent import Latent
-from jaxcomp.graph.program import Op, hooks
+from jaxcomp.graph.program import Op
 from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import leaf_paths
-from jaxcomp.plan import make_plan
-from jaxcomp.quantization.activation import activation_scales, check_activation
-from jaxcomp.quantization.lsq import initial_input_scale, learned_input_qparams, lsq_input
-from jaxcomp.quantization.pact import pact, pact_qparams
-from jaxcomp.quantization.ste import fake_quantize_input
-from jaxcomp.quantization.trainable import FakeQuantValues, WeightQuantizer, weight_quantizer
-from jaxcomp.quantization.training_matmul import check_matmul, training_matmul
+from jaxcomp.qat_plan import Input, Weight, plan_training
+from jaxcomp.quantization.trainable import weight_quantizer
+from jaxcomp.quantization.training_matmul import training_matmul
 from jaxcomp.recipe import Recipe
-from jaxcomp.rules import fits
-from jaxcomp.step import Activation
-from jaxcomp.taps import no_such_value
 
 Schedule = Callable[[jax.Array], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """How the input of a site, or a named value, is quantized.
-
-    Attributes:
-      key: its name in the state.
-      path: of the weight, or the value's name.
-      loops: lengths of the scans around it, the leading axes of its state.
-      activation: the element type and granularity.
-      observer: where a static range comes from.
-      percentile: for ``observer="percentile"``.
-      momentum: of the moving averages.
-    """
-
-    key: str
-    path: str
-    loops: tuple[int, ...]
-    activation: Activation
-    observer: str = "ema"
-    percentile: float = 99.9
-    momentum: float = 0.95
-
-    @property
-    def observes(self) -> bool:
-        """Whether it keeps moving averages."""
-        return not self.activation.dynamic and self.observer in ("ema", "percentile")
-
-    @property
-    def learns(self) -> bool:
-        """Whether its range is trained."""
-        return not self.activation.dynamic and self.observer in ("learned", "pact")
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """How a weight is quantized: ``quantizer`` is None where only its input is."""
-
-    path: str
-    layout: Layout
-    quantizer: WeightQuantizer | None
-    inputs: tuple[Input, ...]
-    matmul: str = "simulated"
-    quantize_gradients: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +108,11 @@ class QAT:
         ranges = {
             r.key: {k: seen[r.key][k] for k in ("low", "high", "seen")}
             for r in rules.values()
-            if r.observes
+            if r.quantizer.observes
         }
-        inputs_learned = {r.key: _start(r, seen[r.key]) for r in rules.values() if r.learns}
+        inputs_learned = {
+            r.key: r.quantizer.start(seen[r.key]) for r in rules.values() if r.quantizer.learns
+        }
         return State(
             {"weights": learned, "inputs": inputs_learned},
             ranges,
@@ -196,12 +146,12 @@ class QAT:
         before = {
             i: {"learned": learned.get(r.key), "range": ranges.get(r.key)}
             for i, r in rules.items()
-            if r.observes or r.learns
+            if r.quantizer.observes or r.quantizer.learns
         }
         named, _ = leaf_paths(params)
         arguments = arrays_of(_latent(named, weights, state.learned["weights"]), inputs, kwargs)
         results, after = interpret(graph.program, arguments, handler, before)
-        ranges = {rules[i].key: s["range"] for i, s in after.items() if rules[i].observes}
+        ranges = {rules[i].key: s["range"] for i, s in after.items() if rules[i].quantizer.observes}
         out = jax.tree.unflatten(graph.out_tree, results)
         return out, state.replace(ranges=ranges, step=state.step + 1)
 
@@ -232,12 +182,11 @@ class QAT:
         if weight.inputs:
             rule = weight.inputs[0]
             scale = zero = None
-            if not rule.activation.dynamic:
-                scale, zero = _static(
-                    rule, state.learned["inputs"].get(rule.key), state.ranges.get(rule.key)
-                )
+            if not rule.quantizer.activation.dynamic:
+                learned, ranges = state.learned["inputs"], state.ranges
+                scale, zero = rule.quantizer.qparams(learned.get(rule.key), ranges.get(rule.key))
                 scale, zero = (_on_stack(a, matrix.shape[:-2]) for a in (scale, zero))
-            part = formats.InputQuant(part, scale, zero, spec=rule.activation)
+            part = formats.InputQuant(part, scale, zero, spec=rule.quantizer.activation)
         return CompressedArray.from_matrix(
             part, leaf.shape, leaf.dtype, layout.stack_axes, layout.out_axes, layout.in_axes
         )
@@ -255,26 +204,8 @@ class QAT:
             _check_widths(self.recipe)
 
     def _plan(self, params, inputs, kwargs):
-        """The traced function, the weights by path, and the quantized inputs and values by id."""
-        value_steps = [s for s in self.recipe.steps if isinstance(s, FakeQuantValues)]
-        steps = tuple(s for s in self.recipe.steps if not isinstance(s, FakeQuantValues))
-        named = (lambda name: True) if value_steps else None
-        graph = trace(self.function, params, *inputs, named=named, **kwargs)
-        rules = _value_rules(graph, value_steps)
         self._check_schedules()
-        weights: dict[str, Weight] = {}
-        if steps:
-            readers: dict[str, list] = {}
-            for op, loops in hooks(graph.program):
-                if op.kind == "site" and op.site.is_contraction:
-                    readers.setdefault(op.site.path, []).append((op, loops))
-            recipe = Recipe(steps=steps)
-            for path, chosen in make_plan(graph, recipe).items():
-                mine = [recipe.steps[k] for k in chosen]
-                found = _input_rules(path, mine, graph.layouts[path], readers.get(path, []))
-                weights[path] = _weight(path, mine, graph.layouts[path], tuple(found.values()))
-                rules |= found
-        return graph, weights, rules
+        return plan_training(self.function, self.recipe, params, inputs, kwargs)
 
 
 def qat(
@@ -317,108 +248,6 @@ def qat(
     return QAT(apply, recipe, enabled=enabled, bits=bits, observe=observe)
 
 
-def _names(step: FakeQuantValues, name: str) -> bool:
-    return any(fits(r, name) for r in step.include) and not any(fits(r, name) for r in step.exclude)
-
-
-def _value_rules(graph: Graph, steps: list[FakeQuantValues]) -> dict[str, Input]:
-    """How each named value is quantized, by its id."""
-    found = [(op.named, loops) for op, loops in hooks(graph.program) if op.kind == "named"]
-    counts: dict[str, int] = {}
-    for named, _ in found:
-        counts[named.name] = counts.get(named.name, 0) + 1
-    for step in steps:
-        check_activation(step.activation)
-        for rule in step.include:
-            if not any(fits(rule, name) for name in counts):
-                raise no_such_value(rule, list(counts))
-    rules, number = {}, dict.fromkeys(counts, 0)
-    for named, loops in found:
-        step = next((s for s in reversed(steps) if _names(s, named.name)), None)
-        if step is None:
-            continue
-        key = named.name
-        if counts[key] > 1:
-            key = f"{key}#{number[named.name]}"
-            number[named.name] += 1
-        rules[named.id] = _input(key, named.name, loops, step)
-    return rules
-
-
-def _input(key, path, loops, step) -> Input:
-    options = step.activation, step.observer, step.percentile, step.momentum
-    return Input(key, path, loops, *options)
-
-
-def _weight(path: str, steps: list, layout: Layout, inputs: tuple[Input, ...]) -> Weight:
-    quantizers = [q for s in steps if (q := weight_quantizer(s)) is not None]
-    if len(quantizers) > 1:
-        raise RecipeError(
-            f"{path} {layout.leaf_shape}: {len(quantizers)} steps quantize the weight; let one of "
-            "them name this path"
-        )
-    for quantizer in quantizers:
-        quantizer.check(layout.matrix_shape, path)
-    fast = [s for s in steps if getattr(s, "matmul", "simulated") != "simulated"]
-    options = ()
-    if fast:
-        step = fast[0]
-        options = step.matmul, step.quantize_gradients
-        check_matmul(step.matmul, step.format, inputs[0].activation if inputs else None, path)
-        if getattr(step, "scale", "dynamic") != "dynamic" or step.clipping != "minmax":
-            raise RecipeError(
-                f'{path}: matmul="{step.matmul}" places the grid on the whole range; use '
-                'scale="dynamic" and clipping="minmax"'
-            )
-    return Weight(path, layout, quantizers[0] if quantizers else None, inputs, *options)
-
-
-def _input_rules(path: str, steps: list, layout: Layout, readers: list) -> dict[str, Input]:
-    """How the inputs of a weight's matmuls are quantized, by the id of the site."""
-    active = [s for s in steps if getattr(s, "activation", None) is not None]
-    if not active:
-        return {}
-    if len(active) > 1 or not readers:
-        problem = f"{len(active)} steps quantize its input" if readers else "is only looked up"
-        raise RecipeError(
-            f"{path} {layout.leaf_shape}: {problem}; let {'one' if readers else 'none'} of the "
-            "steps with an activation name this path"
-        )
-    step = active[0]
-    check_activation(step.activation, path)
-    rules = {}
-    for k, (op, loops) in enumerate(readers):
-        key = path if len(readers) == 1 else f"{path}#{k}"
-        if hasattr(step, "observer"):
-            rule = _input(key, path, loops, step)
-        else:
-            rule = Input(key, path, loops, step.activation)
-        _check_input(op, rule, layout, len(readers))
-        rules[op.site.id] = rule
-    return rules
-
-
-def _check_input(op: Op, rule: Input, layout: Layout, uses: int) -> None:
-    """Refuses what ``convert`` could not store or dispatch could not run."""
-    static, where = not rule.activation.dynamic, f"{rule.path} {layout.leaf_shape}"
-    if op.site.kind == "conv_general_dilated" and rule.activation.granularity == "token":
-        raise RecipeError(
-            f"{where}: the input of a convolution has no tokens; use "
-            'granularity="tensor", or leave the activation out for this path'
-        )
-    stack = layout.sizes(layout.stack_axes)
-    if static and (uses > 1 or stack[: len(rule.loops)] != rule.loops):
-        raise RecipeError(
-            f"{where}: used by {uses} matmuls or shared by the steps of a loop, which one static "
-            "range cannot serve; use dynamic=True, or leave the activation out for this path"
-        )
-    if rule.observer in ("learned", "pact") and not static:
-        raise RecipeError(
-            f'{where}: observer="{rule.observer}" learns a static range; use an activation with '
-            'dynamic=False and granularity="tensor"'
-        )
-
-
 def _check_widths(recipe: Recipe) -> None:
     for step in recipe.steps:
         fmt = getattr(step, "format", None)
@@ -453,24 +282,24 @@ class _Observer(Dispatcher):
         """Evaluates a site as it is."""
         results, _ = super().site(op, operands, leaf, None)
         if state is not None:
-            state = _seen(self.rules[op.site.id], operands[1 - op.site.operand])
+            state = self.rules[op.site.id].quantizer.seen(operands[1 - op.site.operand])
         return results, state
 
     def named(self, op, value, state):
         """Passes a value on."""
-        return value, None if state is None else _seen(self.rules[op.named.id], value)
+        return value, None if state is None else self.rules[op.named.id].quantizer.seen(value)
 
 
 def _observed(graph: Graph, rules: dict[str, Input], arguments: list) -> dict[str, dict]:
     """What the inputs with static ranges are like: key -> {"low", "high", "mean", "seen"}."""
-    rules = {i: r for i, r in rules.items() if r.observes or r.learns}
+    rules = {i: r for i, r in rules.items() if r.quantizer.observes or r.quantizer.learns}
     start = {
         i: {k: jnp.zeros(r.loops, jnp.float32) for k in ("low", "high", "mean", "seen")}
         for i, r in rules.items()
     }
     if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arguments)):
         for rule in rules.values():
-            if rule.learns:
+            if rule.quantizer.learns:
                 raise JaxcompError(
                     f"{rule.path}: a learned range of its input needs data to start from; call "
                     "init with arrays, not shapes"
@@ -480,43 +309,6 @@ def _observed(graph: Graph, rules: dict[str, Input], arguments: list) -> dict[st
         return {}
     _, after = interpret(graph.program, arguments, _Observer(rules), start)
     return {rules[i].key: s for i, s in after.items()}
-
-
-# Percentiles sort; of larger inputs this many evenly spaced values stand for all.
-_SORTED = 2**16
-
-
-def _seen(rule: Input, x: jax.Array) -> dict[str, jax.Array]:
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
-    if rule.observer == "percentile":
-        flat = x.reshape(-1)
-        flat = flat[:: max(1, flat.size // _SORTED)]
-        if rule.activation.symmetric:
-            high = jnp.quantile(jnp.abs(flat), rule.percentile / 100)
-            low = -high
-        else:
-            low, high = jnp.quantile(
-                flat, jnp.array([1 - rule.percentile / 100, rule.percentile / 100])
-            )
-    else:
-        low, high = x.min(), x.max()
-    return {"low": low, "high": high, "mean": jnp.abs(x).mean(), "seen": jnp.ones((), jnp.float32)}
-
-
-def _start(rule: Input, seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Where a learned range starts."""
-    if rule.observer == "pact":
-        return {"alpha": jnp.maximum(-seen["low"], seen["high"])}
-    return initial_input_scale(seen["low"], seen["high"], seen["mean"], rule.activation)
-
-
-def _static(rule: Input, learned: Any, seen: Any) -> tuple:
-    """Scale and zero point of a static input, stacked along its loops."""
-    if rule.observer == "pact":
-        return pact_qparams(rule.activation, learned["alpha"])
-    if rule.observer == "learned":
-        return learned_input_qparams(rule.activation, learned)
-    return activation_scales(seen["low"], seen["high"], rule.activation)
 
 
 def _on_stack(value: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
@@ -554,7 +346,7 @@ class _Trainer(Dispatcher):
         product = functools.partial(
             training_matmul,
             fmt=weight.quantizer.format,
-            activation=rule.activation,
+            activation=rule.quantizer.activation,
             quantize_gradients=weight.quantize_gradients,
         )
         view = op.site.view
@@ -574,25 +366,12 @@ class _Trainer(Dispatcher):
 
     def input(self, rule: Input, x: jax.Array, axes: tuple[int, ...], state: Any) -> tuple:
         """A quantized input and its new state."""
-        if rule.activation.dynamic:
-            return self.mixed(x, fake_quantize_input(x, rule.activation, axes)), state
-        if rule.learns:
-            if rule.observer == "pact":
-                q = pact(x, rule.activation, state["learned"]["alpha"])
-            else:
-                q = lsq_input(x, rule.activation, state["learned"])
-            return self.mixed(x, q), state
-        now, old = _seen(rule, x), state["range"]
-        first = old["seen"] == 0
-        use = {k: jnp.where(first, now[k], old[k]) for k in ("low", "high")}
-        scale, zero = activation_scales(use["low"], use["high"], rule.activation)
-        q = fake_quantize_input(x, rule.activation, axes, scale, zero)
-        moved = {k: rule.momentum * use[k] + (1 - rule.momentum) * now[k] for k in use}
-        moved = {k: jnp.where(first, now[k], moved[k]) for k in moved} | {"seen": now["seen"]}
+        old = state or {"learned": None, "range": None}
+        q, ranges = rule.quantizer.apply(x, axes, old["learned"], old["range"])
         observe = self.controls["observe"]
-        if observe is not None:
-            moved = {k: jnp.where(observe > 0, moved[k], old[k]) for k in moved}
-        return self.mixed(x, q), {**state, "range": moved}
+        if rule.quantizer.observes and observe is not None:
+            ranges = {k: jnp.where(observe > 0, ranges[k], old["range"][k]) for k in ranges}
+        return self.mixed(x, q), None if state is None else {**state, "range": ranges}
 
     def mixed(self, x: jax.Array, q: jax.Array) -> jax.Array:
         """As much of the rounding as the schedule says."""
