@@ -5,7 +5,7 @@ VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
 OUTPUT ?= demo-output
-BENCHMARKS ?= trace speed quality memory
+BENCHMARKS ?= trace speed quality memory training structured minilm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcomp.dispatch import Dispatcher, arrays_of
 from jaxcomp.errors import JaxcompError
 from jaxcomp.graph import interpret, trace
-from jaxcomp.graph.program import hooks
+from jaxcomp.graph.program import Program, hooks
 from jaxcomp.graph.trace import leaf_paths
 
 
@@ -49,8 +49,9 @@ def find_nonfinite(apply: Callable, params: Any, *inputs: Any, **kwargs: Any) ->
       **kwargs: keyword arguments of the model.
 
     Returns:
-      Parameters first, then inputs and results of matmuls in order of evaluation; empty when all is
-      finite. What is masked away on purpose (scores at minus infinity) is no matmul's result.
+      Parameters first, then inputs and results of matmuls, each at its first iteration that is not
+      finite, in the order in which these run; empty when all is finite. What is masked away on
+      purpose (scores at minus infinity) is no matmul's result.
 
     Example:
       >>> params = {"up": jnp.ones((2, 2)), "down": jnp.ones((2, 1))}
@@ -73,12 +74,25 @@ def find_nonfinite(apply: Callable, params: Any, *inputs: Any, **kwargs: Any) ->
     arguments = arrays_of(named, inputs, kwargs)
     run = jax.jit(lambda arguments: interpret(graph.program, arguments, _Checker(), start)[1])
     finite = jax.tree.map(np.asarray, run(arguments))
-    for site, _ in sites:
-        for kind in ("input", "result"):
+    broken = []
+    for place, site in _places(graph.program):
+        for last, kind in enumerate(("input", "result")):
             bad = np.argwhere(~finite[site.id][kind])
-            if bad.size or (bad.ndim == 2 and len(bad)):
-                found.append(NonFinite(kind, site.path, tuple(map(int, bad[0]))))
-    return found
+            if len(bad):
+                loop = tuple(map(int, bad[0]))
+                iterations = iter(loop)
+                when = [next(iterations) if k is None else k for k in place]
+                broken.append(((*when, last), NonFinite(kind, site.path, loop)))
+    return found + [item for _, item in sorted(broken, key=lambda pair: pair[0])]
+
+
+def _places(program: Program, before: tuple = ()):
+    """Sites with the order in which they run: indices of operations, None for an iteration."""
+    for k, op in enumerate(program.ops):
+        if op.kind == "site":
+            yield (*before, k), op.site
+        for body in op.bodies:
+            yield from _places(body, (*before, k, None) if op.kind == "scan" else (*before, k))
 
 
 def check_finite(
@@ -116,7 +130,12 @@ def check_finite(
 
 def _all_finite(leaves: list) -> bool:
     floats = [a for a in leaves if jnp.issubdtype(getattr(a, "dtype", np.int32), jnp.floating)]
-    return all(bool(jnp.isfinite(jnp.asarray(a, jnp.float32)).all()) for a in floats)
+    return all(bool(_finite(jnp.asarray(a))) for a in floats)
+
+
+def _finite(a: jax.Array) -> jax.Array:
+    # Some small float types have no isfinite of their own.
+    return jnp.isfinite(a.astype(jnp.promote_types(a.dtype, jnp.float32))).all()
 
 
 class _Checker(Dispatcher):
@@ -125,8 +144,7 @@ class _Checker(Dispatcher):
     def site(self, op, operands, leaf, state):
         """Evaluates a site."""
         results, _ = super().site(op, operands, leaf, None)
-        finite = lambda a: jnp.isfinite(a.astype(jnp.float32)).all()  # noqa: E731
         seen = jnp.ones((), bool)
         if op.site.is_contraction:
-            seen = finite(operands[1 - op.site.operand])
-        return results, {"input": seen, "result": finite(results[0])}
+            seen = _finite(operands[1 - op.site.operand])
+        return results, {"input": seen, "result": _finite(results[0])}

@@ -26,9 +26,9 @@ from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
 from jaxcomp.graph.interpret import as_array, picked
 from jaxcomp.graph.program import Op, Program
-from jaxcomp.graph.sites import from_tokens, to_tokens
+from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.quantization.activation import dequantize_input, quantize_input
+from jaxcomp.quantization.ste import fake_quantize_input
 
 IMPLEMENTATIONS = ("int8", "fp8", "parts", "rows", "materialize")
 
@@ -292,8 +292,10 @@ def with_quantized_input(op: Op, operands: Sequence[Any], leaf: formats.Compress
     check_activation_site(op.site, leaf)
     at = 1 - op.site.operand
     x, quantizer = operands[at], quantizers[0]
-    codes, scale, zero = quantize_input(x, quantizer.spec, quantizer.scale, quantizer.zero_point)
-    operands[at] = dequantize_input(codes, scale, zero).astype(x.dtype)
+    axes = features(op.eqn, op.site)
+    operands[at] = fake_quantize_input(
+        x, quantizer.spec, axes, quantizer.scale, quantizer.zero_point
+    )
     return operands
 
 

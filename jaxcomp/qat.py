@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcomp import formats
 from jaxcomp.dispatch import Dispatcher, arrays_of
@@ -24,7 +25,7 @@ from jaxcomp.errors import JaxcompError, RecipeError
 from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.graph import Graph, _compat, interpret
 from jaxcomp.graph.latent import Latent
-from jaxcomp.graph.program import Op
+from jaxcomp.graph.program import Op, hooks
 from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import leaf_paths
 from jaxcomp.qat_plan import Input, Weight, plan_training
@@ -110,6 +111,9 @@ class QAT:
             for r in rules.values()
             if r.quantizer.observes
         }
+        for rule in rules.values():
+            if rule.quantizer.learns:
+                _check_seen(rule, seen[rule.key], "init")
         inputs_learned = {
             r.key: r.quantizer.start(seen[r.key]) for r in rules.values() if r.quantizer.learns
         }
@@ -184,6 +188,7 @@ class QAT:
             scale = zero = None
             if not rule.quantizer.activation.dynamic:
                 learned, ranges = state.learned["inputs"], state.ranges
+                _check_seen(rule, ranges.get(rule.key), "convert")
                 scale, zero = rule.quantizer.qparams(learned.get(rule.key), ranges.get(rule.key))
                 scale, zero = (_on_stack(a, matrix.shape[:-2]) for a in (scale, zero))
             part = formats.InputQuant(part, scale, zero, spec=rule.quantizer.activation)
@@ -229,7 +234,9 @@ def qat(
       observe: optax schedule: ranges of activations move where it is above 0, and are frozen else.
 
     Returns:
-      An object with ``init``, ``apply`` and ``convert``.
+      An object with ``init``, ``apply`` and ``convert``. A function with a derivative of its own
+      (``custom_vjp``) that uses a weight of the recipe is differentiated as it is written; all
+      others keep theirs.
 
     Raises:
       RecipeError: a step cannot be trained.
@@ -249,12 +256,18 @@ def qat(
 
 
 def _check_widths(recipe: Recipe) -> None:
+    """Refuses a schedule of the bit width where some weight would not follow it."""
     for step in recipe.steps:
-        fmt = getattr(step, "format", None)
-        if fmt is not None and not isinstance(fmt, formats.Int):
+        name, fmt = step.__struct_config__.tag, getattr(step, "format", None)
+        trained = name in ("rtn", "fake_quant") and (fmt is None or isinstance(fmt, formats.Int))
+        plain = getattr(step, "clipping", "minmax") == "minmax"
+        plain &= getattr(step, "scale", "dynamic") == "dynamic"
+        plain &= getattr(step, "estimator", "ste") == "ste"
+        if name != "fake_quant_values" and not (trained and plain):
             raise RecipeError(
-                f"a schedule of the bit width is for Int weights, and a step has {fmt}; leave bits "
-                "out, or use Int"
+                "a schedule of the bit width is for Int weights whose grid covers their range: "
+                f'scale="dynamic", clipping="minmax", estimator="ste"; step {name} with {fmt} is '
+                "something else, so leave bits out"
             )
 
 
@@ -290,11 +303,35 @@ class _Observer(Dispatcher):
         return value, None if state is None else self.rules[op.named.id].quantizer.seen(value)
 
 
+def _check_seen(rule: Input, seen: Any, where: str) -> None:
+    """Refuses a range that no data has reached; tracers are taken on trust."""
+    if seen is None or isinstance(seen["seen"], jax.core.Tracer):
+        return
+    low, high = np.asarray(seen["low"]), np.asarray(seen["high"])
+    if not np.all(seen["seen"]) or np.any((low == 0) & (high == 0)):
+        raise JaxcompError(
+            f"{rule.path}: no data but zeros has reached its input when {where} is called (a "
+            "branch not taken, a loop that did not run, or no call of apply yet), so its range is "
+            "unknown; use inputs that reach it, or an activation with dynamic=True"
+        )
+    pact = rule.quantizer.observer == "pact" and not rule.quantizer.activation.symmetric
+    if pact and where == "init" and np.any(low < 0):
+        raise JaxcompError(
+            f"{rule.path}: its input is negative in places (least {low.min()}), and an asymmetric "
+            'pact clips at 0; use symmetric=True or observer="learned"'
+        )
+
+
 def _observed(graph: Graph, rules: dict[str, Input], arguments: list) -> dict[str, dict]:
     """What the inputs with static ranges are like: key -> {"low", "high", "mean", "seen"}."""
     rules = {i: r for i, r in rules.items() if r.quantizer.observes or r.quantizer.learns}
+    wide = {}
+    for op, _ in hooks(graph.program):
+        at = 0 if op.kind == "named" else 1 - op.site.operand
+        hook = op.named if op.kind == "named" else op.site
+        wide[hook.id] = jnp.promote_types(op.eqn.invars[at].aval.dtype, jnp.float32)
     start = {
-        i: {k: jnp.zeros(r.loops, jnp.float32) for k in ("low", "high", "mean", "seen")}
+        i: {k: jnp.zeros(r.loops, wide[i]) for k in ("low", "high", "mean", "seen")}
         for i, r in rules.items()
     }
     if any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arguments)):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxcomp.errors import RecipeError
+from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Graph, Layout, trace
 from jaxcomp.graph.program import Op, hooks
 from jaxcomp.plan import make_plan
@@ -90,7 +91,12 @@ def plan_training(
             mine = [recipe.steps[k] for k in chosen]
             found = _input_rules(path, mine, graph.layouts[path], readers.get(path, []))
             weights[path] = _weight(path, mine, graph.layouts[path], tuple(found.values()))
+            if weights[path].matmul != "simulated":
+                _check_products(path, graph.layouts[path], readers.get(path, []))
             rules |= found
+    # Once more, following no more than that: what is left alone keeps its own derivatives.
+    paths = {p for p, leaf in graph.shapes.items() if is_compressed(leaf)} | set(weights)
+    graph = trace(function, params, *inputs, named=named, paths=paths, **kwargs)
     return graph, weights, rules
 
 
@@ -106,25 +112,31 @@ def _value_rules(graph: Graph, steps: list[FakeQuantValues]) -> dict[str, Input]
         counts[named.name] = counts.get(named.name, 0) + 1
     for step in steps:
         check_activation(step.activation)
-        for rule in step.include:
+        for rule in (*step.include, *step.exclude):
             if not any(fits(rule, name) for name in counts):
                 raise no_such_value(rule, list(counts))
     rules, number = {}, dict.fromkeys(counts, 0)
     for named, loops in found:
-        step = next((s for s in reversed(steps) if _names(s, named.name)), None)
-        if step is None:
+        chosen = [s for s in steps if _names(s, named.name)]
+        if not chosen:
             continue
-        key = named.name
-        if counts[key] > 1:
+        if len(chosen) > 1:
+            raise RecipeError(
+                f"the value {named.name!r}: {len(chosen)} steps quantize it; let one name it"
+            )
+        key = f"value:{named.name}"
+        if counts[named.name] > 1:
             key = f"{key}#{number[named.name]}"
             number[named.name] += 1
-        rules[named.id] = _input(key, named.name, loops, step)
+        rules[named.id] = _input(key, named.name, loops, chosen[0])
     return rules
 
 
 def _input(key, path, loops, step) -> Input:
     options = step.activation, step.observer, step.percentile, step.momentum
-    return Input(key, path, loops, InputQuantizer(*options))
+    quantizer = InputQuantizer(*options)
+    quantizer.check(path)
+    return Input(key, path, loops, quantizer)
 
 
 def _weight(path: str, steps: list, layout: Layout, inputs: tuple[Input, ...]) -> Weight:
@@ -185,14 +197,25 @@ def _check_input(op: Op, rule: Input, layout: Layout, uses: int) -> None:
             f"{where}: the input of a convolution has no tokens; use "
             'granularity="tensor", or leave the activation out for this path'
         )
+    if static and op.site.kind == "ragged_dot":
+        raise RecipeError(
+            f"{where}: the experts of a ragged product have no static range each; use an "
+            "activation with dynamic=True, or leave it out for this path"
+        )
     stack = layout.sizes(layout.stack_axes)
     if static and (uses > 1 or stack[: len(rule.loops)] != rule.loops):
         raise RecipeError(
             f"{where}: used by {uses} matmuls or shared by the steps of a loop, which one static "
             "range cannot serve; use dynamic=True, or leave the activation out for this path"
         )
-    if rule.quantizer.observer in ("learned", "pact") and not static:
-        raise RecipeError(
-            f'{where}: observer="{rule.quantizer.observer}" learns a static range; use an '
-            'activation with dynamic=False and granularity="tensor"'
-        )
+
+
+def _check_products(path: str, layout: Layout, readers: list) -> None:
+    """Refuses to multiply codes where a weight is used other than by its rows' scales."""
+    for op, _ in readers:
+        if op.site.kind != "dot_general" or op.site.transposed:
+            use = "transposed" if op.site.transposed else f"by a {op.site.kind}"
+            raise RecipeError(
+                f"{path} {layout.leaf_shape}: is used {use}, which cannot multiply its codes; use "
+                'matmul="simulated" for this path'
+            )

@@ -66,5 +66,17 @@ def read_settings(
                 f"settings {path}: there is no {key!r}; the closest are "
                 f"{', '.join(close_names(key, values))}."
             )
-        values[key] = msgspec.yaml.decode(value)
+        values[key] = _like(values[key], msgspec.yaml.decode(value), f"settings {path}: {argument!r}")
     return types.SimpleNamespace(**values)
+
+
+def _like(default: object, value: object, where: str) -> object:
+    """An override in the type of the value it replaces; null may become anything."""
+    if isinstance(default, float) and isinstance(value, (int, str)):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string.
+        except ValueError:
+            pass
+    if default is not None and value is not None and type(value) is not type(default):
+        raise DataError(f"{where}: must be of type {type(default).__name__}, as {default!r}.")
+    return value

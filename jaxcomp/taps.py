@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxcomp.dispatch import Dispatcher, arrays_of
 from jaxcomp.errors import JaxcompError
+from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Graph, interpret, trace
 from jaxcomp.graph.program import Op, hooks
 from jaxcomp.graph.trace import leaf_paths
@@ -54,10 +55,16 @@ def tap(apply: Callable, names: Sequence[str]) -> Callable:
 
     @functools.wraps(apply, updated=())
     def tapped(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        graph = trace(apply, params, *inputs, named=lambda name: True, **kwargs)
-        wanted = _wanted(graph, names)
-        state = {i: {k: v for _, k, v in items} for i, items in wanted.items()}
+        everything = trace(apply, params, *inputs, named=lambda name: True, **kwargs)
+        chosen = _chosen(everything, names)
+        # Once more, following no more than that: what is left alone keeps its own derivatives.
         named, _ = leaf_paths(params)
+        paths = {p for p, leaf in named if is_compressed(leaf)}
+        paths |= {name.removesuffix(_INPUT) for name in chosen}
+        options = {"named": chosen.__contains__, "paths": paths}
+        graph = trace(apply, params, *inputs, **options, **kwargs)
+        wanted = _wanted(graph, chosen)
+        state = {i: {k: v for _, k, v in items} for i, items in wanted.items()}
         arguments = arrays_of(named, inputs, kwargs)
         results, state = interpret(graph.program, arguments, _Tapper(), state)
         found: dict[str, list] = {}
@@ -86,21 +93,23 @@ class _Tapper(Dispatcher):
         return value, None if state is None else {"output": value}
 
 
-def _wanted(graph: Graph, names: Sequence[str]) -> dict[str, list[tuple[str, str, jax.Array]]]:
-    """For each hook its matched values: full name, "input" or "output", and zeros to start from."""
+def _chosen(graph: Graph, names: Sequence[str]) -> set[str]:
+    """Full names of the values that patterns match."""
+    available = [name for op, _ in hooks(graph.program) for name, _, _ in _values(op)]
+    for name in names:
+        if not any(_matches(name, a) for a in available):
+            raise no_such_value(name, available)
+    return {a for a in available if any(_matches(name, a) for name in names)}
+
+
+def _wanted(graph: Graph, chosen: set[str]) -> dict[str, list[tuple[str, str, jax.Array]]]:
+    """For each hook its chosen values: full name, "input" or "output", and zeros to start from."""
     wanted: dict[str, list] = {}
-    available, matched = [], set()
     for op, loops in hooks(graph.program):
         for name, which, aval in _values(op):
-            available.append(name)
-            hits = [n for n in names if _matches(n, name)]
-            if hits:
-                matched.update(hits)
+            if name in chosen:
                 start = jnp.zeros((*loops, *aval.shape), aval.dtype)
                 wanted.setdefault(_id(op), []).append((name, which, start))
-    for name in names:
-        if name not in matched:
-            raise no_such_value(name, available)
     return wanted
 
 

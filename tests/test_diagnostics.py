@@ -45,3 +45,12 @@ def test_a_broken_parameter_comes_before_what_it_breaks():
 def test_a_loss_that_breaks_by_itself_is_said_to():
     with pytest.raises(jc.JaxcompError, match="look at the loss itself"):
         check_finite(jnp.nan, 1, apply, PARAMS, X * 0.1)
+
+
+def test_in_a_loop_an_earlier_iteration_comes_first():
+    def two(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w["a"] @ w["b"], None), x, params)[0]
+
+    params = {"a": jnp.full((3, 2, 2), 1e10), "b": jnp.full((3, 2, 2), 1e10).at[0].set(1e30)}
+    found = find_nonfinite(two, params, jnp.ones((1, 2)))
+    assert found[:2] == [NonFinite("result", "b", (0,)), NonFinite("input", "a", (1,))]

@@ -13,8 +13,10 @@ import jaxcomp as jc
 from jaxcomp import models
 from jaxcomp.formats import Codebook, Float, Int
 from jaxcomp.quantization import GPTQ, RTN, Binary, FakeQuant, FakeQuantValues, Ternary
+from jaxcomp.quantization.inputs import InputQuantizer
 from jaxcomp.quantization.trainable import Dynamic
 from jaxcomp.step import Activation
+from tests.helpers import x64
 
 X = jax.random.normal(jax.random.key(9), (3, 16))
 PARAMS = {
@@ -328,8 +330,8 @@ class TestWrongUse:
         with pytest.raises(jc.RecipeError, match="for Int weights"):
             qat.init(PARAMS, X)
         qat = jc.qat(unrolled, RECIPES["w2 learned"], bits=lambda step: 4)
-        with pytest.raises(jc.RecipeError, match='needs scale="dynamic"'):
-            qat.apply(PARAMS, qat.init(PARAMS, X), X)
+        with pytest.raises(jc.RecipeError, match='scale="dynamic"'):
+            qat.init(PARAMS, X)
 
     def test_the_input_of_a_look_up(self):
         apply, params = llama()
@@ -340,3 +342,137 @@ class TestWrongUse:
     def test_post_training_compression_of_learned_scales(self):
         with pytest.raises(jc.RecipeError, match=r"use rtn here, or jc\.qat"):
             jc.compress(unrolled, PARAMS, RECIPES["w2 learned"], [(X,)], progress=False)
+
+
+class TestOddModels:
+    def test_what_a_recipe_leaves_alone_keeps_its_own_derivative(self):
+        @jax.custom_vjp
+        def linear(x, w):
+            return x @ w
+
+        linear.defvjp(
+            lambda x, w: (x @ w, (x, w)), lambda r, g: (jnp.zeros_like(r[0]), 10 * r[0].T @ g)
+        )
+        apply = lambda p, x: linear(x, p["w"]) @ p["head"]  # noqa: E731
+        params = {"w": PARAMS["layers"][0], "head": PARAMS["head"]}
+        qat = jc.qat(apply, steps(FakeQuant(format=Int(8), include=("head",))))
+        state = qat.init(params, X)
+        rounded = jc.materialize(qat.convert(params, state))
+        expected = jax.grad(lambda p: apply(p, X).sum())(rounded)["w"]
+        for f in (
+            lambda p, x: qat.apply(p, state, x)[0],
+            lambda p, x: jc.tap(apply, "head")(p, x)[0],
+        ):
+            got = jax.grad(lambda p, f=f: f(p, X).sum())(params)["w"]
+            assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 0.05
+            assert float(jnp.abs(got).max()) > 10
+
+    def test_codes_are_not_multiplied_where_the_weight_is_transposed_or_ragged(self):
+        fast = FakeQuant(format=Int(8, full_range=False), activation=DYNAMIC, matmul="int8")
+        tied = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["w"].T  # noqa: E731
+        with pytest.raises(jc.RecipeError, match="is used transposed"):
+            jc.qat(tied, steps(fast)).init({"w": PARAMS["layers"][0]}, X)
+        ragged = lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 1], jnp.int32))  # noqa: E731
+        params = {"w": PARAMS["layers"][:2]}
+        with pytest.raises(jc.RecipeError, match="by a ragged_dot"):
+            jc.qat(ragged, steps(fast)).init(params, X)
+        with pytest.raises(jc.RecipeError, match="no static range each"):
+            jc.qat(ragged, steps(FakeQuant(activation=STATIC))).init(params, X)
+
+    def test_tokens_of_a_transposed_use_are_its_contracted_axis(self):
+        def apply(p, x):
+            y = (x @ p["w"]).T * jnp.array([1.0, 50.0, 3.0])
+            return jnp.einsum("io,ob->ib", p["w"], y)
+
+        params = {"w": PARAMS["head"]}
+        recipe = steps(FakeQuant(format=Int(8, full_range=False), activation=DYNAMIC))
+        qat = jc.qat(apply, recipe)
+        state = qat.init(params, X)
+        out, _ = qat.apply(params, state, X)
+        dispatched = jc.dispatch(apply)(qat.convert(params, state), X)
+        np.testing.assert_allclose(dispatched, out, rtol=1e-4, atol=1e-3)
+
+    def test_a_weight_and_a_value_of_the_same_name_keep_ranges_of_their_own(self):
+        apply = lambda p, x: checkpoint_name(x @ p["query"], "query") @ p["head"]  # noqa: E731
+        params = {"query": 100 * PARAMS["layers"][0], "head": PARAMS["head"]}
+        recipe = steps(
+            FakeQuant(activation=STATIC, include=("query",)),
+            FakeQuantValues(activation=STATIC, include=("query",)),
+        )
+        qat = jc.qat(apply, recipe)
+        state = qat.init(params, X)
+        assert set(state.ranges) == {"query", "value:query"}
+        out, _ = qat.apply(params, state, X)
+        dense = apply(params, X)
+        assert float(jnp.linalg.norm(out - dense) / jnp.linalg.norm(dense)) < 0.05
+
+    def test_percentiles_see_every_channel(self):
+        x = jax.random.normal(jax.random.key(0), (2048, 64)).at[:, 1::2].mul(50.0)
+        seen = InputQuantizer(STATIC, "percentile", 99.0).seen(x)
+        np.testing.assert_allclose(seen["high"], jnp.quantile(jnp.abs(x), 0.99), rtol=0.05)
+
+    def test_float64_models_have_float64_ranges(self):
+        with x64():
+            params = {"w": jnp.asarray(PARAMS["head"], jnp.float64)}
+            x = jnp.asarray(X, jnp.float64)
+            apply = lambda p, x: x @ p["w"]  # noqa: E731
+            recipe = steps(FakeQuant(format=Int(8), activation=STATIC, observer="learned"))
+            qat = jc.qat(apply, recipe)
+            state = qat.init(params, x)
+            assert state.learned["inputs"]["w"]["scale"].dtype == jnp.float64
+            out, _ = qat.apply(params, state, x)
+            dispatched = jc.dispatch(apply)(qat.convert(params, state), x)
+            np.testing.assert_allclose(dispatched, out, rtol=1e-12, atol=1e-12)
+
+    def test_a_range_that_no_data_reached(self):
+        def apply(p, x, yes):
+            return jax.lax.cond(yes, lambda x: x @ p["w"], lambda x: x @ p["v"], x)
+
+        params = {"w": PARAMS["head"], "v": PARAMS["head"]}
+        learned = steps(FakeQuant(activation=STATIC, observer="learned"))
+        with pytest.raises(jc.JaxcompError, match="v: no data but zeros has reached its input"):
+            jc.qat(apply, learned).init(params, X, jnp.array(True))
+        qat = jc.qat(apply, steps(FakeQuant(format=Int(8), activation=STATIC)))
+        state = qat.init(params, X, jnp.array(True))
+        with pytest.raises(jc.JaxcompError, match="when convert is called"):
+            qat.convert(params, state)
+        negative = steps(
+            FakeQuant(
+                activation=Activation(granularity="tensor", dynamic=False, symmetric=False),
+                observer="pact",
+                include=("head",),
+            )
+        )
+        with pytest.raises(jc.JaxcompError, match=r"asymmetric pact|pact clips at 0"):
+            jc.qat(lambda p, x: x @ p["head"], negative).init(PARAMS, X)
+
+    @pytest.mark.parametrize(
+        ("step", "message"),
+        [
+            (FakeQuant(activation=STATIC, momentum=2.0), "momentum 2.0"),
+            (
+                FakeQuant(activation=STATIC, observer="percentile", percentile=150.0),
+                "percentile 150",
+            ),
+            (FakeQuant(format=Int(4), clipping="percentile", percentile=0.0), "percentile 0"),
+            (FakeQuant(activation=DYNAMIC, observer="percentile"), "about a static range"),
+            (FakeQuant(format=Int(4), quantize_gradients=True), "quantize_gradients"),
+            (FakeQuant(format=Int(4), scale="learned", clipping="mse"), "has no clipping"),
+        ],
+        ids=lambda v: v if isinstance(v, str) else "",
+    )
+    def test_options_that_would_do_nothing_or_harm(self, step, message):
+        with pytest.raises(jc.RecipeError, match=message):
+            jc.qat(scanned, steps(step)).init(PARAMS, X)
+
+    def test_value_rules_are_checked_like_those_of_weights(self):
+        apply = lambda p, x: checkpoint_name(x @ p["head"], "hidden")  # noqa: E731
+        typo = FakeQuantValues(include=("hidden",), exclude=("hiden",))
+        with pytest.raises(jc.JaxcompError, match=r"'hiden' matches no value.*hidden"):
+            jc.qat(apply, steps(typo)).init(PARAMS, X)
+        twice = steps(FakeQuantValues(include=("hidden",)), FakeQuantValues(include=("hid*",)))
+        with pytest.raises(jc.RecipeError, match="2 steps quantize it"):
+            jc.qat(apply, twice).init(PARAMS, X)
+        learned = FakeQuantValues(include=("hidden",), observer="learned")
+        with pytest.raises(jc.RecipeError, match="about a static range"):
+            jc.qat(apply, steps(learned)).init(PARAMS, X)

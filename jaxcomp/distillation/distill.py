@@ -54,6 +54,11 @@ def distill(
 
     def loss(student_params, teacher_params, batch, step=None):
         arguments = inputs(batch)
+        if not isinstance(arguments, tuple):
+            raise JaxcompError(
+                f"inputs gave a {type(arguments).__name__}; it must give the tuple of what both "
+                'models take, as in lambda batch: (batch["tokens"],)'
+            )
         theirs = None
         if teacher_apply is not None:
             theirs = teacher_apply(jax.lax.stop_gradient(teacher_params), *arguments)

@@ -52,6 +52,14 @@ def _prepare(student_logits, teacher_logits, axis, where, stop_gradient):
 def _distributions(student_logits, teacher_logits, temperature, axis, where, stop_gradient):
     common.check_positive("temperature", temperature)
     z, v, axis, where = _prepare(student_logits, teacher_logits, axis, where, stop_gradient)
+    positions = z.shape[:axis] + z.shape[axis + 1 :]
+    if jnp.ndim(temperature) and jnp.shape(temperature) != positions:
+        raise JaxcompError(
+            f"temperature {jnp.shape(temperature)} must be a number or have the shape of the loss, "
+            f"{positions}"
+        )
+    if jnp.ndim(temperature):
+        temperature = jnp.expand_dims(jnp.asarray(temperature), axis)
     log_q = common.log_softmax(z / temperature, where, axis)
     log_p = common.log_softmax(v / temperature, where, axis)
     return log_q, log_p, axis

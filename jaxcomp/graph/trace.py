@@ -1,7 +1,7 @@
 """``trace``: a model function written down as a graph whose weights know their names."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -91,6 +91,7 @@ def trace(
     *inputs: Any,
     select: Callable[[Any], bool] = is_array,
     named: Callable[[str], bool] | None = None,
+    paths: Container[str] | None = None,
     **kwargs: Any,
 ) -> Graph:
     r"""Traces ``apply(params, *inputs)`` from shapes alone and follows every weight to its uses.
@@ -104,6 +105,8 @@ def trace(
       select: which leaves of ``params`` are followed; the others are ordinary values.
       named: which values named with ``jax.ad_checkpoint.checkpoint_name`` are to be operations of
         their own, for handlers; None is none of them.
+      paths: names of the only weights to follow, of those that ``select`` takes; None is all. A
+        call with a derivative of its own that uses none of them keeps that derivative.
       **kwargs: keyword arguments of ``apply``.
 
     Returns:
@@ -124,7 +127,11 @@ def trace(
         seen.add(path)
     jaxpr, out_tree, moving = _jaxpr(apply, leaves, treedef, inputs, kwargs)
     weights = {k: leaves[i] for k, i in enumerate(moving) if _numeric(leaves[i][1])}
-    weights = {k: (path, leaf) for k, (path, leaf) in weights.items() if select(leaf)}
+    weights = {
+        k: (path, leaf)
+        for k, (path, leaf) in weights.items()
+        if select(leaf) and (paths is None or path in paths)
+    }
     program, builder = build(jaxpr, weights, named)
     shapes = {path: leaf for path, leaf in leaves}
     layouts = {  # of the whole leaf, also where a shard_map sees a shard of it

@@ -195,7 +195,7 @@ def wrap(
         since = state.count - begin
         due = (since >= 0) & (since % every == 0)
         if end is not None:
-            due &= state.count <= end
+            due = (due & (state.count <= end)) | (state.count == end)
         kept, inner = jax.lax.cond(due, select, lambda inner: (mask, inner), inner)
 
         def handed_out(w, step, target, before, after):

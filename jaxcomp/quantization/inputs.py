@@ -5,11 +5,13 @@ extremes or of percentiles), or a range that is trained ("learned": LSQ, LSQ+; "
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxcomp.errors import RecipeError
 from jaxcomp.quantization.activation import activation_scales
 from jaxcomp.quantization.lsq import initial_input_scale, learned_input_qparams, lsq_input
 from jaxcomp.quantization.pact import pact, pact_qparams
@@ -18,6 +20,14 @@ from jaxcomp.step import Activation
 
 # Percentiles sort; of larger inputs this many evenly spaced values stand for all.
 _SORTED = 2**16
+
+
+def check_share(where: str, percentile: float) -> None:
+    """Raises a ``RecipeError`` for a percentile that leaves no range."""
+    if not 50 < percentile <= 100:
+        raise RecipeError(
+            f"{where}: percentile {percentile} must be above 50 and at most 100, as 99.9"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,17 @@ class InputQuantizer:
     percentile: float = 99.9
     momentum: float = 0.95
 
+    def check(self, where: str) -> None:
+        """Raises a ``RecipeError`` that begins with ``where`` for options that do not fit."""
+        if self.observer != "ema" and self.activation.dynamic:
+            raise RecipeError(
+                f'{where}: observer="{self.observer}" is about a static range; use an activation '
+                'with dynamic=False and granularity="tensor"'
+            )
+        check_share(where, self.percentile)
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"{where}: momentum {self.momentum} must be from 0 to below 1")
+
     @property
     def observes(self) -> bool:
         """Whether it keeps moving averages."""
@@ -53,14 +74,19 @@ class InputQuantizer:
           x: the input, any shape.
 
         Returns:
-          float32 scalars: "low" and "high" of its range, "mean" magnitude, and "seen", which is 1.
+          Scalars, float32 or wider: "low" and "high" of its range, "mean" magnitude, and "seen",
+          which is 1.
         """
-        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        x = jax.lax.stop_gradient(x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.observer != "percentile":
             low, high = x.min(), x.max()
         else:
             flat = x.reshape(-1)
-            flat = flat[:: max(1, flat.size // _SORTED)]
+            step = max(1, flat.size // _SORTED)
+            while math.gcd(step, flat.size) > 1:  # So that it comes by every channel.
+                step += 1
+            flat = flat[::step]
             share = self.percentile / 100
             if self.activation.symmetric:
                 high = jnp.quantile(jnp.abs(flat), share)
@@ -71,7 +97,7 @@ class InputQuantizer:
             "low": low,
             "high": high,
             "mean": jnp.abs(x).mean(),
-            "seen": jnp.ones((), jnp.float32),
+            "seen": jnp.ones((), x.dtype),
         }
 
     def start(self, seen: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

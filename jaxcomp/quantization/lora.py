@@ -53,11 +53,12 @@ from jaxcomp.formats.checks import check
 from jaxcomp.formats.compressed import CompressedArray, is_compressed, to_matrix
 from jaxcomp.formats.dense import Dense, LowRankPart, low_rank
 from jaxcomp.formats.spec import Element, LowRank
+from jaxcomp.formats.transforms import InputQuant
 from jaxcomp.graph.sites import Layout
 from jaxcomp.graph.trace import Graph, leaf_paths
-from jaxcomp.rules import close_names, fits
 from jaxcomp.quantization import checks, common
 from jaxcomp.quantization.rtn import rtn
+from jaxcomp.rules import close_names, fits
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -269,7 +270,7 @@ def _replaced(params: Any, adapters: Mapping[str, Adapter], function: Any) -> An
     paths = [path for path, _ in named]
     for path in adapters:
         if path not in paths:
-            close = ", ".join(difflib.get_close_matches(path, paths, n=3, cutoff=0.0))
+            close = ", ".join(close_names(path, paths))
             raise JaxcompError(
                 f"an adapter is named {path!r}, but params have no such leaf; the closest are "
                 f"{close}; make adapters for this model with lora.init"
@@ -303,8 +304,8 @@ def merge(params: Any, adapters: Mapping[str, Adapter], requantize: Element | No
 
     A dense weight becomes W + s B A in its own dtype. A compressed one becomes dense, its
     dequantized values plus the product, or is rounded to nearest again in the format
-    ``requantize``. A QA-LoRA adapter on integers of its group size goes into their zero points,
-    which become float, and changes nothing else.
+    ``requantize``; where its input is quantized, it stays so. A QA-LoRA adapter on integers of its
+    group size goes into their zero points, which become float, and changes nothing else.
 
     Args:
       params: parameter tree, without the adapters attached.
@@ -328,10 +329,18 @@ def merge(params: Any, adapters: Mapping[str, Adapter], requantize: Element | No
         matrix = whole.matrix(wide) + adapter.product().materialize(wide)
         if requantize is not None and is_compressed(leaf):
             grid.check(requantize, matrix.shape, path)
-            return whole.replace(parts=rtn(matrix, requantize).parts)
-        return whole.replace(parts=(Dense(matrix),)).materialize()
+            (rounded,) = rtn(matrix, requantize).parts
+            return whole.replace(parts=(_like_input(whole, rounded),))
+        dense = whole.replace(parts=(_like_input(whole, Dense(matrix)),))
+        return dense if isinstance(dense.parts[0], InputQuant) else dense.materialize()
 
     return _replaced(params, adapters, merged)
+
+
+def _like_input(whole: CompressedArray, inner: Any) -> Any:
+    """A part under the quantization of the input that a weight has, if it has one."""
+    outer = whole.parts[0]
+    return outer.replace(part=inner) if isinstance(outer, InputQuant) else inner
 
 
 def _into_zero_points(whole: CompressedArray, adapter: Adapter) -> CompressedArray | None:

@@ -18,6 +18,7 @@ from jaxcomp.formats import grid
 from jaxcomp.formats.spec import Element, Int
 from jaxcomp.quantization import checks, common
 from jaxcomp.quantization.binary import Binary, binary, binary_values
+from jaxcomp.quantization.inputs import check_share
 from jaxcomp.quantization.lsq import (
     STARTS,
     check_learnable,
@@ -143,6 +144,8 @@ class Dynamic:
         """Checks options and format."""
         grid.check(self.format, shape, path)
         checks.check_choice("clipping", self.clipping, checks.CLIPPINGS, path)
+        if self.clipping == "percentile":
+            check_share(path, self.percentile)
         checks.check_choice("estimator", self.estimator, ESTIMATORS, path)
 
     def init(self, w):
@@ -183,11 +186,7 @@ class Learned:
 
     def apply(self, w, learned, bits):
         """Rounds to the learned grid."""
-        if bits is not None:
-            raise RecipeError(
-                'a schedule of the bit width needs scale="dynamic": a learned step size belongs to '
-                "one width"
-            )
+        del bits
         return lsq(w, self.format, learned)
 
     def convert(self, w, learned):
@@ -252,7 +251,7 @@ def _at_width(w: jax.Array, fmt: Int, bits: jax.Array) -> jax.Array:
     groups = fixed.reshape(*stack, out // og, og, -1, grid.group_size_of(fmt, cols))
     high = jnp.maximum(groups.max((-3, -1)), 0)
     low = jnp.minimum(groups.min((-3, -1)), 0)
-    levels = 2.0 ** bits.astype(fixed.dtype) - 1
+    levels = 2.0 ** jnp.clip(bits, 2, 8).astype(fixed.dtype) - 1
     absmax = jnp.maximum(-low, high)
     most, zero = (levels - 1) / 2, None
     if not fmt.symmetric:
@@ -278,9 +277,20 @@ def _(step: RTN) -> WeightQuantizer:
 
 @weight_quantizer.register
 def _(step: FakeQuant) -> WeightQuantizer | None:
+    if step.quantize_gradients and step.matmul == "simulated":
+        raise RecipeError(
+            "fake_quant: quantize_gradients multiplies codes backward, so it needs "
+            'matmul="int8" or "fp8"'
+        )
     if step.format is None:
         return None
     if step.scale == "learned":
+        if (step.clipping, step.estimator) != ("minmax", "ste"):
+            raise RecipeError(
+                'fake_quant with scale="learned" has no clipping and no estimator: its ends are '
+                'learned (start="mse" begins from clipped ones); leave them out, or use '
+                'scale="dynamic"'
+            )
         return Learned(step.format, step.start)
     return Dynamic(step.format, step.clipping, step.percentile, step.estimator)
 
