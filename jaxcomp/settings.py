@@ -66,7 +66,8 @@ def read_settings(
                 f"settings {path}: there is no {key!r}; the closest are "
                 f"{', '.join(close_names(key, values))}."
             )
-        values[key] = _like(values[key], msgspec.yaml.decode(value), f"settings {path}: {argument!r}")
+        where = f"settings {path}: {argument!r}"
+        values[key] = _like(values[key], msgspec.yaml.decode(value), where)
     return types.SimpleNamespace(**values)
 
 
