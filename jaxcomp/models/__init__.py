@@ -14,6 +14,7 @@ from jaxcomp.models.loading import (
     save,
     to_hf,
 )
+from jaxcomp.models.sizes import config_of
 
 __all__ = [
     "GPT2",
@@ -24,6 +25,7 @@ __all__ = [
     "LlamaConfig",
     "Model",
     "build",
+    "config_of",
     "from_hf",
     "generate",
     "load",

@@ -7,7 +7,8 @@ Source: https://arxiv.org/abs/1810.04805.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxcomp.models import layers as blocks
 from jaxcomp.models.config import Fields
 from jaxcomp.models.gpt2 import ACTIVATIONS
+from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
 
 MODEL_TYPES = {"bert": "BertModel", "bert_masked_lm": "BertForMaskedLM"}
 PREFIX = "bert."
@@ -44,13 +46,24 @@ class BertConfig:
       hidden_size: width.
       intermediate_size: width of the MLP.
       num_hidden_layers: layers.
-      num_attention_heads: heads.
+      num_attention_heads: heads; ``hidden_size`` divided by it is the size of a head.
       max_position_embeddings: rows of the position embedding, the longest sequence.
       type_vocab_size: rows of the segment embedding.
       layer_norm_eps: epsilon of the norms.
       hidden_act: activation of the MLP.
       masked_lm_head: the model ends with the masked-token head (tied to the embedding).
+      heads_per_layer: heads of each layer, where some were removed; empty means all.
+      intermediate_sizes: width of each layer's MLP, where they differ; empty means all alike.
     """
+
+    LAYERS: ClassVar[str] = LAYERS
+    DEPTH: ClassVar[str] = "num_hidden_layers"
+    LAYER_SIZES: ClassVar[tuple[LayerSize, ...]] = (
+        LayerSize(
+            "heads_per_layer", "num_attention_heads", "attention_output/kernel", -2, True, False
+        ),
+        LayerSize("intermediate_sizes", "intermediate_size", "output/kernel", -2),
+    )
 
     vocab_size: int
     hidden_size: int
@@ -62,26 +75,34 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"
     masked_lm_head: bool = False
+    heads_per_layer: tuple[int, ...] = ()
+    intermediate_sizes: tuple[int, ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 class Layer(nnx.Module):
     """Attention and MLP, each followed by a residual sum and a norm."""
 
-    def __init__(self, config: BertConfig, *, param_dtype, rngs: nnx.Rngs):
-        """Makes the layer."""
-        c = config
+    def __init__(self, config: BertConfig, sizes: tuple[int, ...], *, param_dtype, rngs: nnx.Rngs):
+        """Makes the layer; ``sizes`` are its heads and MLP width."""
+        c, (heads, width) = config, sizes
         kw = {"bias": True, "param_dtype": param_dtype, "rngs": rngs}
-        for name in ("query", "key", "value", "attention_output"):
-            setattr(self, name, blocks.Linear(c.hidden_size, c.hidden_size, **kw))
+        for name in ("query", "key", "value"):
+            setattr(self, name, blocks.Linear(c.hidden_size, heads * c.head_dim, **kw))
+        self.attention_output = blocks.Linear(heads * c.head_dim, c.hidden_size, **kw)
         self.attention_norm = blocks.LayerNorm(
             c.hidden_size, c.layer_norm_eps, param_dtype=param_dtype
         )
-        self.intermediate = blocks.Linear(c.hidden_size, c.intermediate_size, **kw)
-        self.output = blocks.Linear(c.intermediate_size, c.hidden_size, **kw)
+        self.intermediate = blocks.Linear(c.hidden_size, width, **kw)
+        self.output = blocks.Linear(width, c.hidden_size, **kw)
         self.output_norm = blocks.LayerNorm(
             c.hidden_size, c.layer_norm_eps, param_dtype=param_dtype
         )
-        self.head_dim, self.activation = c.hidden_size // c.num_attention_heads, c.hidden_act
+        self.head_dim, self.activation = c.head_dim, c.hidden_act
 
     def __call__(self, x, mask):
         """Maps ``(batch, tokens, hidden)`` to the same shape."""
@@ -113,13 +134,14 @@ class Bert(nnx.Module):
         self.token_type_embeddings = blocks.Embedding(c.type_vocab_size, c.hidden_size, **kw)
         self.embeddings_norm = blocks.LayerNorm(c.hidden_size, c.layer_norm_eps, **norm)
 
-        def make(rngs):
-            return Layer(c, param_dtype=param_dtype, rngs=rngs)
+        def make(rngs, sizes):
+            return Layer(c, sizes, param_dtype=param_dtype, rngs=rngs)
 
         if scan:
+            make = functools.partial(make, sizes=common_sizes(c))
             self.layers = blocks.stack_layers(make, c.num_hidden_layers, rngs)
         else:
-            self.layers = nnx.List([make(rngs) for _ in range(c.num_hidden_layers)])
+            self.layers = nnx.List([make(rngs, sizes) for sizes in layer_sizes(c)])
         if c.masked_lm_head:
             self.head_dense = blocks.Linear(c.hidden_size, c.hidden_size, bias=True, **kw)
             self.head_norm = blocks.LayerNorm(c.hidden_size, c.layer_norm_eps, **norm)
@@ -175,17 +197,20 @@ def read_config(fields: Fields, model_type: str) -> BertConfig:
         raise f.error("num_attention_heads", f"{heads} must divide the hidden size {hidden}")
     f.only("position_embedding_type", "absolute")
     f.only("tie_word_embeddings", True)
+    layers = f.size("num_hidden_layers")
     config = BertConfig(
         vocab_size=f.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=f.size("intermediate_size"),
-        num_hidden_layers=f.size("num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=f.size("max_position_embeddings"),
         type_vocab_size=f.size("type_vocab_size", 2),
         layer_norm_eps=f.number("layer_norm_eps", 1e-12),
         hidden_act=f.only("hidden_act", "gelu", *sorted(ACTIVATIONS)),
         masked_lm_head=model_type == "bert_masked_lm",
+        heads_per_layer=f.sizes("heads_per_layer", layers),
+        intermediate_sizes=f.sizes("intermediate_sizes", layers),
     )
     f.done()
     return config

@@ -99,6 +99,21 @@ class Fields:
             raise self.error(name, f"must be true or false, got {value!r}")
         return value
 
+    def sizes(self, name: str, count: int) -> tuple[int, ...]:
+        """A list of ``count`` positive integers; empty when it is absent or null."""
+        value = self.take(name, None)
+        if value is None:
+            return ()
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in value)
+        ):
+            raise self.error(
+                name, f"must be a list of {count} positive integers, one a layer, got {value!r}"
+            )
+        return tuple(value)
+
     def only(self, name: str, *allowed: Any) -> Any:
         """A field of which this library knows only some values; the first is the default."""
         value = self.take(name, allowed[0])

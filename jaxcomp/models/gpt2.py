@@ -9,7 +9,7 @@ Source: https://openai.com/index/better-language-models/ (Radford et al. 2019).
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxcomp.models import layers as blocks
 from jaxcomp.models.config import Fields
+from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
 
 MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
 PREFIX = "transformer."
@@ -41,12 +42,21 @@ class GPT2Config:
       n_positions: rows of the position embedding, the longest sequence.
       n_embd: width of the residual stream.
       n_layer: decoder layers.
-      n_head: attention heads.
+      n_head: attention heads; ``n_embd`` divided by it is the size of a head.
       n_inner: width of the MLP.
       layer_norm_epsilon: epsilon of the norms.
       activation_function: one of ``ACTIVATIONS``.
       tie_word_embeddings: the head is the token embedding.
+      heads_per_layer: heads of each layer, where some were removed; empty means all.
+      intermediate_sizes: width of each layer's MLP, where they differ; empty means all alike.
     """
+
+    LAYERS: ClassVar[str] = LAYERS
+    DEPTH: ClassVar[str] = "n_layer"
+    LAYER_SIZES: ClassVar[tuple[LayerSize, ...]] = (
+        LayerSize("heads_per_layer", "n_head", "attn/c_proj/kernel", -2, True, False),
+        LayerSize("intermediate_sizes", "n_inner", "mlp/c_proj/kernel", -2),
+    )
 
     vocab_size: int
     n_positions: int
@@ -57,6 +67,18 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     activation_function: str = "gelu_new"
     tie_word_embeddings: bool = True
+    heads_per_layer: tuple[int, ...] = ()
+    intermediate_sizes: tuple[int, ...] = ()
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers."""
+        return self.n_layer
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self.n_embd // self.n_head
 
     @property
     def max_position_embeddings(self) -> int:
@@ -65,21 +87,21 @@ class GPT2Config:
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head size of a key-value cache."""
-        return self.n_layer, self.n_head, self.n_embd // self.n_head
+        """Layers, heads (those of the layer with most) and head size of a key-value cache."""
+        return self.n_layer, max(heads for heads, _ in layer_sizes(self)), self.head_dim
 
 
 class Attention(nnx.Module):
     """Multi-head attention with one projection to q, k and v."""
 
-    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, heads: int, *, param_dtype, rngs: nnx.Rngs):
         """Makes the projections."""
-        c = config
+        c, width = config, heads * config.head_dim
         kw = {"bias": True, "param_dtype": param_dtype, "rngs": rngs}
         out = 0.02 / math.sqrt(2 * c.n_layer)
-        self.c_attn = blocks.Linear(c.n_embd, 3 * c.n_embd, **kw)
-        self.c_proj = blocks.Linear(c.n_embd, c.n_embd, stddev=out, **kw)
-        self.head_dim = c.n_embd // c.n_head
+        self.c_attn = blocks.Linear(c.n_embd, 3 * width, **kw)
+        self.c_proj = blocks.Linear(width, c.n_embd, stddev=out, **kw)
+        self.head_dim = c.head_dim
 
     def __call__(self, x, mask, cache=None):
         """Attends; returns the output and the layer's updated (k, v) cache, None without one."""
@@ -87,23 +109,21 @@ class Attention(nnx.Module):
         q, k, v = blocks.named(*(a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1)))
         if cache is not None:
             old_k, old_v, length = cache
-            k, v = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
-            cache = (k, v)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            own = k.shape[2]  # A cache has room for the layer with the most heads.
+            cache = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
+            k, v = (a[:, :, :own].astype(q.dtype) for a in cache)
         return self.c_proj(blocks.attention(q, k, v, mask)), cache
 
 
 class MLP(nnx.Module):
     """``c_proj(activation(c_fc(x)))``."""
 
-    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, size: int, *, param_dtype, rngs: nnx.Rngs):
         """Makes the projections."""
         c = config
         kw = {"bias": True, "param_dtype": param_dtype, "rngs": rngs}
-        self.c_fc = blocks.Linear(c.n_embd, c.n_inner, **kw)
-        self.c_proj = blocks.Linear(
-            c.n_inner, c.n_embd, stddev=0.02 / math.sqrt(2 * c.n_layer), **kw
-        )
+        self.c_fc = blocks.Linear(c.n_embd, size, **kw)
+        self.c_proj = blocks.Linear(size, c.n_embd, stddev=0.02 / math.sqrt(2 * c.n_layer), **kw)
         self.activation = c.activation_function
 
     def __call__(self, x):
@@ -114,13 +134,13 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual connection."""
 
-    def __init__(self, config: GPT2Config, *, param_dtype, rngs: nnx.Rngs):
-        """Makes the layer."""
-        c = config
+    def __init__(self, config: GPT2Config, sizes: tuple[int, ...], *, param_dtype, rngs: nnx.Rngs):
+        """Makes the layer; ``sizes`` are its heads and MLP width."""
+        c, (heads, width) = config, sizes
         self.ln_1 = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
-        self.attn = Attention(c, param_dtype=param_dtype, rngs=rngs)
+        self.attn = Attention(c, heads, param_dtype=param_dtype, rngs=rngs)
         self.ln_2 = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
-        self.mlp = MLP(c, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = MLP(c, width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x, mask, cache=None):
         """Returns the new residual stream and the updated cache."""
@@ -148,13 +168,14 @@ class GPT2(nnx.Module):
         self.wte = blocks.Embedding(c.vocab_size, c.n_embd, **kw)
         self.wpe = blocks.Embedding(c.n_positions, c.n_embd, **kw)
 
-        def make(rngs):
-            return Block(c, param_dtype=param_dtype, rngs=rngs)
+        def make(rngs, sizes):
+            return Block(c, sizes, param_dtype=param_dtype, rngs=rngs)
 
         if scan:
+            make = functools.partial(make, sizes=common_sizes(c))
             self.h = blocks.stack_layers(make, c.n_layer, rngs)
         else:
-            self.h = nnx.List([make(rngs) for _ in range(c.n_layer)])
+            self.h = nnx.List([make(rngs, sizes) for sizes in layer_sizes(c)])
         self.ln_f = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = blocks.Linear(c.n_embd, c.vocab_size, **kw)
@@ -211,16 +232,19 @@ def read_config(fields: Fields, model_type: str) -> GPT2Config:
     f.take("reorder_and_upcast_attn", False)  # An order of operations, not another result.
     positions = f.size("n_positions")
     f.only("n_ctx", positions)  # An old name of n_positions.
+    layers = f.size("n_layer")
     config = GPT2Config(
         vocab_size=f.size("vocab_size"),
         n_positions=positions,
         n_embd=width,
-        n_layer=f.size("n_layer"),
+        n_layer=layers,
         n_head=heads,
         n_inner=f.size("n_inner", 4 * width),
         layer_norm_epsilon=f.number("layer_norm_epsilon", 1e-5),
         activation_function=f.only("activation_function", *ACTIVATIONS),
         tie_word_embeddings=f.flag("tie_word_embeddings", True),
+        heads_per_layer=f.sizes("heads_per_layer", layers),
+        intermediate_sizes=f.sizes("intermediate_sizes", layers),
     )
     f.done()
     return config

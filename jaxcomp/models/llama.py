@@ -10,8 +10,9 @@ https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax import nnx
 
 from jaxcomp.models import layers as blocks
 from jaxcomp.models.config import Fields
+from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -59,7 +61,20 @@ class LlamaConfig:
       output_bias: bias on the attention's output projection.
       mlp_bias: biases in the MLP.
       qk_norm: RMS norm on the heads of q and k.
+      heads_per_layer: query heads of each layer, where they differ; empty means all alike.
+      key_value_heads_per_layer: key and value heads of each layer, likewise.
+      intermediate_sizes: width of each layer's MLP, likewise.
     """
+
+    LAYERS: ClassVar[str] = LAYERS
+    DEPTH: ClassVar[str] = "num_hidden_layers"
+    LAYER_SIZES: ClassVar[tuple[LayerSize, ...]] = (
+        LayerSize("heads_per_layer", "num_attention_heads", "self_attn/o_proj/kernel", -2, True),
+        LayerSize(
+            "key_value_heads_per_layer", "num_key_value_heads", "self_attn/v_proj/kernel", -1, True
+        ),
+        LayerSize("intermediate_sizes", "intermediate_size", "mlp/down_proj/kernel", -2),
+    )
 
     vocab_size: int
     hidden_size: int
@@ -78,11 +93,15 @@ class LlamaConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    heads_per_layer: tuple[int, ...] = ()
+    key_value_heads_per_layer: tuple[int, ...] = ()
+    intermediate_sizes: tuple[int, ...] = ()
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, key-value heads and head size of a key-value cache."""
-        return self.num_hidden_layers, self.num_key_value_heads, self.head_dim
+        """Layers, key-value heads (those of the layer with most) and head size of a cache."""
+        most = max(kv for _, kv, _ in layer_sizes(self))
+        return self.num_hidden_layers, most, self.head_dim
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -118,10 +137,12 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, heads: int, kv_heads: int, *, param_dtype, rngs: nnx.Rngs
+    ):
         """Makes the projections."""
         c = config
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        q, kv = heads * c.head_dim, kv_heads * c.head_dim
         out = 0.02 / math.sqrt(2 * c.num_hidden_layers)
         kw = {"param_dtype": param_dtype, "rngs": rngs}
         self.q_proj = blocks.Linear(c.hidden_size, q, bias=c.qkv_bias, **kw)
@@ -143,23 +164,23 @@ class Attention(nnx.Module):
         q, k, v = blocks.named(blocks.rotate(q, *rope), blocks.rotate(k, *rope), v)
         if cache is not None:
             old_k, old_v, length = cache
-            k, v = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
-            cache = (k, v)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            own = k.shape[2]  # A cache has room for the layer with the most heads.
+            cache = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
+            k, v = (a[:, :, :own].astype(q.dtype) for a in cache)
         return self.o_proj(blocks.attention(q, k, v, mask)), cache
 
 
 class MLP(nnx.Module):
     """``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, size: int, *, param_dtype, rngs: nnx.Rngs):
         """Makes the projections."""
         c = config
         out = 0.02 / math.sqrt(2 * c.num_hidden_layers)
         kw = {"bias": c.mlp_bias, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = blocks.Linear(c.hidden_size, c.intermediate_size, **kw)
-        self.up_proj = blocks.Linear(c.hidden_size, c.intermediate_size, **kw)
-        self.down_proj = blocks.Linear(c.intermediate_size, c.hidden_size, stddev=out, **kw)
+        self.gate_proj = blocks.Linear(c.hidden_size, size, **kw)
+        self.up_proj = blocks.Linear(c.hidden_size, size, **kw)
+        self.down_proj = blocks.Linear(size, c.hidden_size, stddev=out, **kw)
 
     def __call__(self, x):
         """Maps ``(..., hidden)`` to ``(..., hidden)``."""
@@ -169,17 +190,17 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual connection."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype, rngs: nnx.Rngs):
-        """Makes the layer."""
-        c = config
+    def __init__(self, config: LlamaConfig, sizes: tuple[int, ...], *, param_dtype, rngs: nnx.Rngs):
+        """Makes the layer; ``sizes`` are its query heads, key-value heads and MLP width."""
+        c, (heads, kv_heads, width) = config, sizes
         self.input_layernorm = blocks.RMSNorm(
             c.hidden_size, c.rms_norm_eps, param_dtype=param_dtype
         )
-        self.self_attn = Attention(c, param_dtype=param_dtype, rngs=rngs)
+        self.self_attn = Attention(c, heads, kv_heads, param_dtype=param_dtype, rngs=rngs)
         self.post_attention_layernorm = blocks.RMSNorm(
             c.hidden_size, c.rms_norm_eps, param_dtype=param_dtype
         )
-        self.mlp = MLP(c, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = MLP(c, width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x, rope, mask, cache=None):
         """Returns the new residual stream and the updated cache."""
@@ -215,13 +236,14 @@ class Llama(nnx.Module):
         kw = {"param_dtype": param_dtype, "rngs": rngs}
         self.embed_tokens = blocks.Embedding(c.vocab_size, c.hidden_size, **kw)
 
-        def make(rngs):
-            return DecoderLayer(c, param_dtype=param_dtype, rngs=rngs)
+        def make(rngs, sizes):
+            return DecoderLayer(c, sizes, param_dtype=param_dtype, rngs=rngs)
 
         if scan:
+            make = functools.partial(make, sizes=common_sizes(c))
             self.layers = blocks.stack_layers(make, c.num_hidden_layers, rngs)
         else:
-            self.layers = nnx.List([make(rngs) for _ in range(c.num_hidden_layers)])
+            self.layers = nnx.List([make(rngs, sizes) for sizes in layer_sizes(c)])
         self.norm = blocks.RMSNorm(c.hidden_size, c.rms_norm_eps, param_dtype=param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = blocks.Linear(c.hidden_size, c.vocab_size, **kw)
@@ -293,7 +315,8 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
     hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
     layers = f.size("num_hidden_layers")
     kv_heads = f.size("num_key_value_heads", heads)
-    if heads % kv_heads:
+    varied = f.values.get("heads_per_layer") or f.values.get("key_value_heads_per_layer")
+    if heads % kv_heads and not varied:
         raise f.error("num_key_value_heads", f"{kv_heads} must divide the {heads} attention heads")
     if model_type != "qwen3" and "head_dim" not in f.values and hidden % heads:
         raise f.error("num_attention_heads", f"{heads} must divide the hidden size {hidden}")
@@ -324,7 +347,16 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
         output_bias=bias,
         mlp_bias=f.flag("mlp_bias", False) if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
+        heads_per_layer=f.sizes("heads_per_layer", layers),
+        key_value_heads_per_layer=f.sizes("key_value_heads_per_layer", layers),
+        intermediate_sizes=f.sizes("intermediate_sizes", layers),
     )
+    for i, (q, kv, _) in enumerate(layer_sizes(config)):
+        if q % kv:
+            raise f.error(
+                "key_value_heads_per_layer",
+                f"the {kv} of layer {i} must divide its {q} attention heads (heads_per_layer)",
+            )
     f.done()
     return config
 

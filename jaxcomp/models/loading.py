@@ -17,6 +17,7 @@ from jaxcomp.functional import functional, path_names
 from jaxcomp.io import safetensors
 from jaxcomp.models import bert, gpt2, llama
 from jaxcomp.models.config import Fields, read_json
+from jaxcomp.models.sizes import config_fields
 
 FAMILIES = {
     llama.LlamaConfig: (llama, llama.Llama),
@@ -148,7 +149,10 @@ def read_config(folder: str | os.PathLike) -> tuple[Any, str]:
       ModelError: it is missing or wrong, or asks for something that is not supported.
     """
     path = pathlib.Path(folder) / "config.json"
-    values = read_json(path)
+    return _read_config(read_json(path), path)
+
+
+def _read_config(values, path):
     known = ", ".join(sorted(ARCHITECTURES))
     named = values.get("architectures") or []
     name = values.get("model_type")
@@ -275,10 +279,13 @@ def save(
 ) -> None:
     """Writes dense weights as a model folder in Hugging Face layout.
 
+    Sizes of layers that differ, as after physical pruning, go into ``heads_per_layer`` and the like
+    of ``config.json`` (``models/sizes.py``); such a folder loads with this library only.
+
     Args:
       folder: the folder to write; made if need be.
       params: nested dict of arrays, layers unrolled or stacked.
-      config: the model's configuration.
+      config: the model's configuration; of pruned weights, that of ``config_of``.
       like: the folder the model came from, whose ``config.json`` and tokenizer are taken over.
 
     Raises:
@@ -287,7 +294,8 @@ def save(
     """
     folder, like = pathlib.Path(folder), pathlib.Path(like)
     tensors = to_hf(params, config)
-    values = read_json(like / "config.json")
+    _check_shapes(params, config)
+    values = _config_json(config, like)
     dtype = str(jnp.dtype(next(iter(tensors.values())).dtype))
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
     try:
@@ -304,6 +312,44 @@ def save(
             "folder"
         ) from error
     safetensors.write(folder / safetensors.SINGLE, tensors, {"format": "pt"})
+
+
+def _check_shapes(params, config):
+    """Refuses weights of other shapes than the configuration's model has."""
+    flat = path_names(params)
+    family, _ = FAMILIES[type(config)]
+    scan = not any(path.startswith(f"{family.LAYERS}/0/") for path in flat)
+    for path, want in path_names(functional(build(config, scan=scan))[1]).items():
+        if tuple(flat[path].shape) != want.shape:
+            raise ModelError(
+                f"{path} has shape {tuple(flat[path].shape)}, the configuration asks for "
+                f"{want.shape}; if heads or neurons were removed, save with "
+                "models.config_of(params, config)"
+            )
+
+
+def _config_json(config, like):
+    """The fields of ``config.json`` for a configuration that differs in sizes from a folder's."""
+    path = like / "config.json"
+    values = read_json(path)
+    if _read_config(values, path)[0] == config:
+        return values
+    for name, value in config_fields(config).items():
+        values.pop(name, None)
+        if value is not None:
+            values[name] = value
+    read = _read_config(values, path)[0]
+    if read != config:
+        other = [
+            field.name
+            for field in dataclasses.fields(config)
+            if getattr(read, field.name, None) != getattr(config, field.name)
+        ]
+        raise ModelError(
+            f"{path}: the configuration to save differs from this folder's in {', '.join(other)}; "
+            "pass the folder of a model that differs in numbers of layers, heads and neurons only"
+        )
+    return values
 
 
 def _stack(values, layers):
