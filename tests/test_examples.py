@@ -22,6 +22,7 @@ SMALL = {
     "qat": f"{COMMON} steps=2 bits=[3] calibration=4",
     "distill": f"{COMMON} steps=4",
     "qlora": f"{COMMON} steps=2",
+    "prune_minilm": "steps=2 sentences=64 candidates=16 batch_size=8 length=16",
 }
 
 
@@ -73,7 +74,10 @@ def run(tmp_path_factory):
 def test_an_example_runs(name, run, capsys):
     run(name)
     out = capsys.readouterr().out
-    assert "perplexity: dense" in out and out.count("perplexity:") > 1
+    if "skipped:" in out:
+        pytest.skip(out.strip())
+    if name != "prune_minilm":
+        assert "perplexity: dense" in out and out.count("perplexity:") > 1
     assert "step" in out and "loss" in out
 
 
