@@ -82,7 +82,7 @@ def gptq(bits):
 # %%
 def trainer(fmt):
     """The transform, what is trained at the start, and a jitted step."""
-    step = FakeQuant(format=fmt, scale=s.scale, clipping="mse", exclude=HEADS)
+    step = FakeQuant(format=fmt, scale=s.scale, exclude=HEADS)
     qat = jc.qat(model.apply, jc.Recipe(steps=(step,)))
     schedule = optax.warmup_cosine_decay_schedule(
         0, s.learning_rate, max(1, s.steps // 10), s.steps, 0.05 * s.learning_rate
