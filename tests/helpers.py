@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import contextlib
+import functools
 
 import jax
 
@@ -14,3 +15,23 @@ def x64():
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
+
+
+def counted(function):
+    """A jitted function that counts how often it is traced, in ``traces``.
+
+    JAX's own count of a function's compilations forgets the oldest when many have been made.
+    """
+
+    @functools.wraps(function)
+    def tracing(*args, **kwargs):
+        run.traces += 1
+        return function(*args, **kwargs)
+
+    jitted = jax.jit(tracing)
+
+    def run(*args, **kwargs):
+        return jitted(*args, **kwargs)
+
+    run.traces = 0
+    return run

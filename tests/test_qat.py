@@ -16,7 +16,7 @@ from jaxcomp.quantization import GPTQ, RTN, Binary, FakeQuant, FakeQuantValues, 
 from jaxcomp.quantization.inputs import InputQuantizer
 from jaxcomp.quantization.trainable import Dynamic
 from jaxcomp.step import Activation
-from tests.helpers import x64
+from tests.helpers import counted, x64
 
 X = jax.random.normal(jax.random.key(9), (3, 16))
 PARAMS = {
@@ -175,11 +175,11 @@ def test_a_delayed_start_a_falling_width_and_frozen_ranges_are_schedules():
     bits = optax.join_schedules([optax.constant_schedule(8), optax.constant_schedule(2)], [3])
     qat = jc.qat(apply, head, enabled=enabled, bits=bits)
     state, outs = qat.init(PARAMS, X), []
-    run = jax.jit(qat.apply)
+    run = counted(qat.apply)
     for _ in range(4):
         out, state = run(PARAMS, state, X)
         outs.append(out)
-    assert run._cache_size() == 1
+    assert run.traces == 1
     expected = [dense, dense, at(rounded(8)), at(rounded(2))]
     for out, want in zip(outs, expected, strict=True):
         np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
@@ -250,7 +250,7 @@ def test_it_trains_with_accumulated_gradients_and_resumes_to_the_same_bits(tmp_p
         ce = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
         return ce.mean(), state
 
-    @jax.jit
+    @counted
     def update(carry, tokens):
         trained, state, opt = carry
         (value, state), g = jax.value_and_grad(loss, has_aux=True)(trained, state, tokens)
@@ -266,7 +266,7 @@ def test_it_trains_with_accumulated_gradients_and_resumes_to_the_same_bits(tmp_p
         carry, value = update(carry, TOKENS)
         losses.append(float(value))
     assert losses[-1] < losses[0] - 0.2
-    assert update._cache_size() == 1
+    assert update.traces == 1
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "ten", saved)
         checkpointer.wait_until_finished()

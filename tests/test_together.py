@@ -39,13 +39,13 @@ def test_every_part_trains_in_one_compilation(trained):
     everything, (after, state, opt), _, losses = trained
     before, start, _ = everything.start()
     assert np.isfinite(losses).all()
-    assert everything.update._cache_size() == 1
+    assert everything.update.traces == 1
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), after, before)
     assert all(jax.tree.leaves(moved)), moved
     assert int(state.step) == 6
     # The ranges of static activations, and those of the cache, follow the data.
     static = bool(state.learned["weights"])
-    assert ("layers/mlp/up_proj/kernel" in state.ranges) == ("key" in state.ranges) == static
+    assert ("layers/mlp/up_proj/kernel" in state.ranges) == ("value:key" in state.ranges) == static
     same = jax.tree.map(lambda a, b: bool((a == b).all()), state.ranges, start.ranges)
     assert not any(any(r[k] for k in ("low", "high")) for r in same.values())
     assert opt.gradient_step == 3
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_everything_resumes_to_the_same_bits(trained, tmp_path):
     again, _ = run(everything, again, 6, 12)
     assert jax.tree.structure(again) == jax.tree.structure(twelve)
     jax.tree.map(np.testing.assert_array_equal, again, twelve)
-    assert everything.update._cache_size() == 1
+    assert everything.update.traces == 1
 
 
 def test_scan_and_remat_change_nothing(trained):
@@ -113,7 +113,7 @@ def test_scan_and_remat_change_nothing(trained):
     fresh, start, _ = plain.start()
     assert jax.tree.structure(fresh) == jax.tree.structure(other)
     ranges = by_layer({k: v for k, v in state.ranges.items() if k.startswith("layers")})
-    for name in ("key", "value"):
+    for name in ("value:key", "value:value"):
         for i in range(2 if name in state.ranges else 0):
             ranges[f"{name}#{i}"] = jax.tree.map(lambda a, i=i: a[i], state.ranges[name])
     assert jax.tree.structure(start.ranges) == jax.tree.structure(ranges)

@@ -13,6 +13,7 @@ from jaxcomp import distillation, models, pruning
 from jaxcomp.formats import Int
 from jaxcomp.quantization import FakeQuant, FakeQuantValues
 from jaxcomp.step import Activation
+from tests.helpers import counted
 
 VARIANTS = {
     "learned scales, static activations": FakeQuant(
@@ -74,7 +75,7 @@ class Everything:
             every=2,
         )
         self.tx = optax.MultiSteps(masked, every_k_schedule=2)
-        self.update = jax.jit(self._update)
+        self.update = counted(self._update)
 
     def start(self):
         state = self.qat.init(self.dense, tokens(0))

@@ -27,6 +27,7 @@ from jaxcomp.pruning import (
     sparsity_counts,
     wrap,
 )
+from tests.helpers import counted
 
 METHODS = {
     "gradual": (GradualMagnitude(), schedules.cubic(0.7, end=6)),
@@ -65,7 +66,7 @@ def batches(count, dtype=jnp.float32):
 
 
 def make_step(tx):
-    @jax.jit
+    @counted
     def step(params, state, x):
         gradients = jax.grad(loss)(params, x)
         updates, state = tx.update(gradients, state, params)
@@ -110,7 +111,7 @@ def test_masks_are_exact_in_every_step(params, name):
         ever.append(sum(dropped for dropped, _ in sparsity_counts(get_masks(state)).values()))
         if int(state.count) % 2 == 0:  # no recomputation in steps 1, 3, ..
             assert jax.tree.all(jax.tree.map(jnp.array_equal, before, get_masks(state)))
-    assert ever[-1] > 0 and step._cache_size() == 1
+    assert ever[-1] > 0 and step.traces == 1
 
 
 @pytest.mark.parametrize("name", METHODS)
