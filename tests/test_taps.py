@@ -100,6 +100,22 @@ def test_a_value_inside_a_custom_derivative_is_left_to_it():
         jc.tap(apply, ["inner"])(PARAMS, X)
 
 
+def test_a_value_beside_a_weight_inside_a_custom_derivative_is_no_value_either():
+    @jax.custom_jvp
+    def linear(x, w):
+        return checkpoint_name(x @ w, "inner")
+
+    linear.defjvp(lambda primals, tangents: (linear(*primals), tangents[0] @ primals[1]))
+    apply = lambda p, x: linear(x, p["head"])  # noqa: E731
+    recipe = jc.Recipe(steps=(jc.quantization.FakeQuantValues(include=("inner",)),))
+    for use in (
+        lambda: jc.tap(apply, ["inner"])(PARAMS, X),
+        lambda: jc.qat(apply, recipe).init(PARAMS, X),
+    ):
+        with pytest.raises(jc.JaxcompError, match="'inner' matches no value"):
+            use()
+
+
 def test_a_branch_that_is_not_taken_gives_zeros_and_a_loop_its_last_value():
     def apply(p, x, yes):
         h = jax.lax.cond(yes, lambda x: checkpoint_name(x + 1, "branch"), lambda x: x, x)

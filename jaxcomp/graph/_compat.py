@@ -104,7 +104,7 @@ def names_in(eqn: Any, wanted: Callable[[str], bool]) -> bool:
 
     Values inside a custom derivative cannot: reaching them would give the derivative up.
     """
-    if eqn.primitive.name.startswith("custom_"):
+    if is_custom(eqn):
         return False
     for value in eqn.params.values():
         for jaxpr in _jaxprs(value):
@@ -114,6 +114,11 @@ def names_in(eqn: Any, wanted: Callable[[str], bool]) -> bool:
                 if names_in(inner, wanted):
                     return True
     return False
+
+
+def is_custom(eqn: Any) -> bool:
+    """Whether the equation is a call with a derivative, or a rule for ``vmap``, of its own."""
+    return eqn.primitive.name.startswith("custom_")
 
 
 def is_remat(eqn: Any) -> bool:

@@ -294,7 +294,11 @@ class Builder:
             return outputs
         mine: list[Op] = []
         extra: dict[int, Any] = {}
+        wanted = self.wanted
+        if _compat.is_custom(eqn):  # Named values inside are left to it, whatever else is in it.
+            self.wanted = None
         outputs = self.inline(body, operands, f"{where}/", mine, extra)
+        self.wanted = wanted
         if not self.found(first) and not any(self.involved(i) for i in outputs):
             return self.discard(first)
         ops += mine
