@@ -137,15 +137,16 @@ def test_one_forward_pass(apply, params):
     named, _ = leaf_paths(params)
     run = _Run(graph, recipe, make_plan(graph, recipe), dict(named), False)
     run.calibrated(named, data)
-    compressed_sites = 3 * 2 * len(data)
-    assert run.contractions >= compressed_sites
     # gate and up run site by site; down is left dense and counted once when its segment is built.
+    # Nothing reads the last layer's outputs; a loop runs them all the same.
+    skipped = 0 if apply is scanned else 1
+    compressed_sites = (3 - skipped) * 2 * len(data)
     seen = Counting()
     leaves = [v for _, v in named]
     for batch in data:
         interpret(graph.program, [*leaves, *batch], seen, {})
     assert seen.count * (3 if apply is scanned else 1) == 3 * 3 * len(data)
-    assert run.contractions == compressed_sites + 3
+    assert run.contractions == compressed_sites + 3 - skipped
 
 
 class Counting(Plain):
@@ -749,7 +750,7 @@ def test_what_a_site_does_not_read_is_compiled_with_what_follows(monkeypatch):
     monkeypatch.setattr(Sequential, "segment", segment)
     params = jax.tree.map(lambda a: a[0], blocks(1))
     jc.compress(lambda p, x: block(x, p), params, Recipe(steps=(GPTQ(format=INT4),)), inputs())
-    assert len(seen) == 3 and len(seen[1]) > 1 and seen[1][-1] == "mul"
+    assert len(seen) == 2 and len(seen[1]) > 1 and seen[1][-1] == "mul"
 
 
 @pytest.mark.parametrize("step", [Magnitude, SparseGPT, Wanda])

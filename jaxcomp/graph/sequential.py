@@ -8,7 +8,8 @@ are compiled together, once for all layers that look the same.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import jax
@@ -108,6 +109,7 @@ class Sequential:
         pending: list[Op] = []
         last = {i: k for k, op in enumerate(program.ops) for i in op.inputs}
         last.update(dict.fromkeys(program.outputs, len(program.ops)))
+        used = self.used(program)
 
         def flush(k):
             if pending:
@@ -118,12 +120,16 @@ class Sequential:
             if op.kind == "view":
                 env[op.outputs[0]] = env[op.inputs[0]]
                 continue
+            alive = bool(op.eqn.effects) or not used.isdisjoint(op.outputs)
             done = op.kind == "site" and self.compressor.needs(op.site) is None
             root = env.get(roots[op.inputs[op.site.operand]]) if done else None
+            if (done or op.kind == "bind") and not alive:
+                continue
             if done and _quantizes(root):
                 flush(k)
                 leaf = _fixed(op.site, root.value)
-                self.evaluate(program, op, env, leaf, len(active))
+                spent = _spent(env, last, k, program.inputs)
+                self.evaluate(program, op, env, leaf, len(active), spent)
                 continue
             if op.kind == "bind" or done:
                 self.contractions += op.kind == "site"
@@ -132,15 +138,27 @@ class Sequential:
             # What a site does not read can wait, and be compiled together with what follows.
             if op.kind != "site" or any(i in p.outputs for p in pending for i in op.inputs):
                 flush(k)
+            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             if op.kind == "site":
-                self.site(program, op, env, roots, len(active))
+                spent = _spent(env, last, k, kept)
+                self.site(program, op, env, roots, len(active), spent if alive else None)
             else:
                 self.structure(program, op, env, active)
-            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             for i in [i for i in env if last.get(i, -1) <= k and i not in kept]:
                 del env[i]
         flush(len(program.ops))
         return [self.read(program, env, i) for i in program.outputs]
+
+    def used(self, program: Program) -> set[int]:
+        """Values that an output, a loop or the input of a weight to compress comes from."""
+        used = set(program.outputs)
+        for op in reversed(program.ops):
+            plain = op.kind in ("bind", "view")
+            if op.kind == "site":
+                plain = self.compressor.needs(op.site) is None
+            if not plain or op.eqn.effects or not used.isdisjoint(op.outputs):
+                used.update(op.inputs)
+        return used
 
     def read(self, program: Program, env: dict, i: int) -> Any:
         """A value as an array (or ``Many``)."""
@@ -162,16 +180,8 @@ class Sequential:
         outputs.sort()
         values = [self.read(program, env, i) for i in inputs]
         function = self.compiled(ops, inputs, outputs)
-        many = [isinstance(v, Many) for v in values]
-        if any(many):
-            columns = [Many() for _ in outputs]
-            for b in range(count):
-                results = function([v[b] if m else v for v, m in zip(values, many, strict=True)])
-                for column, result in zip(columns, results, strict=True):
-                    column.append(result)
-            env.update(zip(outputs, columns, strict=True))
-        else:
-            env.update(zip(outputs, function(values), strict=True))
+        spent = _spent(env, last, now - 1, program.inputs)
+        env.update(zip(outputs, _each(function, values, count, spent), strict=True))
 
     def compiled(self, ops, inputs, outputs) -> Callable:
         """A jitted function of some equations; one for all that look the same."""
@@ -191,7 +201,7 @@ class Sequential:
             if key in self.cache:
                 return self.cache[key]
 
-        def evaluate(values):
+        def evaluate(*values):
             local = dict(zip(inputs, values, strict=True))
             for op in ops:
                 results = _compat.bind(op.eqn, *(local[i] for i in op.inputs))
@@ -203,37 +213,32 @@ class Sequential:
             self.cache[key] = function
         return function
 
-    def site(self, program, op, env, roots, count) -> None:
-        """Compresses a site's input group if that is still to do, then evaluates the site."""
+    def site(self, program, op, env, roots, count, spent) -> None:
+        """Compresses a site's input group if that is still to do, then evaluates the site.
+
+        ``spent`` is None where nobody asks for its output.
+        """
         here = env[op.inputs[op.site.operand]]
         key = _key(op.site, here)
         if key not in self.done:
             self.compress_group(program, op, env, roots, count)
-        self.evaluate(program, op, env, self.done[key], count)
+        if spent is not None:
+            self.evaluate(program, op, env, self.done[key], count, spent)
         if op.site.uses == 1 and len(here.index) == self.loops:
-            # The compressor keeps the result; this one is spent. (A loop whose iterations share the
-            # weight comes back to it.)
+            # The compressor keeps the result; this one is no longer needed. (A loop whose
+            # iterations share the weight comes back to it.)
             self.done[key] = None
 
-    def evaluate(self, program, op, env, leaf, count) -> None:
+    def evaluate(self, program, op, env, leaf, count, spent) -> None:
         """Evaluates a site on all batches."""
         function = self.applied(op)
         operands = [
             None if j == op.site.operand else self.read(program, env, i)
             for j, i in enumerate(op.inputs)
         ]
-        many = [isinstance(v, Many) for v in operands]
-        if any(many):
-            columns = [Many() for _ in op.outputs]
-            for b in range(count):
-                ready = [v[b] if m else v for v, m in zip(operands, many, strict=True)]
-                for column, result in zip(columns, function(ready, leaf), strict=True):
-                    column.append(result)
-                self.contractions += 1
-            env.update(zip(op.outputs, columns, strict=True))
-        else:
-            self.contractions += 1
-            env.update(zip(op.outputs, function(operands, leaf), strict=True))
+        self.contractions += count if any(isinstance(v, Many) for v in operands) else 1
+        results = _each(lambda *v: function(v, leaf), operands, count, spent)
+        env.update(zip(op.outputs, results, strict=True))
 
     def applied(self, op: Op) -> Callable:
         """A jitted function that evaluates a site on a leaf without its loop axes."""
@@ -387,17 +392,7 @@ class Sequential:
                     values[k] = self.done[_key(other.site, env[root])]
         function = jax.jit(lambda *values: shard_mapped(op, values, self.handler))
         self.contractions += len(direct) * count
-        return self._each(function, values, count)
-
-    def _each(self, function, values, count):
-        many = [isinstance(v, Many) for v in values]
-        if not any(many):
-            return function(*values)
-        rows = [
-            function(*(v[b] if m else v for v, m in zip(values, many, strict=True)))
-            for b in range(count)
-        ]
-        return [Many(column) for column in zip(*rows, strict=True)]
+        return _each(function, values, count)
 
     def _remat(self, program, op, env, active):
         return self.run(op.bodies[0], [env[i] for i in op.inputs], active)
@@ -407,7 +402,7 @@ class Sequential:
         loop = _compat.scan_of(op.eqn.params)
         if not loop.length:
             values = [self.read(program, env, i) for i in op.inputs]
-            return self._each(lambda *v: _compat.bind(op.eqn, *v), values, len(active))
+            return _each(lambda *v: _compat.bind(op.eqn, *v), values, len(active))
         split = loop.num_consts + loop.num_carry
         values = [
             env[i] if keep else self.read(program, env, i)
@@ -506,6 +501,37 @@ class Sequential:
 def _quantizes(leaf: Any) -> bool:
     """Whether a weight came compressed, with a quantized input that evaluation must not drop."""
     return isinstance(leaf, _Leaf) and is_compressed(leaf.value) and quantizes_input(leaf.value)
+
+
+def _each(
+    function: Callable, values: Sequence[Any], count: int, spent: AbstractSet[int] = frozenset()
+):
+    """Results of a function for each batch, or the shared ones if all values are shared.
+
+    Args:
+      function: of one batch's values; gives a sequence of results.
+      values: ``Many`` or shared.
+      count: number of batches.
+      spent: the ``id`` of each ``Many`` that nobody reads again: its values are let go one by one.
+
+    Returns:
+      Results, ``Many`` or shared.
+    """
+    if not any(isinstance(v, Many) for v in values):
+        return function(*values)
+    rows = []
+    for b in range(count):
+        rows.append(function(*(_at(v, b) for v in values)))
+        for value in values:
+            if id(value) in spent:
+                value[b] = None
+    return [Many(column) for column in zip(*rows, strict=True)]
+
+
+def _spent(env: dict, last: dict, k: int, kept: Container[int]) -> set[int]:
+    """Objects ``Many`` (their ``id``) that nothing after operation ``k`` reads under any name."""
+    alive = {id(v) for i, v in env.items() if last.get(i, -1) > k or i in kept}
+    return {id(v) for v in env.values() if isinstance(v, Many)} - alive
 
 
 def _key(site: Site, leaf: _Leaf) -> tuple[str, Index]:

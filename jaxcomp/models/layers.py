@@ -124,14 +124,22 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
       ``(batch, queries, heads * head_dim)`` in the dtype of ``q``.
     """
     batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    keys, kv_heads = k.shape[1:3]
+    groups = heads // kv_heads
+    # All queries of a key head are rows of one matrix: one plain batched product, no transposed
+    # scores.
+    q = q.reshape(batch, queries, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, groups * queries, head_dim)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide) * head_dim**-0.5
+    scores = jnp.einsum("bkmd,bskd->bkms", q, k, preferred_element_type=wide) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, groups, queries, keys)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, queries, heads * head_dim)
+    weights = weights.reshape(batch, kv_heads, groups * queries, keys)
+    out = jnp.einsum("bkms,bskd->bkmd", weights, v)
+    out = out.reshape(batch, kv_heads, groups, queries, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, queries, heads * head_dim)
 
 
 def causal_mask(
