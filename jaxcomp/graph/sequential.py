@@ -9,7 +9,6 @@ are compiled together, once for all layers that look the same.
 
 import dataclasses
 from collections.abc import Callable, Container, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import jax
@@ -107,14 +106,24 @@ class Sequential:
         env.update(zip(program.inputs, arguments, strict=True))
         roots = _roots(program)
         pending: list[Op] = []
+        steps: list[_Step] = []
         last = {i: k for k, op in enumerate(program.ops) for i in op.inputs}
         last.update(dict.fromkeys(program.outputs, len(program.ops)))
         used = self.used(program)
 
-        def flush(k):
+        def join(k):
+            """Makes one step of the pending equations."""
             if pending:
-                self.segment(program, list(pending), env, last, k, len(active))
+                steps.extend(self.segment(program, list(pending), env, last, k))
                 pending.clear()
+
+        def execute(k):
+            """Runs the steps, each batch through all of them."""
+            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
+            made = (i for step in steps for i in step.outputs)
+            alive = {i for i in (*env, *made) if last.get(i, -1) >= k or i in kept}
+            self.contractions += _execute(steps, env, alive, len(active))
+            steps.clear()
 
         for k, op in enumerate(program.ops):
             if op.kind == "view":
@@ -126,10 +135,8 @@ class Sequential:
             if (done or op.kind == "bind") and not alive:
                 continue
             if done and _quantizes(root):
-                flush(k)
-                leaf = _fixed(op.site, root.value)
-                spent = _spent(env, last, k, program.inputs)
-                self.evaluate(program, op, env, leaf, len(active), spent)
+                join(k)
+                steps.append(self.site(program, op, env, _fixed(op.site, root.value)))
                 continue
             if op.kind == "bind" or done:
                 self.contractions += op.kind == "site"
@@ -137,16 +144,27 @@ class Sequential:
                 continue
             # What a site does not read can wait, and be compiled together with what follows.
             if op.kind != "site" or any(i in p.outputs for p in pending for i in op.inputs):
-                flush(k)
-            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
+                join(k)
             if op.kind == "site":
-                spent = _spent(env, last, k, kept)
-                self.site(program, op, env, roots, len(active), spent if alive else None)
+                here = env[op.inputs[op.site.operand]]
+                key = _key(op.site, here)
+                if key not in self.done:
+                    execute(k)
+                    self.compress_group(program, op, env, roots, len(active))
+                if alive:
+                    steps.append(self.site(program, op, env, self.done[key]))
+                if op.site.uses == 1 and len(here.index) == self.loops:
+                    # The compressor keeps the result; this one is spent. (A loop whose iterations
+                    # share the weight comes back to it.)
+                    self.done[key] = None
             else:
+                execute(k)
                 self.structure(program, op, env, active)
+            kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             for i in [i for i in env if last.get(i, -1) <= k and i not in kept]:
                 del env[i]
-        flush(len(program.ops))
+        join(len(program.ops))
+        execute(len(program.ops))
         return [self.read(program, env, i) for i in program.outputs]
 
     def used(self, program: Program) -> set[int]:
@@ -170,18 +188,19 @@ class Sequential:
             return self.handler.dense(path, view, value.value)
         return value
 
-    def segment(self, program, ops, env, last, now, count) -> None:
-        """Evaluates plain equations, compiled together."""
+    def segment(self, program, ops, env, last, now) -> list["_Step"]:
+        """Plain equations, compiled together, as a step; none if nobody reads what they give."""
         made = {i for op in ops for i in op.outputs}
         inputs = list(dict.fromkeys(i for op in ops for i in op.inputs if i not in made))
-        outputs = [i for i in made if last.get(i, -1) >= now]
+        outputs = sorted(i for i in made if last.get(i, -1) >= now)
         if not outputs:
-            return
-        outputs.sort()
-        values = [self.read(program, env, i) for i in inputs]
+            return []
         function = self.compiled(ops, inputs, outputs)
-        spent = _spent(env, last, now - 1, program.inputs)
-        env.update(zip(outputs, _each(function, values, count, spent), strict=True))
+        return [_Step(function, inputs, outputs, self.known(program, inputs, env))]
+
+    def known(self, program, inputs, env) -> dict[int, Any]:
+        """Those of a step's inputs that no earlier step has yet to make."""
+        return {i: self.read(program, env, i) for i in inputs if i in env}
 
     def compiled(self, ops, inputs, outputs) -> Callable:
         """A jitted function of some equations; one for all that look the same."""
@@ -213,32 +232,16 @@ class Sequential:
             self.cache[key] = function
         return function
 
-    def site(self, program, op, env, roots, count, spent) -> None:
-        """Compresses a site's input group if that is still to do, then evaluates the site.
-
-        ``spent`` is None where nobody asks for its output.
-        """
-        here = env[op.inputs[op.site.operand]]
-        key = _key(op.site, here)
-        if key not in self.done:
-            self.compress_group(program, op, env, roots, count)
-        if spent is not None:
-            self.evaluate(program, op, env, self.done[key], count, spent)
-        if op.site.uses == 1 and len(here.index) == self.loops:
-            # The compressor keeps the result; this one is no longer needed. (A loop whose
-            # iterations share the weight comes back to it.)
-            self.done[key] = None
-
-    def evaluate(self, program, op, env, leaf, count, spent) -> None:
-        """Evaluates a site on all batches."""
+    def site(self, program, op, env, leaf) -> "_Step":
+        """A site on its compressed weight, as a step."""
         function = self.applied(op)
-        operands = [
-            None if j == op.site.operand else self.read(program, env, i)
-            for j, i in enumerate(op.inputs)
-        ]
-        self.contractions += count if any(isinstance(v, Many) for v in operands) else 1
-        results = _each(lambda *v: function(v, leaf), operands, count, spent)
-        env.update(zip(op.outputs, results, strict=True))
+        at = op.site.operand
+        inputs = [i for j, i in enumerate(op.inputs) if j != at]
+
+        def evaluate(*values):
+            return function([*values[:at], None, *values[at:]], leaf)
+
+        return _Step(evaluate, inputs, op.outputs, self.known(program, inputs, env), True)
 
     def applied(self, op: Op) -> Callable:
         """A jitted function that evaluates a site on a leaf without its loop axes."""
@@ -503,35 +506,83 @@ def _quantizes(leaf: Any) -> bool:
     return isinstance(leaf, _Leaf) and is_compressed(leaf.value) and quantizes_input(leaf.value)
 
 
-def _each(
-    function: Callable, values: Sequence[Any], count: int, spent: AbstractSet[int] = frozenset()
-):
-    """Results of a function for each batch, or the shared ones if all values are shared.
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A compiled function that waits until somebody asks for what it gives.
+
+    Attributes:
+      function: of one batch's values.
+      inputs: ids of the values.
+      outputs: ids of the results.
+      known: inputs that are there; earlier steps make the others.
+      is_site: whether it is a contraction with a weight.
+    """
+
+    function: Callable
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    known: dict[int, Any]
+    is_site: bool = False
+
+    def is_shared(self, others: Container[int]) -> bool:
+        """Whether all batches share the results, if they share ``others``."""
+        return all(
+            i in others or (i in self.known and not isinstance(self.known[i], Many))
+            for i in self.inputs
+        )
+
+
+def _execute(steps: Sequence[_Step], env: dict, alive: Container[int], count: int) -> int:
+    """Runs steps, one batch after the other through all of them.
+
+    So only one batch's intermediate values exist at a time, and an input that nobody reads again
+    is let go batch by batch.
 
     Args:
-      function: of one batch's values; gives a sequence of results.
-      values: ``Many`` or shared.
+      steps: in order.
+      env: values by id, to which the results that are alive are added.
+      alive: ids that are read later.
       count: number of batches.
-      spent: the ``id`` of each ``Many`` that nobody reads again: its values are let go one by one.
 
     Returns:
-      Results, ``Many`` or shared.
+      Number of contractions with weights.
     """
+    common: dict[int, Any] = {}
+    varying: list[_Step] = []
+    for step in steps:
+        if step.is_shared(common):
+            values = [common[i] if i in common else step.known[i] for i in step.inputs]
+            common.update(zip(step.outputs, step.function(*values), strict=True))
+        else:
+            varying.append(step)
+    last = {i: n for n, step in enumerate(varying) for i in step.inputs}
+    columns = {i: Many() for step in varying for i in step.outputs if i in alive}
+    still_read = {id(v) for i, v in env.items() if i in alive}
+    read = {id(v): v for step in varying for v in step.known.values() if isinstance(v, Many)}
+    spent = [v for key, v in read.items() if key not in still_read]
+    for b in range(count if varying else 0):
+        made: dict[int, Any] = {}
+        for n, step in enumerate(varying):
+            places = (made, common, step.known)
+            values = [_at(next(p[i] for p in places if i in p), b) for i in step.inputs]
+            made.update(zip(step.outputs, step.function(*values), strict=True))
+            for i in [i for i in made if last.get(i, -1) <= n and i not in columns]:
+                del made[i]
+        for i, column in columns.items():
+            column.append(made[i])
+        for value in spent:
+            value[b] = None
+    env.update((i, v) for i, v in common.items() if i in alive)
+    env.update(columns)
+    return sum(s.is_site for s in steps) + sum(s.is_site for s in varying) * (count - 1)
+
+
+def _each(function: Callable, values: Sequence[Any], count: int) -> Any:
+    """Results of a function for each batch, or the shared ones if all values are shared."""
     if not any(isinstance(v, Many) for v in values):
         return function(*values)
-    rows = []
-    for b in range(count):
-        rows.append(function(*(_at(v, b) for v in values)))
-        for value in values:
-            if id(value) in spent:
-                value[b] = None
+    rows = [function(*(_at(v, b) for v in values)) for b in range(count)]
     return [Many(column) for column in zip(*rows, strict=True)]
-
-
-def _spent(env: dict, last: dict, k: int, kept: Container[int]) -> set[int]:
-    """Objects ``Many`` (their ``id``) that nothing after operation ``k`` reads under any name."""
-    alive = {id(v) for i, v in env.items() if last.get(i, -1) > k or i in kept}
-    return {id(v) for v in env.values() if isinstance(v, Many)} - alive
 
 
 def _key(site: Site, leaf: _Leaf) -> tuple[str, Index]:

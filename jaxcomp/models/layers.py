@@ -134,7 +134,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     scores = jnp.einsum("bkmd,bskd->bkms", q, k, preferred_element_type=wide) * head_dim**-0.5
     scores = scores.reshape(batch, kv_heads, groups, queries, keys)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+        # Added, not selected: XLA then works in place on this largest array of the model.
+        scores = scores + jnp.where(mask[:, None, None], 0, jnp.finfo(wide).min).astype(wide)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     weights = weights.reshape(batch, kv_heads, groups * queries, keys)
     out = jnp.einsum("bkms,bskd->bkmd", weights, v)

@@ -65,8 +65,10 @@ def _energy(e, h):
     return jnp.sum(jnp.matmul(e, h, precision=_EXACT) * e, axis=-1)
 
 
-def _scale(absmean, ratio):
+def _scales(absmean, ratios):
+    """Scales ``(ratios, *stack, in)`` of each exponent."""
     xp = np if isinstance(absmean, np.ndarray) else jnp
+    ratio = ratios.reshape(-1, *(1,) * absmean.ndim)
     live = absmean > 0
     scale = xp.where(live, absmean, 1) ** ratio
     limits = xp.finfo(scale.dtype)
@@ -75,62 +77,80 @@ def _scale(absmean, ratio):
     return xp.where(live, scale / (xp.sqrt(largest) * xp.sqrt(least)), 1)
 
 
-def _clip(fmt, w, h, mask, clipping, percentile):
-    """The weight clipped to the factor of each group's absmax that makes the error least."""
+def _chosen(scales, best):
+    """The scale ``(*stack, in)`` that each matrix of a stack has found best."""
+    xp = np if isinstance(scales, np.ndarray) else jnp
+    return xp.take_along_axis(scales, best[None, ..., None], axis=0)[0]
+
+
+ATTEMPTS = 10
+
+
+def _clipped(fmt, w, h, mask, clipping, percentile):
+    """The weight rounded with each group clipped to the factor of its absmax that serves best.
+
+    First each group takes the factor under which its own error is least. As groups of a row also
+    act together, a row whose error all in all is larger for it goes back to no clipping. One loop
+    does all of it, so that rounding is compiled once.
+    """
     *stack, out, size = w.shape
     group = grid.group_size_of(fmt, size)
-    rows = grid.fit(fmt, w, grid.prepare(fmt, w)).scale.shape[-2]
+    rows = jax.eval_shape(lambda w: grid.fit(fmt, w, grid.prepare(fmt, w)).scale, w).shape[-2]
     columns = size // group
     blocks = h.reshape(*h.shape[:-2], columns, group, columns, group)
     blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+    grouped = (*stack, rows, out // rows, columns, group)
+    absmax = jnp.abs(w).reshape(grouped).max((-3, -1), keepdims=True)
 
-    def limits(factor):
-        grouped = jnp.abs(w).reshape(*stack, rows, out // rows, columns, group)
-        limit = grouped.max((-3, -1), keepdims=True) * factor[..., :, None, :, None]
-        return jnp.broadcast_to(limit, grouped.shape).reshape(w.shape)
-
-    def quantized(factor):
-        limit = limits(factor)
+    def rounded(factor):
+        limit = jnp.broadcast_to(absmax * factor[..., :, None, :, None], grouped).reshape(w.shape)
         clipped = jnp.clip(w, -limit, limit)
-        return common.round_to_grid(fmt, clipped, clipping, percentile, mask, False).values
+        return common.round_to_grid(fmt, clipped, clipping, percentile, mask, False)
 
-    def loss(factor):
-        e = (quantized(factor) - w).reshape(*stack, out, columns, group)
+    def group_losses(e):
+        e = e.reshape(*stack, out, columns, group)
         moved = jnp.einsum("...ogk,...gkl->...ogl", e, blocks, precision=_EXACT)
         return jnp.sum(moved * e, -1).reshape(*stack, rows, out // rows, columns).sum(-2)
+
+    def row_losses(e):
+        return _energy(e, h).reshape(*stack, rows, out // rows).sum(-1)
 
     whole = jnp.ones((*stack, rows, columns), w.dtype)
 
     def attempt(i, best):
-        least, factor = best
-        candidate = whole * (1 - i / 20).astype(w.dtype)
-        tried = loss(candidate)
-        return jnp.minimum(least, tried), jnp.where(tried < least, candidate, factor)
+        least, factor, unclipped, _ = best
+        candidate = jnp.where(i < ATTEMPTS, whole * (1 - i / 20).astype(w.dtype), factor)
+        result = rounded(candidate)
+        e = result.values - w
+        tried = group_losses(e)
+        better = (i < ATTEMPTS) & (tried < least)
+        least, factor = jnp.where(better, tried, least), jnp.where(better, candidate, factor)
+        compared = (i == 0) | (i == ATTEMPTS)
+        loss = jax.lax.cond(compared, row_losses, lambda e: unclipped, e)
+        worse = (i == ATTEMPTS) & (loss >= unclipped)
+        factor = jnp.where(worse[..., None], 1.0, factor)
+        return least, factor, jnp.where(i == 0, loss, unclipped), result
 
-    _, factor = jax.lax.fori_loop(0, 10, attempt, (jnp.full_like(whole, jnp.inf), whole))
-    energy = jax.lax.map(lambda f: _energy(quantized(f) - w, h), jnp.stack([whole, factor]))
-    before, after = energy.reshape(2, *stack, rows, out // rows).sum(-1)
-    factor = jnp.where((after < before)[..., None], factor, 1.0)
-    limit = limits(factor)
-    return jnp.clip(w, -limit, limit)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(rounded, whole))
+    start = (jnp.full_like(whole, jnp.inf), whole, jnp.zeros(whole.shape[:-1], w.dtype), nothing)
+    return jax.lax.fori_loop(0, ATTEMPTS + 2, attempt, start)[-1]
 
 
 _STATIC = ("fmt", "clipping", "percentile")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "grid_size"))
-def _losses(w, h, mask, absmean, *, grid_size, **options):
-    """Rows' losses under each exponent, ``(*stack, out, grid_size)``."""
-    w, h = w.astype(absmean.dtype), h.astype(absmean.dtype)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _losses(w, h, mask, scales, **options):
+    """Rows' losses under each of the scales, ``(*stack, out, len(scales))``."""
+    w, h = w.astype(scales.dtype), h.astype(scales.dtype)
     w = w if mask is None else jnp.where(mask, w, 0.0)
 
-    def loss(ratio):
-        scale = _scale(absmean, ratio)[..., None, :]
+    def loss(scale):
+        scale = scale[..., None, :]
         values = common.round_to_grid(w=w * scale, mask=mask, build=False, **options).values
         return _energy(values / scale - w, h)
 
-    ratios = jnp.arange(grid_size, dtype=absmean.dtype) / grid_size
-    return jnp.moveaxis(jax.lax.map(loss, ratios), 0, -1)
+    return jnp.moveaxis(jax.lax.map(loss, scales), 0, -1)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "search_clip", "report"))
@@ -139,11 +159,11 @@ def _rounded(w, h, mask, scale, *, search_clip, report, **options):
     w, h = w.astype(scale.dtype), h.astype(scale.dtype)
     w = w if mask is None else jnp.where(mask, w, 0.0)
     column = scale[..., None, :]
-    target = scaled = w * column
     if search_clip:
         seen = h / (column * jnp.swapaxes(column, -1, -2))
-        target = _clip(w=scaled, h=seen, mask=mask, **options)
-    result = common.round_to_grid(w=target, mask=mask, build=False, **options)
+        result = _clipped(w=w * column, h=seen, mask=mask, **options)
+    else:
+        result = common.round_to_grid(w=w * column, mask=mask, build=False, **options)
     return result, common.energies(w, result.values / column, h) if report else None
 
 
@@ -167,14 +187,17 @@ def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, rep
     kmeans = isinstance(fmt, Codebook) and fmt.kind == "kmeans"
     dtype = common.working_dtype(*weights)
     absmean = common.shared(absmeans, stack).astype(dtype)
+    ratios = (np.arange(step.grid_size) / step.grid_size).astype(dtype)
+    scales = host.call(_scales, absmean, ratios)
     layers = list(zip(weights, hessians, masks, strict=True))
     losses = 0
     for layer in layers:
-        rows = host.numpy(_by_rows(_losses, *layer, absmean, grid_size=step.grid_size, **options))
+        rows = host.numpy(_by_rows(_losses, *layer, scales, **options))
         lead = tuple(range(rows.ndim - 2)) if rows.shape[:-2] != stack else ()
         losses = losses + rows.sum((*lead, -2))
-    ratio = (losses.argmin(-1) / step.grid_size).astype(dtype)
-    scale = host.call(_scale, absmean, ratio[..., None])
+    best = losses.argmin(-1)
+    ratio = (best / step.grid_size).astype(dtype)
+    scale = host.call(_chosen, scales, best)
     search = step.search_clip and not kmeans
     found = [
         _by_rows(_rounded, *layer, scale, search_clip=search, report=report, **options)

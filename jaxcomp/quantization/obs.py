@@ -265,11 +265,79 @@ def solve(
         added = jnp.arange(padded) >= in_size
         upper = jnp.where(added & jnp.eye(padded, dtype=bool), 1.0, upper)
 
+    found = _columns(
+        weights,
+        upper,
+        fixed,
+        qparams,
+        column_group,
+        sizes=sizes,
+        group=group if fits else None,
+        fmt=fmt,
+        context=context,
+        choose=choose,
+        choose_size=choose_size,
+        clipping=clipping,
+        percentile=percentile,
+    )
+    fitted = qparams
+    if fits:
+        fitted = jax.tree.map(
+            lambda a: jnp.moveaxis(a[: in_size // group, :, 0], 0, -1), found.qparams
+        )
+    chosen = fixed if found.mask is None else found.mask
+    return Solution(
+        values=found.values[:in_size].T,
+        codes=None if found.codes is None else found.codes[:in_size].T,
+        qparams=fitted,
+        mask=None if chosen is None else chosen[:in_size].T,
+        errors=found.errors[:in_size].T,
+    )
+
+
+def _columns(
+    w,
+    upper,
+    mask,
+    qparams,
+    column_group,
+    *,
+    sizes,
+    group,
+    fmt,
+    context,
+    choose,
+    choose_size,
+    clipping,
+    percentile,
+) -> Solution:
+    """The loop over the columns of a matrix, all arrays transposed: ``(in, out)``.
+
+    Args:
+      w: the weights, filled up to whole blocks.
+      upper: the factor, likewise.
+      mask: like ``w``, or None.
+      qparams: scales ``(out, groups)`` that are fixed, or None.
+      column_group: the group of each column; None where each column has its own scale.
+      sizes: from ``nest``.
+      group: columns whose scales are fitted together in the loop, or None.
+      fmt: as in ``solve``, like all that follow.
+      context: of the whole matrix.
+      choose: picks weights to keep.
+      choose_size: at a time.
+      clipping: how groups are fitted.
+      percentile: for "percentile".
+
+    Returns:
+      A solution of transposed arrays; its scales are those fitted here, ``(groups, out, 1)``.
+    """
+    out, fits = w.shape[1], group is not None
+
     def column(start, current, u, params, keep):
         value, codes = current[0], None
         if fmt is not None:
             if qparams is not None:
-                index = column_group[start]
+                index = start if column_group is None else column_group[start]
                 params = jax.tree.map(
                     lambda a: jax.lax.dynamic_slice_in_dim(a, index, 1, axis=-1), qparams
                 )
@@ -321,20 +389,8 @@ def solve(
         join = lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])  # noqa: E731
         return errors, jax.tree.map(join, results)
 
-    errors, (values, codes, fitted, chosen) = descend(0, 0, weights, upper, None, fixed)
-    if fits:
-        fitted = jax.tree.map(lambda a: jnp.moveaxis(a[: in_size // group, :, 0], 0, -1), fitted)
-    else:
-        fitted = qparams
-    if chosen is None:
-        chosen = fixed
-    return Solution(
-        values=values[:in_size].T,
-        codes=None if codes is None else codes[:in_size].T,
-        qparams=fitted,
-        mask=None if chosen is None else chosen[:in_size].T,
-        errors=errors[:in_size].T,
-    )
+    errors, (values, codes, fitted, chosen) = descend(0, 0, w, upper, None, mask)
+    return Solution(values, codes, fitted, chosen, errors)
 
 
 def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solution:
@@ -349,29 +405,44 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
     upper = upper.astype(w.dtype)
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
+    w, mask = np.ascontiguousarray(w.T), None if mask is None else mask.T
     errors = np.zeros_like(w)
     blocks = []
     for start in range(0, in_size, size):
         here = slice(start, start + size)
         found = _solve_block(
-            w[:, here] - errors[:, :start] @ upper[:start, here],
+            w[here] - upper[:start, here].T @ errors[:start],
             upper[here, here],
             jax.tree.map(lambda a, here=here: a[:, here], given),
-            None if mask is None else mask[:, here],
+            None if mask is None else mask[here],
             **options,
         )
-        errors[:, here] = found.errors
-        blocks.append(found._replace(qparams=found.qparams if qparams is None else None))
-    joined = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *blocks)
+        errors[here] = found.errors
+        blocks.append(found)
     # Without what was filled up; of scales there is one a group.
-    solution = jax.tree.map(lambda a: a[:, : in_size * a.shape[1] // w.shape[1]], joined)
-    return solution if qparams is None else solution._replace(qparams=qparams)
+    join = lambda *a: np.concatenate(a)[: in_size * sum(map(len, a)) // len(w)]  # noqa: E731
+    found = jax.tree.map(join, *blocks)
+    if qparams is None:
+        qparams = jax.tree.map(lambda a: a[..., 0].T, found.qparams)
+    rows = jax.tree.map(np.transpose, found._replace(qparams=None))
+    return rows._replace(qparams=qparams, mask=None if mask is None else mask[:in_size].T)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "clipping", "percentile"))
-def _solve_block(w, upper, qparams, mask, **options):
-    size = w.shape[1]
-    each = None if qparams is None else jnp.arange(size)
-    return solve(
-        w, upper, qparams=qparams, column_group=each, mask=mask, block_size=size, **options
+def _solve_block(w, upper, qparams, mask, fmt, **options):
+    size = len(w)
+    group = None if fmt is None or qparams is not None else grid.group_size_of(fmt, size)
+    sizes = nest(size, size, {group} - {None}, w.shape[1])
+    return _columns(
+        w,
+        upper,
+        mask,
+        qparams,
+        None,
+        sizes=sizes,
+        group=group,
+        fmt=fmt,
+        choose=None,
+        choose_size=None,
+        **options,
     )
