@@ -8,14 +8,16 @@ OUTPUT ?= demo-output
 BENCHMARKS ?= trace speed quality memory training structured minilm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TPU_STAMP := $(VENV)/.libtpu
 
-.PHONY: help demo test lint format bench configs readme clean
+.PHONY: help demo test lint format bench bench-tpu configs readme clean
 
 help:
 	@echo "make demo    compress the embedded model several ways; results in $(OUTPUT)/"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff"
 	@echo "make bench   the benchmarks, one table each"
+	@echo "make bench-tpu  scheduled cycles of the kernels, from the TPU compiler (no TPU needed)"
 
 # PyTorch (its CPU build) and a package that carries MiniLM are references for parity tests only:
 # where they cannot be had, those tests are skipped.
@@ -28,10 +30,17 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
+# The TPU compiler, beside the packages and not among them: jax looks for a TPU where it finds it.
+$(TPU_STAMP): $(STAMP)
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c \
+	  "import importlib.metadata as m; print(*(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))")" \
+	  || echo "no TPU compiler here: kernels are not compiled for TPUs"
+	touch $(TPU_STAMP)
+
 demo: $(STAMP)
 	$(BIN)/jaxcomp demo --output $(OUTPUT)
 
-test: $(STAMP)
+test: $(STAMP) $(TPU_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
 
 lint: $(STAMP)
@@ -42,6 +51,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+
+bench-tpu: $(STAMP) $(TPU_STAMP)
+	$(BIN)/python -m benchmarks.tpu_schedule
 
 # The YAML files are the presets, written down.
 configs: $(STAMP)

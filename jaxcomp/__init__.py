@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from jaxcomp import (
+    attention,
     data,
     diagnostics,
     distillation,
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "Result",
     "Site",
+    "attention",
     "compress",
     "data",
     "diagnostics",

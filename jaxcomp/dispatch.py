@@ -4,6 +4,7 @@ A site whose weight is compressed goes to an implementation:
 
 - "int8": the input's integer codes times the weight's, summed in int32, then scaled;
 - "fp8": the same with float8 values;
+- "kernel": the weight stays packed in memory and is decoded next to the matrix unit (on TPUs);
 - "parts": the input through each part in turn (a scale, a thin product, some dense columns);
 - "rows": of an embedding only the rows that are looked up;
 - "materialize": the weight made dense inside the computation, then the equation as it stands.
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp import formats, matmul
+from jaxcomp import formats, matmul, packed
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
@@ -28,9 +29,10 @@ from jaxcomp.graph.interpret import as_array, picked
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
+from jaxcomp.kernels import chips
 from jaxcomp.quantization.ste import fake_quantize_input
 
-IMPLEMENTATIONS = ("int8", "fp8", "parts", "rows", "materialize")
+IMPLEMENTATIONS = ("int8", "fp8", "kernel", "parts", "rows", "materialize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,32 @@ class Dispatched:
                     reason = f"{op.eqn.primitive.name} has no rule for a compressed operand"
                     choices.append(Choice(path, op.eqn.primitive.name, "materialize", reason))
         return tuple(choices)
+
+    def prepare(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """Rearranges packed weights once for the kernels of the chip at hand.
+
+        Without it the kernels do so on every call. Weights that no kernel reads, or that are also
+        read otherwise, stay as they are. The result is for running: save ``params``.
+
+        Args:
+          params: as for the call.
+          *inputs: as for the call; shapes are enough.
+          **kwargs: as for the call.
+
+        Returns:
+          Parameters to call this with in place of ``params``.
+        """
+        readers: dict[str, set[str]] = {}
+        for choice in self.report(params, *inputs, **kwargs):
+            readers.setdefault(choice.path, set()).add(choice.implementation)
+        named, treedef = leaf_paths(params)
+        leaves = [
+            leaf.replace(parts=tuple(packed.prepared(p, _chip_of(leaf)) for p in leaf.parts))
+            if readers.get(path) == {"kernel"}
+            else leaf
+            for path, leaf in named
+        ]
+        return jax.tree.unflatten(treedef, leaves)
 
 
 def dispatch(apply: Callable, implementation: str | None = None) -> Dispatched:
@@ -182,13 +210,13 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
       JaxcompError: the forced one does not fit; the message says why.
     """
     site = op.site
-    reasons = {"int8": "", "fp8": "", "parts": "", "rows": "", "materialize": ""}
+    reasons = dict.fromkeys(IMPLEMENTATIONS, "")
     plain = site.kind == "dot_general" and not site.transposed
     if not plain:
         why = f"a {site.kind} takes a dense weight"
         if site.transposed:
             why = "the contraction runs over the outputs of the compressed matrix"
-        for name in ("int8", "fp8", "parts"):
+        for name in ("int8", "fp8", "kernel", "parts"):
             reasons[name] = why
     if site.kind != "gather":
         reasons["rows"] = f"a {site.kind} reads the whole weight"
@@ -210,6 +238,9 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
         reasons["int8"] = reasons["int8"] or "no part of the weight holds integers of up to 8 bits"
     if quantizers and not any(matmul.float8(p) for p in inner):
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
+    # Asked for, the operation runs on any chip, with what it has there.
+    chip = None if forced == "kernel" else _chip_of(leaf)
+    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, quantizers, inner, chip)
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
@@ -223,6 +254,8 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
         return "int8", "integer codes of input and weight, summed in int32"
     if not reasons["fp8"]:
         return "fp8", "float8 values of input and weight"
+    if not reasons["kernel"]:
+        return "kernel", f"decoded next to the matrix unit of a {chip.name}"
     if not reasons["rows"]:
         return "rows", "only the rows that are looked up are dequantized"
     split = len(leaf.parts) > 1 or quantizers
@@ -230,7 +263,22 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
         return "parts", "the input goes through each part"
     if site.kind == "gather":
         return "materialize", reasons["rows"]
-    return "materialize", reasons["parts"] or "weight-only: dequantized where it is used"
+    return "materialize", reasons["parts"] or f"weight-only, no kernel: {reasons['kernel']}"
+
+
+def _chip_of(leaf: formats.CompressedArray) -> chips.Chip:
+    """The chip that a weight is on, or a CPU where no kernel knows it."""
+    return chips.chip_of(*jax.tree.leaves(leaf)) or chips.CPU
+
+
+def _no_kernel(op: Op, quantizers: list, parts: list, chip: chips.Chip | None) -> str:
+    """Why no kernel reads the weight packed; empty where one does."""
+    if quantizers:
+        return "the input is quantized"
+    if op.eqn.invars[1 - op.site.operand].aval.dtype not in (jnp.bfloat16, jnp.float32):
+        return "the input is neither bfloat16 nor float32"
+    problems = [packed.problem(part, chip) for part in parts]
+    return "" if None in problems else "; ".join(dict.fromkeys(filter(None, problems)))
 
 
 def _row_wise(op: Op, leaf: formats.CompressedArray) -> bool:

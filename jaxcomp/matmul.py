@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomp import formats
+from jaxcomp import formats, packed
 from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
 
 
@@ -41,13 +41,14 @@ def matmul(
     Args:
       x: ``(*stack, tokens, in)``.
       weight: with matrices ``(*stack, out, in)``.
-      implementation: "int8" or "fp8" multiply codes where a part has them; "parts" simulates.
+      implementation: "int8" or "fp8" multiply codes where a part has them, "kernel" reads packed
+        parts where a kernel does; "parts" simulates.
 
     Returns:
       ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
     """
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    x = x.astype(dtype)
+    if x.dtype not in (jnp.bfloat16, jnp.float64) or implementation != "kernel":
+        x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     total = None
     for part in weight.parts:
         y = _part_matmul(x, part, implementation)
@@ -60,6 +61,10 @@ def _part_matmul(x: jax.Array, part: Any, implementation: str) -> jax.Array:
         return _part_matmul(x * part.scale[..., None, :].astype(x.dtype), part.part, implementation)
     if isinstance(part, formats.InputQuant):
         return _quantized_part(x, part, implementation)
+    if implementation == "kernel":
+        if packed.problem(part) is None and x.dtype != jnp.float64:
+            return packed.matmul(x, part)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if isinstance(part, formats.LowRankPart):
         inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
         return jnp.matmul(inner, jnp.swapaxes(part.a, -1, -2).astype(x.dtype))

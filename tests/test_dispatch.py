@@ -243,7 +243,7 @@ def test_forcing_an_implementation():
     np.testing.assert_allclose(*got, rtol=1e-5, atol=1e-5)
     with pytest.raises(jc.JaxcompError, match=r"'fp8' does not fit .*quantized to int8"):
         jc.dispatch(apply, "fp8")(compressed, x)
-    with pytest.raises(jc.JaxcompError, match="int8, fp8, parts, rows, materialize"):
+    with pytest.raises(jc.JaxcompError, match="int8, fp8, kernel, parts, rows"):
         jc.dispatch(apply, "triton")
 
 
@@ -294,3 +294,45 @@ def test_affine_codes_stay_packed_in_the_jitted_arguments():
     assert isinstance(part, Affine) and part.values.nbytes == 64 * 32 // 2
     lowered = jax.jit(functools.partial(jc.dispatch(apply))).lower(compressed, normal(4, 64))
     assert "ui8" in lowered.as_text().splitlines()[1] or "ui8" in lowered.as_text()
+
+
+PACKED = [
+    Int(4, 32, scale_dtype="bfloat16"),
+    Int(4, 32, symmetric=False),
+    Int(2, 16),
+    Int(8),
+    Float("e4m3"),
+    Codebook("nf4", group_size=16),
+    Codebook("nf4", group_size=16, double_quantization=True),
+]
+
+
+@pytest.mark.parametrize("fmt", PACKED)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_packed_operands_mean_what_the_parts_mean(fmt, dtype):
+    """The kernels' operation on the parts' own arrays against the dense weight, stacked too."""
+    apply = lambda p, x: jnp.einsum("eti,eio->eto", x @ p["a"], p["b"])  # noqa: E731
+    params = {"a": normal(2, 64, 64), "b": normal(2, 64, 24, seed=1)}
+    x = normal(2, 5, 64, seed=2)
+    compressed = rtn(apply, params, x, fmt=fmt)
+    fast = jc.dispatch(apply, "kernel")
+    assert {c.implementation for c in fast.report(compressed, x)} == {"kernel"}
+    expected = apply(jc.materialize(compressed), x.astype(dtype).astype(jnp.float32))
+    got = jax.jit(fast)(compressed, x.astype(dtype))
+    scale = float(jnp.abs(expected).max())
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(got / scale, expected / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "fmt, reason",
+    [(Int(3), "3 bits"), (Float("mxfp4"), "mxfp4"), (Int(16), "16 bits")],
+)
+def test_formats_without_a_kernel_say_so(fmt, reason):
+    apply = lambda p, x: x @ p["w"]  # noqa: E731
+    x = normal(4, 64)
+    compressed = rtn(apply, {"w": normal(64, 32)}, x, fmt=fmt)
+    with pytest.raises(jc.JaxcompError, match=f"'kernel' does not fit .*{reason}"):
+        jc.dispatch(apply, "kernel")(compressed, x)
+    (choice,) = jc.dispatch(apply).report(compressed, x)
+    assert choice.implementation == "materialize" and reason in choice.reason

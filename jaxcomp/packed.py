@@ -1,0 +1,180 @@
+"""Compressed weights as operands of the kernels that read them packed."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp import formats
+from jaxcomp.formats import base
+from jaxcomp.kernels import quantized_matmul as kernels
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.quantized_matmul import layout, tpu, weights
+
+
+@base.part
+class Prepared(base.Part):
+    """A part as the kernels of a chip read it, for running and not for storing.
+
+    Of the same size, but for zero points, which become float32.
+
+    Attributes:
+      weight: from ``prepare`` of the kernels, without its table.
+      table: ``(*stack, 16)`` values of a codebook, the same for a whole stack; or None.
+    """
+
+    weight: weights.Weight
+    table: jax.Array | None = None
+
+    @classmethod
+    def of(cls, weight: weights.Weight) -> "Prepared":
+        """The part that holds a weight in the stored layout."""
+        table = weight.table
+        if table is not None:
+            table = jnp.broadcast_to(table, (*weight.stack, *table.shape))
+        return cls(dataclasses.replace(layout.prepare(weight), table=None), table)
+
+    @property
+    def whole(self) -> weights.Weight:
+        """The weight with its table."""
+        table = None if self.table is None else self.table.reshape(-1, self.table.shape[-1])[0]
+        return dataclasses.replace(self.weight, table=table)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*stack, out, in)``."""
+        return (*self.weight.stack, *self.weight.shape)
+
+    def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
+        return weights.dequantize(layout.restore(self.whole)).astype(dtype)
+
+
+def operand(part: Any) -> weights.Weight | str:
+    """A part of a compressed weight as the kernels take it.
+
+    Args:
+      part: without input transforms.
+
+    Returns:
+      The packed weight, made of the part's own arrays; or why there is no kernel for it.
+    """
+    return _OPERANDS.get(type(part), _other)(part)
+
+
+def prepared(part: Any, chip: Chip) -> Any:
+    """A part, also inside of input transforms, in the layout of a chip's kernels if it has one.
+
+    Args:
+      part: arrays.
+      chip: from ``chip_of``.
+
+    Returns:
+      The part with a ``Prepared`` in its place, or as it is where no kernel reads it.
+    """
+    if isinstance(part, (formats.InputScale, formats.InputQuant)):
+        return part.replace(part=prepared(part.part, chip))
+    if problem(part, chip) is not None or isinstance(part, Prepared):
+        return part
+    return Prepared.of(operand(part))
+
+
+def _other(part: Any) -> str:
+    return f"no kernel reads a {type(part).__name__}"
+
+
+def _affine(part: formats.Affine) -> weights.Weight | str:
+    if part.bits not in (2, 4, 8):
+        return f"no kernel reads {part.bits} bits"
+    if part.group_index is not None:
+        return "its groups are scattered (activation order without static groups)"
+    problem = _layout(part)
+    if problem:
+        return problem
+    codes = part.values
+    if part.bits == 8:
+        codes = _bytes(codes)
+    return _stored(codes, part.scale, part.zero_point, None, f"int{part.bits}", part.group_size)
+
+
+def _float(part: formats.FloatPart) -> weights.Weight | str:
+    if part.kind != "e4m3":
+        return f"no kernel reads {part.kind}"
+    problem = _layout(part)
+    if problem:
+        return problem
+    return _stored(_bytes(part.values), part.scale, None, None, "fp8", part.group_size)
+
+
+def _codebook(part: formats.CodebookPart) -> weights.Weight | str:
+    if part.bits != 4 or part.levels.shape[-1] != 16:
+        return f"no kernel reads a table of {part.levels.shape[-1]} levels"
+    known = part.kind == "nf4"  # Then every matrix of a stack has the same table.
+    if part.levels.shape[-2] != 1 or (part.levels.ndim > 2 and not known):
+        return "it has more than one table of levels"
+    if part.scale is None:
+        return "it has no scales"
+    problem = _layout(part)
+    if problem:
+        return problem
+    table = None if known else part.levels[0]
+    return _stored(part.indices, part.effective_scale(), None, table, "codebook", part.group_size)
+
+
+def _layout(part: Any) -> str | None:
+    out = part.shape[-2]
+    if part.scale.shape[-1] != out:
+        return "several outputs share a scale"
+    if getattr(part, "padding", 0):
+        return f"its {part.shape[-1]} inputs do not fill whole bytes"
+    return None
+
+
+def _stored(codes, scale, zeros, table, format, group_size) -> weights.Weight:
+    if scale.dtype not in (jnp.bfloat16, jnp.float32):
+        scale = scale.astype(jnp.float32)
+    return weights.stored(codes, scale, zeros, table, format, group_size)
+
+
+def _bytes(values: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(values, jnp.uint8)
+
+
+_OPERANDS = {
+    Prepared: lambda part: part.whole,
+    formats.Affine: _affine,
+    formats.FloatPart: _float,
+    formats.CodebookPart: _codebook,
+}
+
+
+def problem(part: Any, chip: Chip | None = None) -> str | None:
+    """Why no kernel reads a part, from shapes alone.
+
+    Args:
+      part: arrays or shapes of them.
+      chip: whose kernel; None asks only whether there is an operation for the format.
+
+    Returns:
+      The reason, or None.
+    """
+    found: list[Any] = []
+    jax.eval_shape(lambda part: found.append(operand(part)), part)
+    (weight,) = found
+    if isinstance(weight, str):
+        return weight
+    return None if chip is None else tpu.unfit(weight, chip)
+
+
+def matmul(x: jax.Array, part: Any) -> jax.Array:
+    """Product of an input with a part that ``operand`` accepts, by its kernel.
+
+    Args:
+      x: ``(*stack, tokens, in)``, bfloat16 or float32.
+      part: of a weight ``(*stack, out, in)``, without input transforms.
+
+    Returns:
+      ``(*stack, tokens, out)`` in float32.
+    """
+    return kernels.quantized_matmul(x, operand(part), out_dtype=jnp.float32)

@@ -1,0 +1,350 @@
+"""Products with quantized weights: what is public, checked, chosen and differentiated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels.quantized_matmul import gpu, layout, reference, sharding, tpu, weights
+from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
+from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
+
+_ACTIVATION_DTYPES = {"int": ("int8", "float8_e4m3fn"), "float": ("float8_e4m3fn",), "codebook": ()}
+
+
+def quantized_matmul(
+    x: jax.Array,
+    codes: jax.Array | Weight,
+    scales: jax.Array | None = None,
+    zeros: jax.Array | None = None,
+    *,
+    format: str = "int4",
+    group_size: int | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    activation_dtype: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    interpret=False,
+    weight_spec: PartitionSpec | None = None,
+    x_spec: PartitionSpec | None = None,
+) -> jax.Array:
+    """Y = activation(x Wᵀ + bias) with W[n, k] = scale * (value(code) - zero).
+
+    With ``activation_dtype`` each row of x is first quantized by its largest entry, and the product
+    is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. Gradients go to x
+    (straight through that quantization), scales, zeros, bias and table.
+
+    On a mesh of several devices each multiplies its own part of the weight (and quantizes its own
+    part of a row): sums are exchanged where K is split, weights never. Axes of Explicit type say
+    how arrays are split; on Auto axes ``weight_spec`` has to, and without it XLA does the product.
+
+    Args:
+      x: ``(*stack, .., K)``, bf16 or f32.
+      codes: uint8 ``(*stack, N, K * bits / 8)``, or what ``prepare`` returned, which brings scales,
+        zeros, format, group_size and table with it.
+      scales: bf16 or f32 ``(*stack, K / group_size, N)``.
+      zeros: zero points like scales, or None for zeros.
+      format: "int8", "int4", "int2" (two's complement), "fp8" (e4m3) or "codebook" (16 values).
+      group_size: inputs that share a scale; None for one group a row.
+      table: the ``(16,)`` values of a codebook; None for NF4's.
+      bias: ``(*stack, N)`` or None.
+      activation: None, "relu", "silu" or "gelu" (by tanh).
+      activation_dtype: None, "int8" (integer codes) or "float8_e4m3fn" (int4, int2 and fp8 codes).
+      out_dtype: dtype of y; None for x's.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu" (Hopper; never run on a GPU so far, so only
+        where it is asked for), or None for the best one.
+      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes.
+      x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
+
+    Returns:
+      ``(*stack, .., N)``.
+
+    Raises:
+      TypeError: a dtype is wrong.
+      ValueError: shapes, format, group size, the layout of a prepared weight, or how arrays are
+        split, are wrong.
+      Unsupported: no implementation takes these operands; all reasons are told.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes = jnp.array([[0x21, 0x43]], jnp.uint8)  # 1, 2, 3, 4
+      >>> quantized_matmul(jnp.ones((1, 4)), codes, jnp.full((1, 1), 0.5)).tolist()
+      [[5.0]]
+
+    Source:
+      Frantar et al., Marlin, arXiv 2408.11743 (the product that this one is for TPUs); Dettmers et
+      al., QLoRA, arXiv 2305.14314 (NF4).
+    """
+    weight = _weight(codes, scales, zeros, table, format, group_size)
+    options = _options(x, weight, bias, activation, activation_dtype, out_dtype)
+    _check_rows(x, weight)
+    run = functools.partial(_run, implementation=implementation, interpret=interpret)
+    place = sharding.placement(x, weight, weight_spec, x_spec)
+    if place is None:
+        return _stacked(run, options, x, weight, bias)
+    whole = options
+    if place.inputs:  # What is fused needs the sum over devices.
+        options = dataclasses.replace(options, activation=None, out_dtype="float32")
+
+    def finish(y, bias):
+        if bias is not None:
+            ones = (1,) * (y.ndim - bias.ndim)
+            bias = bias.reshape(*bias.shape[:-1], *ones, bias.shape[-1])
+        return reference.finish(y, bias, whole)
+
+    call = functools.partial(_stacked, run, options)
+    return sharding.matmul(call, finish, x, weight, bias, place)
+
+
+def _stacked(run, options, x, weight, bias) -> jax.Array:
+    """The product of ``(*stack, .., K)`` with a weight that may have stack axes."""
+    call = functools.partial(_differentiable, run, options)
+    shared = dataclasses.replace(weight.map(lambda _: 0), table=None)
+    for _ in weight.stack:
+        call = jax.vmap(call, in_axes=(0, shared, None if bias is None else 0))
+    y = call(x.reshape(*weight.stack, -1, x.shape[-1]), weight, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_quantized_matmul(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    codes: jax.Array | Weight,
+    scales: jax.Array | None = None,
+    zeros: jax.Array | None = None,
+    *,
+    format: str = "int4",
+    group_size: int | None = None,
+    table: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    activation_dtype: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    interpret=False,
+) -> jax.Array:
+    """``quantized_matmul`` of experts: consecutive runs of rows, each with its expert's weight.
+
+    Args:
+      x: ``(tokens, K)``, sorted by expert.
+      group_sizes: integers ``(E,)``, rows of each expert; rows after their sum give zeros.
+      codes: uint8 ``(E, N, K * bits / 8)``, or what ``prepare`` returned for them.
+      scales: ``(E, K / group_size, N)``.
+      zeros: like scales, or None.
+      format: as in ``quantized_matmul``, like all that follow.
+      group_size: inputs that share a scale; None for one group a row.
+      table: the ``(16,)`` values of a codebook.
+      bias: ``(E, N)`` or None.
+      activation: None, "relu", "silu" or "gelu".
+      activation_dtype: None, "int8" or "float8_e4m3fn".
+      out_dtype: dtype of y; None for x's.
+      implementation: "xla" or None.
+      interpret: of a Pallas kernel.
+
+    Returns:
+      ``(tokens, N)``.
+
+    Raises:
+      TypeError: a dtype is wrong.
+      ValueError: shapes do not belong together.
+      Unsupported: no implementation takes these operands.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes = jnp.array([[[0x01]], [[0x02]]], jnp.uint8)  # two experts, (1, 0) and (2, 0)
+      >>> sizes = jnp.array([1, 2])
+      >>> grouped_quantized_matmul(jnp.ones((3, 2)), sizes, codes, jnp.ones((2, 1, 1))).tolist()
+      [[1.0], [2.0], [2.0]]
+
+    Source:
+      Gale et al., MegaBlocks, arXiv 2211.15841 (dropless experts as one grouped product).
+    """
+    weight = _weight(codes, scales, zeros, table, format, group_size)
+    options = _options(x, weight, bias, activation, activation_dtype, out_dtype)
+    if len(weight.stack) != 1 or group_sizes.shape != weight.stack:
+        raise ValueError(
+            f"group_sizes {group_sizes.shape} must be (E,) for the experts of the weight, whose "
+            f"scales {weight.scales.shape} must be (E, K / group_size, N)"
+        )
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x {x.shape} must be (tokens, K) for weights (N, K) = {weight.shape}; flatten its "
+            "leading axes and sort the rows by expert"
+        )
+    implementations.choose(
+        f"grouped_quantized_matmul of x {x.shape} {x.dtype} and {weight.format} {weight.shape}",
+        {"xla": None, "mosaic_tpu": "experts have no kernel yet"},
+        implementation,
+    )
+    del interpret  # of a kernel that is not there
+
+    def dense(options, x, weight, bias):
+        return reference.matmul(x, layout.restore(weight), bias, options)
+
+    multiply = functools.partial(_differentiable, dense, options)
+    return reference.grouped_matmul(x, group_sizes, weight, bias, multiply)
+
+
+def prepare(
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    format: str = "int4",
+    group_size: int | None = None,
+    table: jax.Array | None = None,
+    chip: str | None = None,
+) -> Weight:
+    """Rearranges a stored weight once for the kernels of a chip.
+
+    Args:
+      codes: uint8 ``(*stack, N, K * bits / 8)``.
+      scales: ``(*stack, K / group_size, N)``.
+      zeros: like scales, or None.
+      format: as in ``quantized_matmul``, like group_size and table.
+      group_size: inputs that share a scale; None for one group a row.
+      table: the ``(16,)`` values of a codebook.
+      chip: a key of ``chips.BY_NAME``; None for the chip at hand.
+
+    Returns:
+      A pytree to give to ``quantized_matmul`` in place of the codes, of the same size in memory;
+      the stored weight itself where the chip has no kernel for it.
+
+    Raises:
+      TypeError: a dtype is wrong.
+      ValueError: shapes do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codes, scales = jnp.zeros((256, 64), jnp.uint8), jnp.ones((1, 256))
+      >>> prepare(codes, scales, chip="v5e").layout
+      'mosaic_tpu/1'
+    """
+    weight = weights.stored(codes, scales, zeros, table, format, group_size)
+    known = chips.chip_of(codes) if chip is None else chips.BY_NAME[chip]
+    if known is not None and known.platform == "gpu":
+        return gpu.prepare(weight)
+    return weight if tpu.unfit(weight, known) else layout.prepare(weight)
+
+
+def _weight(codes, scales, zeros, table, format, group_size) -> Weight:
+    """The weight of the arguments of a public function."""
+    if not isinstance(codes, Weight):
+        if scales is None:
+            raise ValueError(f"codes {codes.shape} come without scales (*stack, K / group_size, N)")
+        return weights.stored(codes, scales, zeros, table, format, group_size)
+    if scales is not None or zeros is not None or table is not None:
+        raise ValueError("a prepared weight brings its own scales, zeros and table: give none")
+    if codes.layout not in ("stored", gpu.LAYOUT):
+        layout.check_layout(codes)
+    return codes
+
+
+def _options(x, weight, bias, activation, activation_dtype, out_dtype) -> Options:
+    """Checks of what does not depend on the shape of x."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
+    allowed = _ACTIVATION_DTYPES[FORMATS[weight.format].kind]
+    if weight.format == "int8":
+        allowed = ("int8",)  # e4m3 has too few digits for its codes
+    name = None if activation_dtype is None else jnp.dtype(activation_dtype).name
+    if name is not None and name not in allowed:
+        raise ValueError(
+            f"activation_dtype {name} does not multiply codes of {weight.format} exactly; use "
+            f"{' or '.join(('None', *allowed))}"
+        )
+    expected = (*weight.stack, weight.shape[0])
+    if bias is not None and bias.shape != expected:
+        raise ValueError(
+            f"bias {bias.shape} must be (*stack, N) = {expected}, as the weight's scales "
+            f"{weight.scales.shape} say"
+        )
+    return Options(activation, name, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+
+
+def _check_rows(x: jax.Array, weight: Weight) -> None:
+    stack = weight.stack
+    if x.ndim <= len(stack) or x.shape[: len(stack)] != stack:
+        raise ValueError(
+            f"x {x.shape} must begin with the stack axes {stack} of the weight's scales "
+            f"{weight.scales.shape}"
+        )
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x {x.shape} has {x.shape[-1]} inputs, and the weight (N, K) = {weight.shape} takes "
+            f"{weight.shape[1]}"
+        )
+
+
+def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
+    """The product of rows ``(M, K)`` by the implementation that fits best."""
+    chip = chips.chip_of(x)
+    if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
+        chip = chips.V5E
+    several = None
+    if sharding.mesh_of(x, weight.codes) is not None:
+        several = "the mesh has several devices and Auto axes, and no weight_spec is given"
+    on_tpu = tpu.unfit(weight, chip, options, x.dtype)
+    if weight.layout == gpu.LAYOUT:
+        on_tpu = "the weight was prepared for GPUs"
+    on_gpu = gpu.reason(x, weight, options, None if interpret else chip)
+    if implementation is None:
+        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
+    chosen = implementations.choose(
+        f"quantized_matmul of x {x.shape} {x.dtype} and {weight.format} {weight.shape} in "
+        f"groups of {weight.group_size}",
+        {"mosaic_tpu": several or on_tpu, "mosaic_gpu": several or on_gpu, "xla": None},
+        implementation,
+    )
+    if chosen == "xla":
+        return reference.matmul(x, _restored(weight), bias, options)
+    if chosen == "mosaic_gpu":
+        return gpu.run(x, weight, bias, options, interpret=interpret)
+    return tpu.matmul(x, weight, bias, options, chip, interpret)
+
+
+def _restored(weight: Weight) -> Weight:
+    """A weight of any layout in the stored one."""
+    return gpu.restore(weight) if weight.layout == gpu.LAYOUT else layout.restore(weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(run, options, x, weight, bias):
+    return run(options, x, weight, bias)
+
+
+def _forward(run, options, x, weight, bias):
+    # The activation's gradient needs what it was applied to.
+    linear = dataclasses.replace(options, activation=None)
+    if options.activation is not None:
+        linear = dataclasses.replace(linear, out_dtype="float32")
+    z = run(linear, x, weight, bias)
+    y = reference.finish(z, None, options)
+    return y, (x, weight, bias, z if options.activation is not None else None)
+
+
+def _backward(run, options, saved, dy):
+    x, weight, bias, z = saved
+    dz = dy.astype(jnp.float32)
+    if z is not None:
+        dz = jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
+    dx, dscales, dzeros, dtable = reference.gradients(x, _restored(weight), dz)
+    # Codes have no gradient; those of a float dtype have zeros, as JAX asks for.
+    if jnp.issubdtype(weight.codes.dtype, jnp.floating):
+        dcodes = jnp.zeros_like(weight.codes)
+    else:
+        dcodes = np.zeros(weight.codes.shape, jax.dtypes.float0)
+    dweight = dataclasses.replace(weight, codes=dcodes, scales=dscales, zeros=dzeros, table=dtable)
+    dbias = None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)
+    return dx, dweight, dbias
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,190 @@
+"""The quantized matmul in plain JAX: what every kernel must compute, and every backward pass."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxcomp.kernels.quantized_matmul import weights
+from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
+
+ACTIVATIONS = {
+    None: lambda z: z,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda z: jax.nn.gelu(z, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fused into the product.
+
+    Attributes:
+      activation: a key of ``ACTIVATIONS``, applied last.
+      activation_dtype: name of the dtype that each row of x is quantized to, or None.
+      out_dtype: name of the dtype of y.
+    """
+
+    activation: str | None
+    activation_dtype: str | None
+    out_dtype: str
+
+
+def quantize_rows(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Scales each row so that its largest entry is the largest of a dtype, and rounds.
+
+    Args:
+      x: ``(M, K)``.
+      dtype: "int8" or "float8_e4m3fn".
+
+    Returns:
+      ``(M, K)`` of the dtype and f32 scales ``(M, 1)``; a row of zeros has the scale 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> xq, scale = quantize_rows(jnp.array([[1.0, -2.0]]), "int8")
+      >>> xq.tolist(), round(float(scale[0, 0]), 4)
+      ([[64, -127]], 0.0157)
+    """
+    x = x.astype(jnp.float32)
+    top = 127.0 if dtype == "int8" else 448.0
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / top, 1.0)
+    # Integers have no infinity and no NaN: the scale carries them. The largest may not, as a CPU's
+    # maximum can lose a NaN.
+    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    scale = jnp.where(finite, scale, jnp.nan)
+    scaled = x / scale
+    scaled = jnp.round(scaled) if dtype == "int8" else jnp.clip(scaled, -top, top)
+    return scaled.astype(dtype), scale
+
+
+def finish(y: jax.Array, bias: jax.Array | None, options: Options) -> jax.Array:
+    """Bias, activation and output dtype of f32 ``(.., N)``."""
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return ACTIVATIONS[options.activation](y).astype(options.out_dtype)
+
+
+def matmul(x: jax.Array, weight: Weight, bias: jax.Array | None, options: Options) -> jax.Array:
+    """Y = activation(x Wᵀ + bias).
+
+    Args:
+      x: ``(M, K)``, bf16 or f32.
+      weight: stored, without stack axes.
+      bias: ``(N,)`` or None.
+      options: what is fused.
+
+    Returns:
+      ``(M, N)``.
+    """
+    if options.activation_dtype is not None:
+        return finish(_quantized_product(x, weight, options.activation_dtype), bias, options)
+    w = weights.dequantize(weight).astype(x.dtype)
+    return finish(_dot(x, w, ((1,), (1,))), bias, options)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """Product with f32 sums, and with f32 factors where the operands are f32."""
+    highest = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (axes, ((), ())), precision=highest, preferred_element_type=jnp.float32
+    )
+
+
+def _quantized_product(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
+    """f32 x Wᵀ with quantized rows of x: one exact product a group, then its scale."""
+    xq, row_scales = quantize_rows(x, dtype)
+    codes = weights.unpack(weight.codes, weight.format).astype(dtype)
+    xq = jnp.moveaxis(weights.grouped(xq, weight), 1, 0)
+    codes = jnp.moveaxis(weights.grouped(codes, weight), 1, 0)
+    sums = jnp.int32 if dtype == "int8" else jnp.float32
+    scales = weight.scales.astype(jnp.float32)
+    zeros = None if weight.zeros is None else weight.zeros.astype(jnp.float32)
+
+    def step(y, group):
+        xq, codes, scale, zero = group
+        product = jax.lax.dot_general(
+            xq, codes, (((1,), (1,)), ((), ())), preferred_element_type=sums
+        ).astype(jnp.float32)
+        if zero is not None:
+            total = jnp.sum(xq.astype(jnp.float32), axis=1, keepdims=True)
+            product = product - total * zero[None]
+        return y + product * scale[None], None
+
+    y = jnp.zeros((x.shape[0], weight.shape[0]), jnp.float32)
+    return jax.lax.scan(step, y, (xq, codes, scales, zeros))[0] * row_scales
+
+
+def gradients(
+    x: jax.Array, weight: Weight, dz: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Cotangents of z = x Wᵀ; quantizing x passes them on as they are (straight through).
+
+    Args:
+      x: ``(M, K)``.
+      weight: stored, without stack axes.
+      dz: f32 ``(M, N)``.
+
+    Returns:
+      Cotangents of x, and of the scales, zeros and table of the weight.
+    """
+    w = weights.dequantize(weight).astype(x.dtype)
+    dx = _dot(dz.astype(x.dtype), w, ((1,), (0,))).astype(x.dtype)
+    # Two bf16 operands give the sums of W's cotangent that a dense layer's would have.
+    dw = weights.grouped(_dot(dz.astype(x.dtype), x, ((0,), (0,))), weight)
+    codes = weights.unpack(weight.codes, weight.format)
+    each = weights.grouped(weights.values(codes, weight), weight).astype(jnp.float32)
+    scales = jnp.swapaxes(weight.scales.astype(jnp.float32), 0, 1)
+    dzeros = dtable = None
+    if weight.zeros is not None:
+        each = each - jnp.swapaxes(weight.zeros.astype(jnp.float32), 0, 1)[..., None]
+        dzeros = -(jnp.sum(dw, axis=-1) * scales).T.astype(weight.zeros.dtype)
+    dscales = jnp.sum(dw * each, axis=-1).T.astype(weight.scales.dtype)
+    if FORMATS[weight.format].kind == "codebook":
+        dvalues = (dw * scales[..., None]).reshape(codes.shape)
+        dtable = jnp.stack([jnp.sum(jnp.where(codes == code, dvalues, 0.0)) for code in range(16)])
+    return dx, dscales, dzeros, dtable
+
+
+def grouped_matmul(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    multiply: Callable[[jax.Array, Weight, jax.Array | None], jax.Array],
+) -> jax.Array:
+    """Rows of x in consecutive runs, each times its own expert's weight.
+
+    One expert's weight is dense at a time, and multiplies all rows: memory is saved, not work.
+
+    Args:
+      x: ``(tokens, K)``.
+      group_sizes: integers ``(E,)``, tokens of each expert; rows after their sum give zeros.
+      weight: with one stack axis of E experts.
+      bias: ``(E, N)`` or None.
+      multiply: (x, weight, bias) -> y of one expert.
+
+    Returns:
+      ``(tokens, N)``.
+    """
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(x.shape[0])
+    table = weight.table
+
+    def step(y, expert):
+        arrays, bias, start, end = expert
+        mine = ((rows >= start) & (rows < end))[:, None]
+        product = multiply(
+            jnp.where(mine, x, jnp.zeros((), x.dtype)),
+            dataclasses.replace(arrays, table=table),
+            bias,
+        )
+        return jnp.where(mine, product, y), None
+
+    experts = dataclasses.replace(weight, table=None)
+    one = jax.tree.map(lambda a: a[0], (experts, bias))
+    shape = jax.eval_shape(multiply, x, dataclasses.replace(one[0], table=table), one[1])
+    y = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.scan(step, y, (experts, bias, ends - group_sizes, ends))[0]

@@ -1,0 +1,192 @@
+"""Products over several devices: every device multiplies the part of the weight that it holds.
+
+A weight (N, K) may be split over outputs (column-parallel: nothing is sent), over inputs
+(row-parallel: products are summed over devices), or both, and a stack of experts by expert. No
+device ever asks for the codes of another. On meshes with Explicit axes the types of arrays say how
+they are split; on Auto axes a traced function cannot know it, and has to be told.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxcomp.kernels.quantized_matmul.layout import LANES
+from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a product is split over a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      stack: for each stack axis of the weight (and of x) the mesh axes that split it.
+      rows: for each further axis of x but the last the mesh axes that split it.
+      outputs: mesh axes that split N.
+      inputs: mesh axes that split K.
+    """
+
+    mesh: jax.sharding.AbstractMesh
+    stack: tuple[Axes, ...]
+    rows: tuple[Axes, ...]
+    outputs: Axes
+    inputs: Axes
+
+
+def placement(
+    x: jax.Array,
+    weight: Weight,
+    weight_spec: PartitionSpec | None = None,
+    x_spec: PartitionSpec | None = None,
+) -> Placement | None:
+    """How a product is to be split.
+
+    Args:
+      x: ``(*stack, .., K)``.
+      weight: stored or prepared.
+      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes.
+      x_spec: mesh axes of x, for a mesh with Auto axes; None splits the first axis after the stack
+        over the mesh axes that the weight leaves, where they divide it.
+
+    Returns:
+      The placement; None where one device computes alone, or where the sharding is not known.
+
+    Raises:
+      ValueError: the mesh does not divide the weight, or splits a group of inputs; or x and the
+        weight are split in ways that do not belong together.
+    """
+    mesh = mesh_of(x, weight.codes)
+    if mesh is None:
+        return None
+    if weight_spec is None and AxisType.Explicit in mesh.axis_types:
+        weight_spec = jax.typeof(weight.codes).sharding.spec
+        x_spec = jax.typeof(x).sharding.spec if x_spec is None else x_spec
+    if weight_spec is None:
+        return None
+    sizes, depth = dict(mesh.shape), len(weight.stack)
+    *stack, outputs, inputs = _padded(weight_spec, depth + 2)
+    taken = {name for axes in (*stack, outputs, inputs) for name in _names(axes)}
+    rows: list[Axes] = [None] * (x.ndim - 1 - depth)
+    if x_spec is None:
+        free = tuple(name for name in mesh.axis_names if name not in taken)
+        if rows and free and x.shape[depth] % _count(free, sizes) == 0:
+            rows[0] = free
+    else:
+        entries = _padded(x_spec, x.ndim)
+        rows = list(entries[depth:-1])
+        clash = taken & {name for axes in rows for name in _names(axes)}
+        if clash or list(entries[:depth]) != stack or entries[-1] not in (None, inputs):
+            raise ValueError(
+                f"x {x.shape} is split as {x_spec} and the weight {(*weight.stack, *weight.shape)} "
+                f"as {weight_spec}: stack axes must be split alike, the last axis of x as K or not "
+                f"at all, and its other axes by none of {sorted(taken)}; jax.reshard x"
+            )
+    named = [*(("a stack axis", n) for n in weight.stack), ("N", weight.shape[0])]
+    for (name, size), axes in zip(
+        [*named, ("K", weight.shape[1])], (*stack, outputs, inputs), strict=True
+    ):
+        if size % _count(axes, sizes):
+            raise ValueError(
+                f"the mesh axes {axes} of {_count(axes, sizes)} devices do not divide {name} = "
+                f"{size} of the weight {weight.shape}; split another axis, or fewer ways"
+            )
+    local = weight.shape[1] // _count(inputs, sizes)
+    unit = weight.group_size if weight.scales.shape[-2] > 1 else 1
+    if weight.format == "int2" and weight.layout != "stored":
+        unit = max(unit, 4 * LANES)
+    if inputs and local % unit:
+        raise ValueError(
+            f"the mesh axes {inputs} give each device {local} of the K = {weight.shape[1]} inputs, "
+            f"which splits groups of {unit}; split K fewer ways, or split N"
+        )
+    return Placement(mesh, tuple(stack), tuple(rows), outputs, inputs)
+
+
+def matmul(
+    call: Callable[[jax.Array, Weight, jax.Array | None], jax.Array],
+    finish: Callable[[jax.Array, jax.Array | None], jax.Array],
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    place: Placement,
+) -> jax.Array:
+    """The product, each device on its own part.
+
+    Args:
+      call: gives one device's result from its rows, weight and bias.
+      finish: gives the result from the sum of unfinished float32 products and the bias, where K is
+        split; ``call`` is then given no bias and must leave its result unfinished.
+      x: ``(*stack, .., K)``.
+      weight: stored or prepared.
+      bias: ``(*stack, N)`` or None.
+      place: from ``placement``.
+
+    Returns:
+      ``(*stack, .., N)``, split as the rows of x and the outputs of the weight are.
+    """
+    stack, outputs, inputs = place.stack, place.outputs, place.inputs
+    groups = inputs if weight.scales.shape[-2] > 1 else None
+    of_scales = PartitionSpec(*stack, groups, outputs)
+    specs = dataclasses.replace(
+        weight,
+        codes=PartitionSpec(*stack, outputs, inputs),
+        scales=of_scales,
+        zeros=None if weight.zeros is None else of_scales,
+        table=None if weight.table is None else PartitionSpec(),
+    )
+    sizes = dict(place.mesh.shape)
+    n, k = weight.shape
+    part = n // _count(outputs, sizes), k // _count(inputs, sizes)
+    group_size = weight.group_size if groups or not inputs else part[1]
+
+    def body(x, weight, bias):
+        weight = dataclasses.replace(weight, shape=part, group_size=group_size)
+        if not inputs:
+            return call(x, weight, bias)
+        return finish(jax.lax.psum(call(x, weight, None), inputs), bias)
+
+    return jax.shard_map(
+        body,
+        mesh=place.mesh,
+        in_specs=(
+            PartitionSpec(*stack, *place.rows, inputs),
+            specs,
+            PartitionSpec(*stack, outputs),
+        ),
+        out_specs=PartitionSpec(*stack, *place.rows, outputs),
+        check_vma=False,
+    )(x, weight, bias)
+
+
+def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh | None:
+    """The mesh of several devices that arrays are on, outside of any shard_map; else None."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays]
+    for mesh in meshes:
+        if mesh is None or mesh.empty or mesh.size == 1:
+            continue
+        if any(t is AxisType.Manual for t in mesh.axis_types):
+            return None
+        return getattr(mesh, "abstract_mesh", mesh)
+    return None
+
+
+def _names(axes: Axes) -> Sequence[str]:
+    """Mesh axes as a sequence."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _count(axes: Axes, sizes: dict[str, int]) -> int:
+    count = 1
+    for name in _names(axes):
+        count *= sizes[name]
+    return count
+
+
+def _padded(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
+    """A spec with an entry for each axis, without empty tuples."""
+    entries = (*spec, *(None,) * (rank - len(spec)))
+    return tuple(e or None for e in entries)

@@ -1,0 +1,336 @@
+"""The quantized matmul on TPUs (Mosaic): weights are decoded next to the matrix unit.
+
+One grid step multiplies a tile of x with a tile of W, a unit of inputs (a group, or what the matrix
+unit is deep) at a time, and scales each unit's sums: decoding a weight costs one conversion and no
+multiplication. What the matrix unit cannot multiply as it is, is split into pieces that it can,
+stacked as rows, because with few rows it has nothing else to do while weights are pushed into it:
+
+- rows against integers, on v5: three int8 digits of bf16 x and four of f32 x, counted from the
+  power of two above the row's largest entry;
+- f32 rows otherwise: three bf16 numbers whose sum is x;
+- groups smaller than a unit: one copy of x a group, zero outside it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import V5E, Chip
+from jaxcomp.kernels.quantized_matmul import layout, reference, tpu_dense, tpu_tiles
+from jaxcomp.kernels.quantized_matmul.reference import Options
+from jaxcomp.kernels.quantized_matmul.tpu_dense import decode
+from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
+
+_LANES = 128
+# Longest product whose sums are scaled as one.
+_DEEPEST = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How a product is put to the matrix unit.
+
+    Attributes:
+      x: dtype of the pieces of x.
+      w: dtype of the decoded weights.
+      pieces: into how many x is split.
+      depth: inputs that are multiplied at a time.
+      copies: groups in that depth, each of which has rows of its own.
+    """
+
+    x: str
+    w: str
+    pieces: int
+    depth: int
+    copies: int
+
+
+def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithmetic:
+    """The cheapest exact product of a chip for these operands."""
+    kind, float8 = FORMATS[weight.format].kind, "float8_e4m3fn"
+    exact_in_float8 = weight.format in ("int4", "int2", "fp8") and chip.multiplies(float8)
+    group_size = weight.group_size
+    depth = max(
+        size
+        for size in range(_LANES, max(min(group_size, _DEEPEST), _LANES) + 1, _LANES)
+        if size == _LANES or group_size % size == 0
+    )
+    depth = _LANES if weight.format == "int2" else depth
+    units = depth, max(depth // group_size, 1)
+    if options.activation_dtype == "int8":
+        return Arithmetic("int8", "int8", 1, *units)
+    if options.activation_dtype == float8:
+        dtype = float8 if exact_in_float8 else "bfloat16"
+        return Arithmetic(dtype, dtype, 1, *units)
+    narrow = x_dtype == jnp.bfloat16
+    # The wider units' cores turn integers into bf16 in one instruction; the others do so into int8.
+    if kind == "int" and chip.mxu == 128:
+        return Arithmetic("int8", "int8", 3 if narrow else 4, *units)
+    pieces = 1 if narrow else 3
+    return Arithmetic("bfloat16", float8 if exact_in_float8 else "bfloat16", pieces, *units)
+
+
+def unfit(
+    weight: Weight, chip: Chip | None, options: Options | None = None, x_dtype=jnp.bfloat16
+) -> str | None:
+    """Why the kernel does not take a weight on a chip, or None.
+
+    Args:
+      weight: stored or prepared.
+      chip: None for one that no kernel knows.
+      options: what is fused, where it is known.
+      x_dtype: dtype of the rows.
+
+    Returns:
+      A reason, or None.
+    """
+    if chip is None or chip.platform != "tpu":
+        return f"the chip is {chip.name if chip else 'unknown'}, not a TPU"
+    k = weight.shape[1]
+    if k % _LANES:
+        return f"the {k} inputs are not a multiple of {_LANES}"
+    if weight.group_size % _LANES and _LANES % weight.group_size:
+        return f"groups of {weight.group_size} neither divide {_LANES} nor are multiples of it"
+    if weight.format == "int2" and k % (4 * _LANES):
+        return f"the {k} inputs of int2 are not a multiple of {4 * _LANES}"
+    if weight.format == "codebook" and x_dtype == jnp.float32:
+        return "float32 rows ask for more than the bf16 values that a codebook is decoded to"
+    if options and options.activation_dtype == "int8" and not chip.multiplies("int8"):
+        return f"the matrix unit of {chip.name} has no integers; use float8_e4m3fn activations"
+    return None
+
+
+def matmul(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    options: Options,
+    chip: Chip = V5E,
+    interpret=False,
+    tile: tpu_tiles.Tile | None = None,
+) -> jax.Array:
+    """Multiplies: y = activation(x Wᵀ + bias).
+
+    Args:
+      x: ``(M, K)``, bf16 or f32.
+      weight: without stack axes; one that is not prepared is prepared here, on every call.
+      bias: ``(N,)`` or None.
+      options: what is fused.
+      chip: whose arithmetic to use.
+      interpret: False, or ``pltpu.InterpretParams(..)``.
+      tile: of the kernel of few rows; None for a good one.
+
+    Returns:
+      ``(M, N)``.
+    """
+    weight = layout.prepare(weight) if weight.layout == "stored" else weight
+    m, (n, k) = x.shape[0], weight.shape
+    dense = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
+    many = m > tpu_tiles.table(chip.name, "few")["rows"]
+    if many and dense and options.activation_dtype is None and x.dtype == jnp.bfloat16:
+        return tpu_dense.matmul(x, weight, bias, options, chip, interpret, dense)
+    how = arithmetic(chip, x.dtype, weight, options)
+    pieces = how.pieces * how.copies
+    tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)
+    padded = -(-m // tile.m) * tile.m
+    rows, row_scales, sums = _pieces(
+        jnp.pad(x, ((0, padded - m), (0, 0))), weight, how, options, tile
+    )
+    steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
+    steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
+    body = functools.partial(
+        _kernel, weight=_static(weight), how=how, tile=tile, options=options, steps=steps
+    )
+
+    def by_group(array):
+        """(groups, N) as (.., groups a step, N)."""
+        return array.reshape(-1, per_step, n)
+
+    scale_spec = pl.BlockSpec(
+        (None, per_step, tile.n),
+        lambda i, j, step: (jax.lax.div(step, steps_per_scale), 0, j),
+    )
+    fields = 4 if weight.format == "int2" else 1
+    operands = {
+        "x": (
+            rows,
+            pl.BlockSpec((pieces * tile.m, tile.k), lambda i, j, step: (i, step)),
+        ),
+        "w": (weight.codes, pl.BlockSpec((tile.n, tile.k // fields), lambda i, j, step: (j, step))),
+        "scales": (by_group(weight.scales), scale_spec),
+    }
+    if row_scales is not None:
+        operands["row_scales"] = (
+            row_scales, pl.BlockSpec((tile.m, 1), lambda i, j, step: (i, 0))
+        )  # fmt: skip
+    if weight.zeros is not None:
+        operands["zeros"] = (by_group(weight.zeros), scale_spec)
+        operands["sums"] = (
+            sums, pl.BlockSpec((None, tile.m, per_step), lambda i, j, step: (step, i, 0))
+        )  # fmt: skip
+    if bias is not None:
+        operands["bias"] = (
+            bias.astype(jnp.float32)[None], pl.BlockSpec((1, tile.n), lambda i, j, step: (0, j))
+        )  # fmt: skip
+    if weight.table is not None:
+        operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
+    names = tuple(operands)
+    y = pl.pallas_call(
+        lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
+        grid=(padded // tile.m, -(-n // tile.n), steps),
+        in_specs=[spec for _, spec in operands.values()],
+        out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, step: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        scratch_shapes=[pltpu.VMEM((tile.m, tile.n), jnp.float32)] if steps > 1 else [],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=None if interpret else ("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=40 << 20,
+        ),
+        interpret=interpret,
+        name=f"quantized_matmul_{weight.format}",
+    )(*(array for array, _ in operands.values()))
+    return y[:m]
+
+
+def _static(weight: Weight) -> Weight:
+    """A weight without its arrays."""
+    return dataclasses.replace(
+        weight, codes=None, scales=None, zeros=weight.zeros is not None, table=None
+    )
+
+
+def _pieces(x, weight, how, options, tile):
+    """Rows of x as the kernel takes them, and what is left of their scales.
+
+    Returns:
+      ``(copies * pieces * M, K)`` with the copies and pieces of a tile's rows together; f32 row
+      scales ``(M, 1)`` or None; f32 group sums ``(steps, M, groups a step)`` or None.
+    """
+    m, k = x.shape
+    row_scales = None
+    if options.activation_dtype is not None:
+        x, row_scales = reference.quantize_rows(x, options.activation_dtype)
+        total, parts = x.astype(jnp.float32), [x]
+    elif how.x == "int8":
+        total, parts, row_scales = _digits(x, how.pieces)
+    else:
+        total, parts = x.astype(jnp.float32), _floats(x, how.pieces)
+    rows = jnp.stack([part.astype(how.x) for part in parts])
+    sums = None
+    if weight.zeros is not None:
+        steps = k // tile.k
+        width = min(weight.group_size, tile.k)
+        sums = total.reshape(m, steps, tile.k // width, width).sum(-1).swapaxes(0, 1)
+    if how.copies > 1:
+        group = jnp.arange(k) % how.depth // weight.group_size
+        own = group == jnp.arange(how.copies)[:, None]
+        rows = jnp.where(own[:, None, None], rows[None], jnp.zeros((), rows.dtype))
+    rows = rows.reshape(-1, m // tile.m, tile.m, k).swapaxes(0, 1)
+    return rows.reshape(-1, k), row_scales, sums
+
+
+def _digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """Splits rows into signed digits of eight bits, below a power of two a row.
+
+    Args:
+      x: ``(M, K)``.
+      count: digits.
+
+    Returns:
+      f32 whole numbers ``(M, K)``, their digits in int32, highest first, and the f32 scales
+      ``(M, 1)`` that make x of them.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    # Powers of two by their bits: the largest becomes less than 2^(8 count - 2), so that the first
+    # digit is one of int8. Rows that are all smaller than 2^-80 keep what is above 2^-110.
+    bits = 8 * count - 3
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    exponent = jnp.maximum(exponent, 47) - 127 - bits
+    power = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    whole = jnp.round(x * power((127 - exponent) << 23)).astype(jnp.int32)
+    digits, rest = [], whole
+    for _ in range(count - 1):
+        digits.append((rest << 24) >> 24)
+        rest = (rest - digits[-1]) >> 8
+    # Integers have no infinity and no NaN: the scale carries them. The largest may not, as a CPU's
+    # maximum can lose a NaN.
+    finite = jnp.all(jnp.isfinite(x), axis=1, keepdims=True)
+    scale = jnp.where(finite, power((127 + exponent) << 23), jnp.nan)
+    return whole.astype(jnp.float32), [rest, *digits[::-1]], scale
+
+
+def _floats(x: jax.Array, pieces: int) -> list[jax.Array]:
+    """Splits rows into bf16 numbers that add up to them."""
+    parts = []
+    for _ in range(pieces):
+        parts.append(jax.lax.reduce_precision(x, 8, 7))
+        x = x - parts[-1]
+    return parts
+
+
+def _kernel(refs, y_ref, acc_ref=None, *, weight, how, tile, options, steps):
+    """One tile of y, or one more tile of inputs added to it."""
+    for start in range(0, tile.n, tile.columns):
+        columns = pl.ds(start, min(tile.columns, tile.n - start))
+        y = _columns(refs, columns, weight, how, tile)
+        if steps == 1:
+            y_ref[:, columns] = _finish(refs, y, columns, options)
+        else:
+            k = pl.program_id(2)
+
+            @pl.when(k == 0)
+            def _(y=y, columns=columns):
+                acc_ref[:, columns] = y
+
+            @pl.when(k > 0)
+            def _(y=y, columns=columns):
+                acc_ref[:, columns] += y
+
+            @pl.when(k == steps - 1)
+            def _(columns=columns):
+                y_ref[:, columns] = _finish(refs, acc_ref[:, columns], columns, options)
+
+
+def _finish(refs, y, columns, options):
+    if "row_scales" in refs:
+        y = y * refs["row_scales"][...]
+    bias = refs["bias"][:, columns] if "bias" in refs else None
+    return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
+
+
+def _columns(refs, columns, weight, how, tile):
+    """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
+    scales = refs["scales"][:, columns].astype(jnp.float32)
+    y = jnp.zeros((tile.m, columns.size), jnp.float32)
+    if weight.zeros:
+        y = -jax.lax.dot_general(
+            refs["sums"][...],
+            refs["zeros"][:, columns].astype(jnp.float32) * scales,
+            (((1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+    if weight.format == "int2":
+        scales = scales * (1 / 64)
+    integers = how.x == "int8"
+    for start in range(0, tile.k, how.depth):
+        products = jax.lax.dot_general(
+            refs["x"][:, pl.ds(start, how.depth)],
+            decode(refs, columns, start, how.depth, weight.format, exact=False).astype(how.w),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32 if integers else jnp.float32,
+        )
+        for copy in range(how.copies):
+            first = copy * how.pieces * tile.m
+            total = products[first : first + tile.m].astype(jnp.float32)
+            for piece in range(1, how.pieces):
+                row = products[first + piece * tile.m :][: tile.m].astype(jnp.float32)
+                total = (total * 256.0 if integers else total) + row
+            group = start // weight.group_size + copy
+            y = y + total * scales[group : group + 1]
+    return y

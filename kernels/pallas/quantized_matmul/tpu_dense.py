@@ -1,0 +1,171 @@
+"""The quantized matmul of many rows on TPUs: weights are decoded and scaled once into VMEM.
+
+The decoded tile, all inputs of some outputs in bf16, then serves every tile of rows, so what the
+decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.quantized_matmul import reference
+from jaxcomp.kernels.quantized_matmul.reference import Options
+from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
+from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
+from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+
+def matmul(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    options: Options,
+    chip: Chip,
+    interpret,
+    tile: Tile,
+) -> jax.Array:
+    """Multiplies: y = activation(x Wᵀ + bias) with W rounded to bf16.
+
+    Args:
+      x: bf16 ``(M, K)``.
+      weight: prepared, without stack axes.
+      bias: ``(N,)`` or None.
+      options: what is fused.
+      chip: whose arithmetic to use.
+      interpret: False, or ``pltpu.InterpretParams(..)``.
+      tile: rows and outputs of a grid step, and outputs that are decoded at a time.
+
+    Returns:
+      ``(M, N)``.
+    """
+    m, (n, k) = x.shape[0], weight.shape
+    tm, tn = tile.m, tile.n
+    padded = -(-m // tm) * tm
+    rows = padded // tm
+    fields = 4 if weight.format == "int2" else 1
+    per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i: (j, 0))
+    # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
+    once = weight.zeros is None and weight.table is None and weight.scales.dtype == jnp.bfloat16
+    dtype = jnp.bfloat16 if once and chip.mxu > 128 else jnp.float32
+    operands = {
+        "x": (jnp.pad(x, ((0, padded - m), (0, 0))), pl.BlockSpec((tm, k), lambda j, i: (i, 0))),
+        "w": (weight.codes, pl.BlockSpec((tn, k // fields), lambda j, i: (j, 0))),
+        "scales": (weight.scales.astype(dtype).T, per_output),
+    }
+    if weight.zeros is not None:
+        operands["zeros"] = (weight.zeros.astype(jnp.float32).T, per_output)
+    if bias is not None:
+        spec = pl.BlockSpec((1, tn), lambda j, i: (0, j))
+        operands["bias"] = (bias.astype(jnp.float32)[None], spec)
+    if weight.table is not None:
+        operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
+    names = tuple(operands)
+    body = functools.partial(
+        _kernel, meta=(weight.format, weight.group_size), options=options, columns=tile.columns
+    )
+    y = pl.pallas_call(
+        lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
+        grid=(-(-n // tn), rows),
+        in_specs=[spec for _, spec in operands.values()],
+        out_specs=pl.BlockSpec((tm, tn), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        scratch_shapes=[pltpu.VMEM((tn, k), jnp.bfloat16)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=None if interpret else ("parallel", "arbitrary"),
+            vmem_limit_bytes=48 << 20,
+        ),
+        interpret=interpret,
+        name=f"quantized_matmul_dense_{weight.format}",
+    )(*(array for array, _ in operands.values()))
+    return y[:m]
+
+
+def _kernel(refs, y_ref, w_ref, *, meta, options, columns):
+    """All inputs of one tile of y."""
+    outputs = y_ref.shape[1]
+
+    def blocks(step):
+        def one(i, _):
+            step(pl.ds(pl.multiple_of(i * columns, columns), columns))
+
+        jax.lax.fori_loop(0, outputs // columns, one, None)
+
+    def multiply(block):
+        y = jax.lax.dot_general(
+            refs["x"][...],
+            w_ref[block, :],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
+        y_ref[:, block] = reference.finish(y, bias, options)
+
+    def decode_and_multiply(block):
+        # In one block of code, so that the matrix unit works while others decode.
+        w_ref[block, :] = _scaled(refs, block, meta)
+        multiply(block)
+
+    first = pl.program_id(1) == 0
+    pl.when(first)(lambda: blocks(decode_and_multiply))
+    pl.when(jnp.logical_not(first))(lambda: blocks(multiply))
+
+
+def _scaled(refs, block, meta):
+    """bf16 weights of some outputs, all inputs."""
+    format, group_size = meta
+    width = min(group_size, _LANES)
+    parts = []
+    for start in range(0, refs["x"].shape[1], _LANES):
+        w = decode(refs, block, start, _LANES, format).astype(refs["scales"].dtype)
+        scales = _spread(refs["scales"], block, start, width, group_size)
+        if "zeros" in refs:
+            w = w - _spread(refs["zeros"], block, start, width, group_size)
+        parts.append((w * scales).astype(jnp.bfloat16))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _spread(ref, block, start, width, group_size):
+    """``(outputs, 128)``: each input's entry of ``(outputs, groups)``."""
+    first = start // group_size
+    entries = ref[block, first : first + _LANES // width]
+    # Lanes are moved 32 bits at a time: two outputs' bf16 at once.
+    words = pltpu.bitcast(entries, jnp.int32)
+    shape = (words.shape[0], _LANES)
+    spread = jnp.broadcast_to(words[:, :1], shape)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    for i in range(1, words.shape[1]):
+        spread = jnp.where(lane >= i * width, jnp.broadcast_to(words[:, i : i + 1], shape), spread)
+    return pltpu.bitcast(spread, ref.dtype)
+
+
+def decode(refs, outputs, start, size, format, exact=True):
+    """Values of some outputs' codes, inputs from ``start``: a dtype that holds them exactly.
+
+    Args:
+      refs: with "w", and the "table" of a codebook.
+      outputs: a slice.
+      start: first input, a multiple of 128.
+      size: inputs; 128 for int2.
+      format: a key of ``FORMATS``.
+      exact: False leaves values of int2 multiplied by 64.
+
+    Returns:
+      ``(outputs, size)``.
+    """
+    if format == "int2":
+        # Each code is brought to the top of its byte, where it means 64 times itself.
+        position, field = divmod(start // _LANES, 4)
+        bytes_ = refs["w"][outputs, pl.ds(position * _LANES, _LANES)]
+        four = pltpu.bitcast(bytes_, jnp.int32) << (6 - 2 * field)
+        top = pltpu.bitcast(four & jnp.int32(-0x3F3F3F40), jnp.int8)
+        return top.astype(jnp.bfloat16) * jnp.bfloat16(1 / 64) if exact else top
+    codes = refs["w"][outputs, pl.ds(start, size)]
+    if format == "codebook":
+        index = codes.astype(jnp.int32) & 15
+        codes = jnp.full(index.shape, refs["table"][0], jnp.float32)
+        for code in range(1, 16):
+            codes = jnp.where(index == code, refs["table"][code], codes)
+    return codes

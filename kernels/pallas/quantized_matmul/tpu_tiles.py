@@ -1,0 +1,81 @@
+"""Sizes of the TPU kernels' tiles, from ``tpu_tiles.json``.
+
+For each chip and each of the two kernels ("few" rows, whose sums are scaled, and "dense", whose
+weights are) the file says the rows of a tile, and pairs (most inputs, outputs of a tile). A product
+of more rows than "few" has takes the dense kernel where that one can.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows, outputs and inputs of a grid step, and outputs whose sums are kept at a time."""
+
+    m: int
+    n: int
+    k: int
+    columns: int
+
+
+@functools.cache
+def table(chip: str, kernel: str) -> dict:
+    """What the file says of a kernel on a chip."""
+    text = pathlib.Path(__file__).with_name("tpu_tiles.json").read_text()
+    return json.loads(text)[chip][kernel]
+
+
+def few(chip: str, m: int, n: int, k: int, group_size: int, depth: int, pieces: int) -> Tile:
+    """The tile of a product whose sums are scaled.
+
+    Args:
+      chip: name of the chip.
+      m: rows.
+      n: outputs.
+      k: inputs.
+      group_size: inputs that share a scale.
+      depth: inputs that are multiplied at a time.
+      pieces: rows that each row of x becomes.
+
+    Returns:
+      The tile; its inputs divide k, and divide a group or are whole groups.
+    """
+    sizes = table(chip, "few")
+    most = sizes["outputs"][-1][0]
+    tile_k = max(
+        size
+        for size in range(depth, k + 1, depth)
+        if k % size == 0
+        and (size % group_size == 0 or group_size % size == 0)
+        and (size <= most or size == depth)
+    )
+    tile_n = next(outputs for inputs, outputs in sizes["outputs"] if max(tile_k, 1) <= inputs)
+    # The rows of all pieces together are what the matrix unit is given.
+    rows = max(32, sizes["rows"] * 4 // pieces // 32 * 32)
+    rows = min(rows, -(-m // 8) * 8)
+    columns = 256 if rows <= 64 else LANES
+    tile_n = min(tile_n, -(-n // columns) * columns)
+    return Tile(rows, tile_n, tile_k, columns)
+
+
+def dense(chip: str, m: int, n: int, k: int, columns: int) -> Tile | None:
+    """The tile of a product with scaled weights, or None where its inputs do not fit into VMEM.
+
+    Args:
+      chip: name of the chip.
+      m: rows.
+      n: outputs.
+      k: inputs.
+      columns: outputs whose sums are kept at a time.
+    """
+    sizes = table(chip, "dense")
+    outputs = next((outputs for inputs, outputs in sizes["outputs"] if k <= inputs), None)
+    if outputs is None:
+        return None
+    rows = min(sizes["rows"] if k <= 16384 else 128, -(-m // 16) * 16)
+    return Tile(rows, min(outputs, -(-n // columns) * columns), k, columns)

@@ -1,0 +1,222 @@
+"""Quantized weights as plain arrays: what codes mean, how they are stored, and what is checked.
+
+A weight W (N, K), output by input, is stored as
+
+- codes: uint8 ``(N, K * bits / 8)``, input axis minor, the lowest bits of a byte first (4 bits: the
+  low nibble is the even input), integers in two's complement;
+- scales and zeros: ``(K / group_size, N)``, output axis minor;
+
+and means W[n, k] = scale * (value(code) - zero) with the scale and zero of (k // group_size, n).
+Arrays may carry leading stack axes in front of these, the same ones for all.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# The quantiles of QLoRA's NormalFloat, arXiv 2305.14314, appendix E.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What the codes of a weight are.
+
+    Attributes:
+      bits: width of a code.
+      kind: "int" (two's complement), "float" (e4m3) or "codebook" (an index into 16 values).
+    """
+
+    bits: int
+    kind: str
+
+
+FORMATS = {
+    "int8": Format(8, "int"),
+    "int4": Format(4, "int"),
+    "int2": Format(2, "int"),
+    "fp8": Format(8, "float"),
+    "codebook": Format(4, "codebook"),
+}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "zeros", "table"],
+    meta_fields=["format", "group_size", "shape", "layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A quantized weight and what its arrays mean.
+
+    Attributes:
+      codes: uint8 ``(*stack, N, K * bits / 8)``, or as ``layout`` says.
+      scales: ``(*stack, K / group_size, N)``.
+      zeros: like scales, or None.
+      table: f32 ``(16,)`` of a codebook, or None.
+      format: a key of ``FORMATS``.
+      group_size: inputs that share a scale.
+      shape: (N, K).
+      layout: "stored", or the name and version of what ``prepare`` made.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    table: jax.Array | None
+    format: str
+    group_size: int
+    shape: tuple[int, int]
+    layout: str = "stored"
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes."""
+        return self.scales.shape[:-2]
+
+    def map(self, function) -> "Weight":
+        """The weight with a function applied to each array but the shared table."""
+        zeros = None if self.zeros is None else function(self.zeros)
+        return dataclasses.replace(
+            self, codes=function(self.codes), scales=function(self.scales), zeros=zeros
+        )
+
+
+def stored(
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    table: jax.Array | None,
+    format: str,
+    group_size: int | None,
+) -> Weight:
+    """Checks stored arrays against one another.
+
+    Args:
+      codes: uint8 ``(*stack, N, K * bits / 8)``.
+      scales: bf16 or f32 ``(*stack, K / group_size, N)``.
+      zeros: like scales (integers too), or None.
+      table: ``(16,)`` for the format "codebook", None for NF4's.
+      format: a key of ``FORMATS``.
+      group_size: inputs that share a scale; None for one group a row.
+
+    Returns:
+      The weight.
+
+    Raises:
+      TypeError: codes or scales have the wrong dtype.
+      ValueError: shapes do not belong together, or the format is unknown.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    bits = FORMATS[format].bits
+    if codes.dtype != jnp.uint8:
+        raise TypeError(
+            f"codes {codes.shape} are {codes.dtype}; they are stored as uint8 bytes of {format}: "
+            f"use jax.lax.bitcast_convert_type for 8 bits, or pack {8 // bits} codes a byte"
+        )
+    if codes.ndim < 2:
+        raise ValueError(f"codes {codes.shape} must be (*stack, N, K * {bits} / 8)")
+    size = codes.shape[-1] * 8 // bits
+    group_size = size if group_size is None else group_size
+    if group_size < 1 or size % group_size:
+        raise ValueError(
+            f"codes {codes.shape} of {format} have K = {size} inputs, which group_size "
+            f"{group_size} does not divide; use a divisor of {size}, or None for one group a row"
+        )
+    expected = (*codes.shape[:-2], size // group_size, codes.shape[-2])
+    for name, array in (("scales", scales), ("zeros", zeros)):
+        if array is not None and array.shape != expected:
+            raise ValueError(
+                f"{name} {array.shape} do not belong to codes {codes.shape} of {format} in groups "
+                f"of {group_size}: they must be (*stack, K / group_size, N) = {expected}"
+            )
+    if scales.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"scales {scales.shape} are {scales.dtype}; use bfloat16 or float32")
+    if zeros is not None and not jnp.issubdtype(zeros.dtype, jnp.floating):
+        zeros = zeros.astype(jnp.float32)
+    if FORMATS[format].kind == "codebook":
+        table = jnp.asarray(NF4 if table is None else table, jnp.float32)
+        if table.shape != (16,):
+            raise ValueError(f"table {table.shape} must hold the (16,) values of a codebook")
+    elif table is not None:
+        raise ValueError(f"table {table.shape} is for the format 'codebook', not for {format!r}")
+    return Weight(codes, scales, zeros, table, format, group_size, (codes.shape[-2], size))
+
+
+def unpack(codes: jax.Array, format: str) -> jax.Array:
+    """Codes out of their bytes.
+
+    Args:
+      codes: uint8 ``(.., K * bits / 8)``.
+      format: a key of ``FORMATS``.
+
+    Returns:
+      ``(.., K)``: int8 of integers, float8_e4m3fn, or uint8 indices of a codebook.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unpack(jnp.array([0x2F], jnp.uint8), "int4").tolist()
+      [-1, 2]
+    """
+    bits, kind = FORMATS[format].bits, FORMATS[format].kind
+    if kind == "float":
+        return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
+    if bits < 8:
+        starts = range(0, 8, bits)
+        # The code is moved to the top of its byte, then down again with or without its sign.
+        tops = jnp.stack([codes << jnp.uint8(8 - bits - start) for start in starts], axis=-1)
+        codes = tops.reshape(*codes.shape[:-1], math.prod(tops.shape[-2:]))
+        if kind == "codebook":
+            return codes >> jnp.uint8(8 - bits)
+    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    return signed >> jnp.int8(8 - bits)
+
+
+def values(codes: jax.Array, weight: Weight) -> jax.Array:
+    """Unpacked codes as what they stand for: f32 of a codebook, or themselves."""
+    if FORMATS[weight.format].kind == "codebook":
+        return weight.table[codes]
+    return codes
+
+
+def grouped(values: jax.Array, weight: Weight) -> jax.Array:
+    """Splits the last axis K into (groups, group_size)."""
+    return values.reshape(*values.shape[:-1], -1, weight.group_size)
+
+
+def dequantize(weight: Weight) -> jax.Array:
+    """The weight in full.
+
+    Args:
+      weight: in the stored layout.
+
+    Returns:
+      f32 ``(*stack, N, K)``.
+    """
+    each = grouped(values(unpack(weight.codes, weight.format), weight), weight).astype(jnp.float32)
+    scales = jnp.swapaxes(weight.scales.astype(jnp.float32), -1, -2)[..., None]
+    if weight.zeros is not None:
+        each = each - jnp.swapaxes(weight.zeros.astype(jnp.float32), -1, -2)[..., None]
+    each = each * scales
+    return each.reshape(*each.shape[:-2], weight.shape[1])

@@ -1,0 +1,34 @@
+"""Attention that computes only the blocks a mask leaves: masks, and the operation on them."""
+
+from jaxcomp.kernels.sparse_attention.api import attention, attention_fn, decode_attention
+from jaxcomp.kernels.sparse_attention.masks import (
+    blocks,
+    causal,
+    dilated,
+    fixed,
+    full,
+    global_,
+    per_head,
+    random,
+    strided,
+    window,
+)
+from jaxcomp.kernels.sparse_attention.rules import Kind, Mask
+
+__all__ = [
+    "Kind",
+    "Mask",
+    "attention",
+    "attention_fn",
+    "blocks",
+    "causal",
+    "decode_attention",
+    "dilated",
+    "fixed",
+    "full",
+    "global_",
+    "per_head",
+    "random",
+    "strided",
+    "window",
+]

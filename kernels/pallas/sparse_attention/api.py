@@ -1,0 +1,322 @@
+"""Sparse attention: one call for every mask, on whatever chip the operands are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels.sparse_attention import decode, reference, tpu, xla
+from jaxcomp.kernels.sparse_attention.masks import causal, full
+from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead
+from jaxcomp.kernels.sparse_attention.schedule import schedule
+
+# Where more of the blocks than this are listed, gathering them costs more than the whole matrix.
+DENSE_FROM = 0.75
+QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    return_logsumexp: bool = False,
+    implementation: str | None = None,
+    interpret: Any = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention that computes only the blocks that the mask leaves.
+
+    Args:
+      q: queries (batch, queries, heads, head_dim), float32, bfloat16 or float16.
+      k: keys (batch, keys, kv_heads, head_dim) of q's dtype, or int8 or fp8 with ``k_scale``;
+        each key head serves ``heads // kv_heads`` query heads.
+      v: values (batch, keys, kv_heads, value_dim) of q's dtype, or int8 or fp8 with ``v_scale``.
+      mask: which query looks at which key; ``causal()`` if None. See ``masks``.
+      scale: of the products; ``head_dim ** -0.5`` if None.
+      soft_cap: bound c of the scores, ``c tanh(s / c)``.
+      segment_ids: int (batch, queries): queries look at keys of their own segment only. Negative
+        ids are padding, which looks at nothing and is not looked at.
+      kv_segment_ids: int (batch, keys); ``segment_ids`` if None.
+      span: float (heads,), the learned reach z of each head's adaptive span (arXiv 1905.07799).
+      span_ramp: distance over which a span fades.
+      k_scale: float (batch, keys, kv_heads): a key is ``k * k_scale``. A constant, like the codes
+        that it scales: they have no gradient.
+      v_scale: float (batch, keys, kv_heads), likewise.
+      block_q: queries in a block, a multiple of 128; the implementation's choice if None.
+      block_k: keys in a block, likewise.
+      return_logsumexp: also return the log-sum-exps of the scores, which have a gradient too.
+      implementation: "xla", "mosaic_tpu", or None for the best that fits.
+      interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+
+    Returns:
+      Outputs (batch, queries, heads, value_dim) of q's dtype. A query that may look at nothing gets
+      zeros and gives no gradient. With ``return_logsumexp`` also float32 (batch, heads, queries),
+      -inf for such a query.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+      TypeError: dtypes that do not.
+      Unsupported: no implementation, or not the one asked for, takes these operands.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.kernels.sparse_attention import attention, global_, window
+      >>> x = jnp.ones((1, 300, 2, 64))
+      >>> attention(x, x, x, window(64) | global_(8)).shape
+      (1, 300, 2, 64)
+
+    Source: FlashAttention-2, arXiv 2307.08691.
+    """
+    mask = causal() if mask is None else mask
+    if segment_ids is not None and kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    _check(q, k, v, mask, segment_ids, kv_segment_ids, span, k_scale, v_scale)
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block is not None and (block < 128 or block % 128):
+            raise ValueError(f"{name} is {block}; it must be a multiple of 128")
+    chip = chips.chip_of(q, k, v)
+    chosen = implementations.choose(
+        f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
+        {"mosaic_tpu": tpu.unfit(q, k, v, chip, interpret), "xla": None},
+        implementation,
+    )
+    operands = {
+        "segment_ids": segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "span": span,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    options = {
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "soft_cap": soft_cap,
+        "span_ramp": span_ramp,
+    }
+    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    if chosen == "mosaic_tpu":
+        block_q, block_k = block_q or tpu.block(queries), block_k or tpu.block(keys)
+        out, lse = tpu.attention(
+            q, k, v, mask, **operands, **options, blocks=(block_q, block_k), interpret=interpret
+        )
+    else:
+        block_q, block_k = block_q or 128, block_k or 128
+        blocks = schedule(mask, heads, queries, keys, block_q, block_k)
+        if blocks.density > DENSE_FROM or blocks.row_blocks * blocks.column_blocks < 4:
+            out, lse = reference.attention(q, k, v, mask, **operands, **options)
+        else:
+            sizes = {"block_q": block_q, "block_k": block_k}
+            out, lse = xla.attention(q, k, v, blocks, **operands, **options, **sizes)
+    return (out, lse) if return_logsumexp else out
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    block_k: int | None = None,
+    implementation: str | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Attention of the newest tokens to a cache that is filled up to a length.
+
+    Args:
+      q: queries (batch, queries, heads, head_dim): the last tokens of each sequence, few of them.
+      k: cached keys (batch, capacity, kv_heads, head_dim) of q's dtype, or int8 or fp8 with
+        ``k_scale``, the queries' own among them.
+      v: cached values (batch, capacity, kv_heads, value_dim), likewise.
+      lengths: int (batch,), tokens in the cache; query ``i`` is at ``length - queries + i``.
+      mask: a rule on positions; ``causal()`` if None. Queries never look beyond the length. Only
+        the blocks within its reach are read: with ``window(size, causal=True)`` the last ones.
+      scale: of the products; ``head_dim ** -0.5`` if None.
+      soft_cap: bound of the scores.
+      k_scale: float (batch, capacity, kv_heads).
+      v_scale: float (batch, capacity, kv_heads).
+      block_k: keys in a block, a multiple of 128; chosen if None.
+      implementation: "xla", "mosaic_tpu", or None for the best that fits.
+      interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+
+    Returns:
+      Outputs (batch, queries, heads, value_dim) of q's dtype. Not differentiable.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+      TypeError: dtypes that do not.
+      Unsupported: no implementation, or not the one asked for, takes these operands.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.kernels.sparse_attention import decode_attention
+      >>> cache = jnp.ones((2, 256, 2, 64))
+      >>> decode_attention(jnp.ones((2, 1, 4, 64)), cache, cache, jnp.array([7, 256])).shape
+      (2, 1, 4, 64)
+    """
+    mask = causal() if mask is None else mask
+    _check(q, k, v, mask, None, None, None, k_scale, v_scale)
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"lengths {lengths.shape} must be (batch,) of q {q.shape}")
+    if not mask.lowers or isinstance(mask, PerHead):
+        raise ValueError(
+            "decode_attention takes a mask that is one rule on positions for all heads: no "
+            "random(), blocks() or per_head()"
+        )
+    if block_k is not None and (block_k < 128 or block_k % 128):
+        raise ValueError(f"block_k is {block_k}; it must be a multiple of 128")
+    chip = chips.chip_of(q, k, v)
+    chosen = implementations.choose(
+        f"decode_attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
+        {"mosaic_tpu": decode.unfit(q, k, v, chip, interpret), "xla": None},
+        implementation,
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    operands = {"scale": scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
+    if chosen == "mosaic_tpu":
+        return decode.mosaic(
+            q, k, v, lengths, mask, **operands, block_k=block_k, interpret=interpret
+        )
+    return decode.plain(q, k, v, lengths, mask, **operands)
+
+
+def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.Array]:
+    """The function that Flax's multi-head attention takes as its ``attention_fn``.
+
+    Args:
+      mask: which query looks at which key; ``full()`` if None.
+      **options: of ``attention``.
+
+    Returns:
+      A function of query, key and value (.., length, heads, head_dim), with Flax's keywords. A
+      boolean ``mask`` of Flax is taken where it is the same for all queries and heads, (.., 1, 1,
+      keys), as the padding of keys; ``is_causal`` adds ``causal()``. What it cannot honour (another
+      mask array, a bias, dropout, weights to be recorded) is a ValueError.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxcomp.kernels.sparse_attention import attention_fn, window
+      >>> layer = nnx.MultiHeadAttention(
+      ...     4, 32, attention_fn=attention_fn(window(128)), decode=False, rngs=nnx.Rngs(0)
+      ... )
+    """
+    own = full() if mask is None else mask
+
+    # Flax passes the keywords that it finds in the signature, and only those.
+    def apply(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = False,
+        dtype: jax.typing.DTypeLike | None = None,
+        precision: Any = None,
+        module: Any = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        # Products are summed in float32 at least: no precision asks for more.
+        del dropout_rng, broadcast_dropout, precision
+        if bias is not None:
+            raise ValueError(f"sparse attention takes no bias, but one of {bias.shape} is given")
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(
+                f"sparse attention has no dropout, but dropout_rate is {dropout_rate}; set it to 0"
+            )
+        if module is not None:
+            raise ValueError("sparse attention makes no weights to record; use sow_weights=False")
+        lead = query.shape[:-3]
+        query, key, value = (
+            x.reshape(-1, *x.shape[-3:]).astype(dtype or x.dtype) for x in (query, key, value)
+        )
+        segments = {}
+        if mask is not None:
+            segments = _padding(mask, lead, query.shape, key.shape)
+        rule = own & causal() if is_causal else own
+        out = attention(query, key, value, rule, **segments, **options)
+        return out.reshape(*lead, *out.shape[1:])
+
+    return apply
+
+
+def _padding(mask, lead, query_shape, key_shape) -> dict[str, jax.Array]:
+    keys = key_shape[1]
+    if mask.ndim != len(lead) + 3 or mask.shape[-3:] != (1, 1, keys) or mask.dtype != bool:
+        raise ValueError(
+            "sparse attention takes the mask given to attention_fn(), and an array only as padding "
+            f"of keys, bool (.., 1, 1, {keys}); this one is {mask.dtype}{mask.shape}"
+        )
+    real = jnp.broadcast_to(mask, (*lead, 1, 1, keys)).reshape(-1, keys)
+    return {
+        "segment_ids": jnp.zeros(query_shape[:2], jnp.int32),
+        "kv_segment_ids": jnp.where(real, 0, -1),
+    }
+
+
+def _check(q, k, v, mask, segment_ids, kv_segment_ids, span, k_scale, v_scale) -> None:
+    """Raises unless the operands fit together."""
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}; use causal(), window() and the like, or "
+            "blocks(array, block_size) for an array of blocks"
+        )
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"{shapes}: each must be (batch, length, heads, head_dim)")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"{shapes}: q and k must agree in batch and head_dim, k and v in batch, keys and heads"
+        )
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"{shapes}: no axis may be empty")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{shapes}: query heads must be a multiple of key heads")
+    if isinstance(mask, PerHead) and len(mask.masks) != q.shape[2]:
+        raise ValueError(
+            f"per_head has {len(mask.masks)} masks, q {q.shape} has {q.shape[2]} heads"
+        )
+    if not jnp.issubdtype(q.dtype, jnp.floating) or jnp.dtype(q.dtype).name in QUANTIZED:
+        raise TypeError(f"q is {q.dtype}; it must be float32, bfloat16 or float16")
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("k_scale and v_scale are given both, or neither")
+    for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        if scale is None and x.dtype != q.dtype:
+            raise TypeError(
+                f"{name} is {x.dtype} and q {q.dtype}: cast one of them, or give {name}_scale for "
+                f"a quantized {name}"
+            )
+        if scale is not None and jnp.dtype(x.dtype).name not in QUANTIZED:
+            raise TypeError(f"{name}_scale is for {name} of {', '.join(QUANTIZED)}, not {x.dtype}")
+        if scale is not None and scale.shape != x.shape[:3]:
+            raise ValueError(
+                f"{name}_scale {scale.shape} must be (batch, keys, kv_heads) of {name} {x.shape}"
+            )
+    if kv_segment_ids is not None and segment_ids is None:
+        raise ValueError("kv_segment_ids are given without segment_ids")
+    for name, ids, of in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        if ids is not None and ids.shape != of.shape[:2]:
+            raise ValueError(f"{name} {ids.shape} must be (batch, length) = {of.shape[:2]}")
+    if span is not None and span.shape != (q.shape[2],):
+        raise ValueError(f"span {span.shape} must be one number for each of the {q.shape[2]} heads")
+
+
+__all__ = ["attention", "attention_fn", "decode_attention"]

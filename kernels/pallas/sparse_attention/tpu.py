@@ -1,0 +1,259 @@
+"""Block-sparse flash attention for TPUs: forward, and gradients from recomputed scores.
+
+Each kernel walks the flat list of blocks of ``schedule``, which it holds in scalar memory
+(``tpu_walk``). A full block costs no mask arithmetic; each rule of the schedule is a branch with
+arithmetic of its own (``tpu_kernels``).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.sparse_attention.rules import Mask
+from jaxcomp.kernels.sparse_attention.tpu_kernels import forward_kernel, key_kernel, query_kernel
+from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Config, Walk, run
+
+BLOCK = 512
+
+
+def unfit(
+    q: jax.Array, k: jax.Array, v: jax.Array, chip: Chip | None, interpret: Any
+) -> str | None:
+    """Why the kernels do not take these operands, or None."""
+    del k, v
+    if not interpret and (chip is None or chip.platform != "tpu"):
+        return f"it runs on TPU, not on {chip.name if chip else 'an unknown chip'}"
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it computes in float32 and bfloat16, not {q.dtype}"
+    return None
+
+
+def block(length: int) -> int:
+    """The block size for a length, where the caller names none."""
+    return min(BLOCK, _round_up(length, LANES))
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    blocks: tuple[int, int],
+    soft_cap: float | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the blocks of a mask.
+
+    Args and results are those of ``reference.attention``, and ``blocks``: (queries, keys) of one.
+    """
+    config = Config(
+        mask=mask,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        block_q=blocks[0],
+        block_k=blocks[1],
+        scale=float(scale),
+        soft_cap=soft_cap,
+        ramp=float(span_ramp),
+        interpret=interpret,
+    )
+    extras = {
+        "segments": None if segment_ids is None else jnp.where(segment_ids < 0, -1, segment_ids),
+        # Padding of keys differs from padding of queries: no comparison finds them equal.
+        "kv_segments": None
+        if kv_segment_ids is None
+        else jnp.where(kv_segment_ids < 0, -2, kv_segment_ids),
+        "span": None if span is None else span.astype(jnp.float32),
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    return _attention(config, q, k, v, {n: x for n, x in extras.items() if x is not None})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(config, q, k, v, extras):
+    return _forward(config, q, k, v, extras)
+
+
+def _attention_forward(config, q, k, v, extras):
+    out, lse = _forward(config, q, k, v, extras)
+    return (out, lse), (q, k, v, extras, out, lse)
+
+
+def _attention_backward(config, residuals, cotangents):
+    q, k, v, extras, out, lse = residuals
+    d_out, d_lse = cotangents
+    # The gradient of a score is its share times (d_share - delta).
+    delta = jnp.einsum("bqhd,bqhd->bhq", d_out, out, preferred_element_type=jnp.float32) - d_lse
+    d_out = d_out.astype(q.dtype)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
+    statistics = {"lse": lse, "delta": delta, "d_out": d_out}
+    dq, d_span = _query_gradients(config, q, k, v, extras, statistics)
+    none = dict.fromkeys(extras)
+    if d_span is not None:
+        none["span"] = d_span
+    if "k_scale" in extras:
+        return dq, None, None, none
+    return dq, *_key_gradients(config, q, k, v, extras, statistics), none
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _round_up(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _by_position(x: jax.Array, block: int) -> jax.Array:
+    """(batch, positions, heads, dim) padded to whole blocks, so that a block has one head.
+
+    Where heads fill whole lanes they lie beside each other, as they are stored; else heads go
+    first, which costs a copy.
+    """
+    batch, length, heads, dim = x.shape
+    x = jnp.pad(x, ((0, 0), (0, _round_up(length, block) - length), (0, 0), (0, 0)))
+    return x.reshape(batch, -1, heads * dim) if dim % LANES == 0 else jnp.moveaxis(x, 1, 2)
+
+
+def _restored(x: jax.Array, length: int, heads: int, dim: int) -> jax.Array:
+    """The reverse of ``_by_position``."""
+    if dim % LANES == 0:
+        return x[:, :length].reshape(x.shape[0], length, heads, dim)
+    return jnp.moveaxis(x, 1, 2)[:, :length]
+
+
+def _blank(x: jax.Array, length: int, dtype: jnp.dtype, block: int) -> jax.ShapeDtypeStruct:
+    """Shape of an output like x (batch, positions, heads, dim)."""
+    batch, _, heads, dim = x.shape
+    length = _round_up(length, block)
+    flat = (batch, length, heads * dim)
+    return jax.ShapeDtypeStruct(flat if dim % LANES == 0 else (batch, heads, length, dim), dtype)
+
+
+def _padded(x: jax.Array, block: int, value: float = 0) -> jax.Array:
+    """Pads the last axis to whole blocks."""
+    length = x.shape[-1]
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, _round_up(length, block) - length)]
+    return jnp.pad(x, pad, constant_values=value)
+
+
+def _inputs(walk: Walk, q, k, v, extras) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+    """Operands that all kernels have."""
+    config = walk.config
+    sizes = (config.block_q, config.block_k)
+    inputs = {
+        "q": (_by_position(q, sizes[0]), walk.rows_of(0, q.shape[-1])),
+        "k": (_by_position(k, sizes[1]), walk.rows_of(1, k.shape[-1])),
+        "v": (_by_position(v, sizes[1]), walk.rows_of(1, v.shape[-1])),
+    }
+    for side, name in enumerate(("segments", "kv_segments")):
+        if name in extras:
+            ids = _padded(extras[name], sizes[side], -1 - side)
+            if walk.by_rows == (side == 0):
+                inputs[name] = (ids[:, :, None], walk.down_rows(side))
+            else:
+                inputs[name] = (ids[:, None, None], walk.along_lanes(side, per_head=False))
+    for name in ("k_scale", "v_scale"):
+        if name in extras:
+            scale = jnp.moveaxis(extras[name].astype(jnp.float32), 1, 2)
+            inputs[name] = (_padded(scale, sizes[1])[:, :, None], walk.along_lanes(1))
+    if "span" in extras:
+        inputs["span"] = (extras["span"], pl.BlockSpec(memory_space=pltpu.SMEM))
+    return inputs
+
+
+def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+    """Operands of the gradients."""
+    d_out, block_q = statistics["d_out"], walk.config.block_q
+    inputs = {"d_out": (_by_position(d_out, block_q), walk.rows_of(0, d_out.shape[-1]))}
+    for name in ("lse", "delta"):
+        inputs[name] = (_padded(statistics[name], block_q)[:, :, None], walk.along_lanes(0))
+    return inputs
+
+
+def _forward(config: Config, q, k, v, extras):
+    walk = Walk(config, config.blocks.rows, by_rows=True)
+    batch, size, dim, out_dim = q.shape[0], config.block_q, q.shape[-1], v.shape[-1]
+    like = jax.ShapeDtypeStruct((*q.shape[:3], out_dim), q.dtype)
+    lse_shape = (batch, config.heads, 1, _round_up(config.queries, size))
+    out, lse = run(
+        forward_kernel,
+        walk,
+        batch,
+        _inputs(walk, q, k, v, extras),
+        {
+            "out": (_blank(like, config.queries, q.dtype, size), walk.rows_of(0, out_dim)),
+            "lse": (jax.ShapeDtypeStruct(lse_shape, jnp.float32), walk.along_lanes(0)),
+        },
+        {
+            "scaled": pltpu.VMEM((size, dim), q.dtype),
+            "top": pltpu.VMEM((size, LANES), jnp.float32),
+            "total": pltpu.VMEM((size, LANES), jnp.float32),
+            "sum": pltpu.VMEM((size, out_dim), jnp.float32),
+        },
+        "sparse_attention_forward",
+    )
+    out = _restored(out, config.queries, config.heads, out_dim)
+    return out, lse[:, :, 0, : config.queries]
+
+
+def _query_gradients(config: Config, q, k, v, extras, statistics):
+    walk = Walk(config, config.blocks.rows, by_rows=True)
+    batch, size, dim = q.shape[0], config.block_q, q.shape[-1]
+    outputs = {"dq": (_blank(q, config.queries, q.dtype, size), walk.rows_of(0, dim))}
+    scratch = {
+        "scaled": pltpu.VMEM((size, dim), q.dtype),
+        "lse_column": pltpu.VMEM((size, LANES), jnp.float32),
+        "delta_column": pltpu.VMEM((size, LANES), jnp.float32),
+        "sum": pltpu.VMEM((size, dim), jnp.float32),
+    }
+    if "span" in extras:
+        shape = (batch, config.heads, config.blocks.row_blocks, 1, LANES)
+        outputs["d_span"] = (
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            walk.spec((None, None, None, 1, LANES), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0)),
+        )
+        scratch["span_sum"] = pltpu.VMEM((size, LANES), jnp.float32)
+    inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
+    dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, scratch, "sparse_attention_dq")
+    dq = _restored(dq, config.queries, config.heads, dim)
+    return dq, d_span[0].sum((0, 2, 3, 4)) if d_span else None
+
+
+def _key_gradients(config: Config, q, k, v, extras, statistics):
+    walk = Walk(config, config.blocks.columns(config.group), by_rows=False)
+    batch, size = q.shape[0], config.block_k
+    dims = (k.shape[-1], v.shape[-1])
+    inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
+    dk, dv = run(
+        key_kernel,
+        walk,
+        batch,
+        inputs,
+        {
+            "dk": (_blank(k, config.keys, q.dtype, size), walk.rows_of(1, dims[0])),
+            "dv": (_blank(v, config.keys, q.dtype, size), walk.rows_of(1, dims[1])),
+        },
+        {
+            "scaled": pltpu.VMEM((size, dims[0]), q.dtype),
+            "k_sum": pltpu.VMEM((size, dims[0]), jnp.float32),
+            "v_sum": pltpu.VMEM((size, dims[1]), jnp.float32),
+        },
+        "sparse_attention_dkv",
+    )
+    sizes = (config.keys, config.kv_heads)
+    return _restored(dk, *sizes, dims[0]), _restored(dv, *sizes, dims[1])

@@ -1,0 +1,282 @@
+"""Products with sparse weights: what is public, checked, chosen and differentiated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
+from jaxcomp.kernels.sparse_matmul import blocks, nm, reference, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
+from jaxcomp.kernels.sparse_matmul.nm import NMSparse
+from jaxcomp.kernels.sparse_matmul.reference import Options
+
+
+def block_sparse_matmul(
+    x: jax.Array,
+    w: BlockSparse,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    interpret=False,
+) -> jax.Array:
+    """Y = activation(x Wᵀ + bias), computed for the blocks of W that are listed.
+
+    Outputs that no block reaches are activation(bias). Gradients go to x, the values (the scales of
+    int8 ones) and the bias, each over the same list of blocks.
+
+    Args:
+      x: ``(.., K)``, bf16 or f32.
+      w: of shape (N, K), from ``block_sparse`` or ``block_list``; the kernel takes blocks of at
+        least 128.
+      bias: ``(N,)`` or None.
+      activation: None, "relu", "silu" or "gelu" (by tanh).
+      out_dtype: dtype of y; None for x's.
+      implementation: "xla", "mosaic_tpu", or None for the best one.
+      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+
+    Returns:
+      ``(.., N)``.
+
+    Raises:
+      TypeError: a dtype is wrong.
+      ValueError: shapes do not belong together.
+      Unsupported: no implementation takes these operands; all reasons are told.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.kernels.sparse_matmul import block_sparse
+      >>> w = block_sparse(jnp.ones((4, 6)), jnp.array([[1, 0, 1], [0, 0, 0]]))
+      >>> block_sparse_matmul(jnp.ones((1, 6)), w).tolist()
+      [[4.0, 4.0, 0.0, 0.0]]
+
+    Source:
+      Gray et al., GPU Kernels for Block-Sparse Weights, 2017 (the operation and its gradients).
+    """
+    blocks.check(w)
+    options = _options(x, w.shape, bias, activation, out_dtype)
+    run = functools.partial(_run_blocks, implementation, interpret)
+    return _rows(functools.partial(_block_matmul, run, options), x, w, bias)
+
+
+def nm_matmul(
+    x: jax.Array,
+    w: NMSparse,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+    interpret=False,
+) -> jax.Array:
+    """Y = activation(x Wᵀ + bias) with N of every M inputs of W stored.
+
+    On TPUs this saves storage and bandwidth, not arithmetic: the matrix unit multiplies W written
+    out in VMEM. 2:4 in bf16 is 1.78x fewer bytes than dense bf16, with int4 codes in groups of 128
+    about 5x. Gradients go to x, to values (or the scales of codes) and the bias, through XLA.
+
+    Args:
+      x: ``(.., K)``, bf16 or f32.
+      w: of shape (N, K), from ``nm_sparse`` or ``nm_stored``, or one that ``prepare_nm`` made for
+        the kernel, which otherwise does so on each call.
+      bias: ``(N,)`` or None.
+      activation: None, "relu", "silu" or "gelu" (by tanh).
+      out_dtype: dtype of y; None for x's.
+      implementation: "xla", "mosaic_tpu", or None for the best one.
+      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+
+    Returns:
+      ``(.., N)``.
+
+    Raises:
+      TypeError: a dtype is wrong.
+      ValueError: shapes or the layout of a prepared weight are wrong.
+      Unsupported: no implementation takes these operands; all reasons are told.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.kernels.sparse_matmul import nm_sparse
+      >>> w = nm_sparse(jnp.array([[1.0, 0.0, 0.0, 4.0]]))
+      >>> nm_matmul(jnp.array([[1.0, 2.0, 3.0, 4.0]]), w).tolist()
+      [[17.0]]
+
+    Source:
+      Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378 (2:4).
+    """
+    nm.check_layout(w)
+    options = _options(x, w.shape, bias, activation, out_dtype)
+    run = functools.partial(_run_nm, implementation, interpret)
+    return _rows(functools.partial(_nm_matmul, run, options), x, w, bias)
+
+
+def prepare_nm(w: NMSparse, chip: str | None = None) -> NMSparse:
+    """Rearranges a stored weight once for the kernel of a chip.
+
+    Args:
+      w: in the stored layout.
+      chip: a key of ``chips.BY_NAME``; None for the chip at hand.
+
+    Returns:
+      A pytree to give to ``nm_matmul``, of the same size in memory; the stored weight itself where
+      the chip has no kernel for it.
+
+    Raises:
+      ValueError: another version prepared it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp.kernels.sparse_matmul import nm_sparse
+      >>> w = nm_sparse(jnp.zeros((128, 512)))
+      >>> prepare_nm(w, chip="v5e").layout, prepare_nm(w, chip="cpu").layout
+      ('mosaic_tpu/1', 'stored')
+    """
+    nm.check_layout(w)
+    known = chips.chip_of(w.values) if chip is None else chips.BY_NAME[chip]
+    fits = w.layout == "stored" and tpu_nm.unfit(w, known) is None
+    return nm.prepare(w) if fits else w
+
+
+def _options(x, shape, bias, activation, out_dtype) -> Options:
+    """Checks of what all sparse weights share."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
+    if x.ndim < 1 or x.shape[-1] != shape[1]:
+        raise ValueError(
+            f"x {x.shape} must be (.., K) for the weight (N, K) = {shape}, which takes {shape[1]} "
+            "inputs"
+        )
+    if bias is not None and bias.shape != shape[:1]:
+        raise ValueError(f"bias {bias.shape} must be (N,) = {shape[:1]} for the weight {shape}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
+    return Options(activation, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+
+
+def _rows(call, x, w, bias) -> jax.Array:
+    """Calls with the leading axes of x as one."""
+    y = call(x.reshape(-1, x.shape[-1]), w, bias)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _chip(x, interpret) -> chips.Chip | None:
+    chip = chips.chip_of(x)
+    if interpret and (chip is None or chip.platform != "tpu"):
+        return chips.V5E
+    return chip
+
+
+def _no_rows(x) -> str | None:
+    return None if len(x) else "x has no rows"
+
+
+def _chosen(implementation, interpret, x, weight) -> str:
+    """The implementation that runs a product with a block-sparse weight, and its gradients."""
+    return implementations.choose(
+        f"block_sparse_matmul of x {x.shape} {x.dtype} and {len(weight.values)} "
+        f"{weight.values.dtype} blocks of {weight.block} of {weight.shape}",
+        {"mosaic_tpu": _no_rows(x) or tpu.unfit(x.dtype, weight, _chip(x, interpret)), "xla": None},
+        implementation,
+    )
+
+
+def _run_blocks(implementation, interpret, x, weight, bias, options):
+    if _chosen(implementation, interpret, x, weight) == "xla":
+        return reference.block_matmul(x, weight, bias, options)
+    return tpu.matmul(x, weight, bias, options, interpret)
+
+
+def _run_nm(implementation, interpret, x, weight, bias, options):
+    chip = _chip(x, interpret)
+    chosen = implementations.choose(
+        f"nm_matmul of x {x.shape} {x.dtype} and {weight.n}:{weight.m} {weight.values.dtype} "
+        f"{weight.shape}",
+        {"mosaic_tpu": _no_rows(x) or tpu_nm.unfit(weight, chip, x.dtype), "xla": None},
+        implementation,
+    )
+    if chosen == "xla":
+        return reference.nm_matmul(x, weight, bias, options)
+    return tpu_nm.matmul(x, weight, bias, options, chip, interpret)
+
+
+def _linear(run, options, x, weight, bias):
+    """y, and what its activation was applied to, where there is one."""
+    if options.activation is None:
+        return run(x, weight, bias, options), None
+    # The activation's gradient needs its argument.
+    z = run(x, weight, bias, Options(None, "float32"))
+    return reference.finish(z, None, options), z
+
+
+def _before_activation(options, z, dy) -> jax.Array:
+    """The f32 cotangent of what the activation was applied to."""
+    dz = dy.astype(jnp.float32)
+    return dz if z is None else jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _block_matmul(run, options, x, weight, bias):
+    return run(x, weight, bias, options)
+
+
+def _block_forward(run, options, x, weight, bias):
+    y, z = _linear(run, options, x, weight, bias)
+    return y, (x, weight, bias, z)
+
+
+def _block_backward(run, options, saved, dy):
+    x, weight, bias, z = saved
+    dz = _before_activation(options, z, dy)
+    implementation, interpret = run.args
+    if _chosen(implementation, interpret, x, weight) == "xla":
+        dx, dvalues = reference.block_gradients(x, weight, dz.astype(x.dtype))
+    else:
+        dx, dvalues = tpu.gradients(x, weight, dz.astype(x.dtype), interpret)
+    dscales = None
+    if weight.scales is not None:
+        dscales = jnp.sum(dvalues * weight.values.astype(jnp.float32), axis=-1)
+        dvalues = _nothing(weight.values)
+    dweight = dataclasses.replace(
+        weight,
+        values=dvalues,
+        scales=dscales,
+        rows=_nothing(weight.rows),
+        columns=_nothing(weight.columns),
+    )
+    return dx, dweight, _bias_gradient(bias, dz)
+
+
+_block_matmul.defvjp(_block_forward, _block_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nm_matmul(run, options, x, weight, bias):
+    return run(x, weight, bias, options)
+
+
+def _nm_forward(run, options, x, weight, bias):
+    y, z = _linear(run, options, x, weight, bias)
+    return y, (x, weight, bias, z)
+
+
+def _nm_backward(run, options, saved, dy):
+    x, weight, bias, z = saved
+    dz = _before_activation(options, z, dy)
+    dx, dleaf = reference.nm_gradients(x, weight, dz.astype(x.dtype))
+    # Codes and positions are integers; what remains of a weight is its values or its scales.
+    name = "values" if weight.scales is None else "scales"
+    leaves = {n: _nothing(getattr(weight, n)) for n in ("values", "positions")} | {name: dleaf}
+    return dx, dataclasses.replace(weight, **leaves), _bias_gradient(bias, dz)
+
+
+_nm_matmul.defvjp(_nm_forward, _nm_backward)
+
+
+def _nothing(array) -> np.ndarray:
+    """The cotangent of integers."""
+    return np.zeros(array.shape, jax.dtypes.float0)
+
+
+def _bias_gradient(bias, dz):
+    return None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)

@@ -1,0 +1,310 @@
+"""Block-sparse matmuls on TPUs (Mosaic), and their gradients, over one list of blocks.
+
+A grid step takes some rows of x, all their inputs, and the next blocks of the list, which lie
+beside each other in memory: so the blocks stream through VMEM in large copies, however they are
+scattered over the weight. Where a block is, is read from the prefetched list; its product is added
+to f32 sums of all outputs, which stay in VMEM until the list ends. Outputs without a block stay
+zero, and the steps are as many as the blocks ask for. The gradient to x exchanges rows and columns
+of the list; the one to the values keeps the sums of some blocks, while the rows of x pass by.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.sparse_matmul import reference
+from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
+from jaxcomp.kernels.sparse_matmul.reference import Options
+
+_LANES = 128
+_LARGEST = 512
+# Both lists are held in the scalar memory.
+_MOST_BLOCKS = 1 << 15
+_VMEM = 48 << 20
+# Bytes of blocks in a copy: enough that starting a step costs little beside it.
+_COPY = 1 << 20
+# Bytes of products of blocks that the registers hold beside what computes them.
+_REGISTERS = 128 << 10
+# Bytes of f32 sums of blocks, in the gradient to them.
+_SUMS = 8 << 20
+
+
+def unfit(dtype: jax.typing.DTypeLike, weight: BlockSparse, chip: Chip | None) -> str | None:
+    """Why the kernels do not take a weight on a chip, or None.
+
+    Args:
+      dtype: of x.
+      weight: any that is valid.
+      chip: None for one that no kernel knows.
+
+    Returns:
+      A reason, or None.
+    """
+    if chip is None or chip.platform != "tpu":
+        return f"the chip is {chip.name if chip else 'unknown'}, not a TPU"
+    if any(size % _LANES or size > _LARGEST for size in weight.block):
+        return f"blocks of {weight.block} are not multiples of {_LANES} up to {_LARGEST}"
+    if not 0 < len(weight.values) <= _MOST_BLOCKS:
+        return f"it takes 1 to {_MOST_BLOCKS} blocks, not {len(weight.values)}"
+    size = jnp.dtype(dtype).itemsize
+    rows = [_product_rows(_LANES, weight, axis, size, 4) for axis in (0, 1)]
+    if not all((*rows, _gradient_rows(_LANES, weight, size))):
+        return f"128 rows of the {sum(weight.shape)} inputs and outputs do not fit into VMEM"
+    return None
+
+
+def matmul(
+    x: jax.Array,
+    weight: BlockSparse,
+    bias: jax.Array | None,
+    options: Options,
+    interpret=False,
+) -> jax.Array:
+    """Y = activation(x Wᵀ + bias).
+
+    Args:
+      x: ``(M, K)``, bf16 or f32.
+      weight: that fits.
+      bias: ``(N,)`` or None.
+      options: what is fused.
+      interpret: False, or ``pltpu.InterpretParams(..)``.
+
+    Returns:
+      ``(M, N)``.
+    """
+    return _product(x, weight, bias, options, 0, interpret)
+
+
+def gradients(
+    x: jax.Array, weight: BlockSparse, dz: jax.Array, interpret=False
+) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of z = x Wᵀ.
+
+    Args:
+      x: ``(M, K)``, bf16 or f32.
+      weight: that fits.
+      dz: ``(M, N)``, of x's dtype.
+      interpret: False, or ``pltpu.InterpretParams(..)``.
+
+    Returns:
+      Cotangents of x, and of the blocks of W: in the dtype of float values, in f32 for int8 ones.
+    """
+    dx = _product(dz, weight, None, Options(None, x.dtype.name), 1, interpret)
+    return dx, _values_gradient(x, weight, dz, interpret)
+
+
+def _product(x, weight, bias, options, axis, interpret):
+    """Sums over the list: of x Wᵀ, to outputs (axis 0), or of x W, to inputs (axis 1)."""
+    lists = (weight.rows, weight.columns)
+    m, blocks = x.shape[0], len(weight.values)
+    n, k = _padded(weight, axis), _padded(weight, 1 - axis)
+    tm = _product_rows(m, weight, axis, x.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize)
+    x = reference.pad_columns(_pad_rows(x, tm), k)
+    copy = _copy(weight)
+    # The blocks lie in VMEM as they are stored; the matrix unit takes either order.
+    in_specs = [
+        pl.BlockSpec((tm, k), lambda i, step, *_: (i, 0)),
+        pl.BlockSpec((copy, *weight.block), lambda i, step, *_: (step, 0, 0)),
+    ]
+    operands = [x, weight.values]
+    if weight.scales is not None:
+        spec = pl.BlockSpec((copy, 1, weight.block[0]), lambda i, step, *_: (step, 0, 0))
+        in_specs.append(spec)
+        operands.append(weight.scales[:, None])
+    if bias is not None:
+        in_specs.append(pl.BlockSpec((1, n), lambda i, step, *_: (0, 0)))
+        operands.append(reference.pad_columns(bias.astype(jnp.float32)[None], n))
+    y = pl.pallas_call(
+        functools.partial(
+            _product_kernel,
+            axis=axis,
+            blocks=blocks,
+            scaled=weight.scales is not None,
+            biased=bias is not None,
+            options=options,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(x.shape[0] // tm, -(-blocks // copy)),
+            in_specs=in_specs,
+            out_specs=pl.BlockSpec((tm, n), lambda i, step, *_: (i, 0)),
+            scratch_shapes=[pltpu.VMEM((tm, n), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+        interpret=interpret,
+        name="block_sparse_matmul" if axis == 0 else "block_sparse_matmul_dx",
+    )(lists[axis], lists[1 - axis], *operands)
+    return y[:m, : weight.shape[axis]]
+
+
+def _product_kernel(
+    to_ref, from_ref, x_ref, values_ref, *refs, axis, blocks, scaled, biased, options
+):
+    """Adds the products of the blocks of one copy."""
+    refs = list(refs)
+    scales_ref = refs.pop(0) if scaled else None
+    bias_ref = refs.pop(0) if biased else None
+    y_ref, sums_ref = refs
+    copy, *block = values_ref.shape
+    step = pl.program_id(1)
+    across = functools.partial(_across, y_ref.shape[1], block[axis])
+
+    @pl.when(step == 0)
+    def _():
+        def clear(columns):
+            sums_ref[:, columns] = jnp.zeros((sums_ref.shape[0], columns.size), jnp.float32)
+
+        across(clear)
+
+    def product(i):
+        x = x_ref[:, _columns(from_ref[step * copy + i], block[1 - axis])]
+        scale = scales_ref[i] if scaled else None
+        if scaled and axis == 1:
+            x = (x.astype(jnp.float32) * scale).astype(x.dtype)
+        y = reference.dot(x, values_ref[i], ((1,), (1 - axis,)))
+        return y * scale if scaled and axis == 0 else y
+
+    # As many products as the registers hold are computed before they are added: they do not wait
+    # for each other, while sums may meet in the same place.
+    fitting = _REGISTERS // (sums_ref.shape[0] * block[axis] * 4)
+    held = min(max(fitting, 1), 8)
+
+    def add(first, count):
+        for start in range(0, count, held):
+            together = range(start, min(start + held, count))
+            products = [product(first + i) for i in together]
+            for i, y in zip(together, products, strict=True):
+                sums_ref[:, _columns(to_ref[step * copy + first + i], block[axis])] += y
+
+    _each(jnp.minimum(copy, blocks - step * copy), min(max(held, 2 if fitting else 1), copy), add)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        def write(columns):
+            y = sums_ref[:, columns]
+            bias = jnp.broadcast_to(bias_ref[:, columns], y.shape) if biased else None
+            y_ref[:, columns] = reference.finish(y, bias, options)
+
+        across(write)
+
+
+def _values_gradient(x, weight, dz, interpret):
+    """``(blocks, bn, bk)``: dzᵀ x where the blocks are."""
+    m, blocks, (bn, bk) = x.shape[0], len(weight.values), weight.block
+    n, k = _padded(weight, 0), _padded(weight, 1)
+    tm = _gradient_rows(m, weight, x.dtype.itemsize)
+    x = reference.pad_columns(_pad_rows(x, tm), k)
+    # Transposed once, rather than in each block.
+    dz = reference.pad_columns(_pad_rows(dz, tm), n).T
+    copy = min(blocks, max(1, _SUMS // (bn * bk * 4)))
+    return pl.pallas_call(
+        functools.partial(_values_gradient_kernel, blocks=blocks),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(-(-blocks // copy), x.shape[0] // tm),
+            in_specs=[
+                pl.BlockSpec((tm, k), lambda step, i, *_: (i, 0)),
+                pl.BlockSpec((n, tm), lambda step, i, *_: (0, i)),
+            ],
+            out_specs=pl.BlockSpec((copy, bn, bk), lambda step, i, *_: (step, 0, 0)),
+            scratch_shapes=[pltpu.VMEM((copy, bn, bk), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(weight.values.shape, reference.gradient_dtype(weight)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
+        interpret=interpret,
+        name="block_sparse_matmul_dvalues",
+    )(weight.rows, weight.columns, x, dz)
+
+
+def _values_gradient_kernel(rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_ref, *, blocks):
+    """Adds what some rows of x and dz give to the blocks of one copy."""
+    copy, bn, bk = out_ref.shape
+    first = pl.program_id(0) * copy
+    tile = pl.program_id(1)
+
+    @pl.when(tile == 0)
+    def _():
+        def clear(i, _):
+            sums_ref[i] = jnp.zeros((bn, bk), jnp.float32)
+
+        jax.lax.fori_loop(0, copy, clear, None)
+
+    def add(start, count):
+        for i in range(count):
+            row, column = rows_ref[first + start + i], columns_ref[first + start + i]
+            dz, x = dz_ref[_columns(row, bn), :], x_ref[:, _columns(column, bk)]
+            sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
+
+    _each(jnp.minimum(copy, blocks - first), min(2, copy), add)
+
+    @pl.when(tile == pl.num_programs(1) - 1)
+    def _():
+        def write(i, _):
+            out_ref[i] = sums_ref[i].astype(out_ref.dtype)
+
+        jax.lax.fori_loop(0, copy, write, None)
+
+
+def _each(size, together, run):
+    """Calls ``run(start, count)`` for all of ``size`` items, so many together while there are."""
+    whole = jax.lax.div(size, together)  # `//` asks for the sign, which needs a TPU to lower
+    jax.lax.fori_loop(0, whole, lambda i, _: run(i * together, together), None)
+    if together > 1:
+        jax.lax.fori_loop(whole * together, size, lambda i, _: run(i, 1), None)
+
+
+def _across(size, width, run):
+    """Calls ``run(columns)`` for all columns, a block's at a time."""
+
+    def one(i, _):
+        run(_columns(i, width))
+
+    jax.lax.fori_loop(0, size // width, one, None)
+
+
+def _columns(block, width):
+    """The columns of a block, which are aligned."""
+    return pl.ds(pl.multiple_of(block * width, width), width)
+
+
+def _rows(m: int, row: int, room: int) -> int:
+    """Rows of a tile, each of so many bytes; 0 where 128 do not fit into the room."""
+    if row * _LANES > room:
+        return 0
+    return next(t for t in (min(-(-m // 16) * 16, 256), _LANES) if row * t <= room)
+
+
+def _product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
+    """Rows of a tile of the product: two copies of x and y each, and the f32 sums."""
+    n, k = _padded(weight, axis), _padded(weight, 1 - axis)
+    return _rows(m, 2 * k * itemsize + n * (4 + 2 * out_itemsize), _VMEM - 4 * _COPY)
+
+
+def _gradient_rows(m, weight, itemsize) -> int:
+    """Rows of a tile of the gradient to the values: two copies of x and dz each."""
+    sums = _SUMS * (4 + 2 * jnp.dtype(reference.gradient_dtype(weight)).itemsize) // 4
+    row = 2 * (_padded(weight, 0) + _padded(weight, 1)) * itemsize
+    return _rows(m, row, _VMEM - 4 * _COPY - sums)
+
+
+def _padded(weight: BlockSparse, axis: int) -> int:
+    """Outputs (axis 0) or inputs (1) of whole blocks."""
+    return weight.grid[axis] * weight.block[axis]
+
+
+def _copy(weight: BlockSparse) -> int:
+    """Blocks in a copy."""
+    bn, bk = weight.block
+    return min(len(weight.values), max(1, _COPY // (bn * bk * weight.values.dtype.itemsize)))
+
+
+def _pad_rows(x: jax.Array, tile: int) -> jax.Array:
+    return jnp.pad(x, ((0, -len(x) % tile), (0, 0)))

@@ -1,0 +1,187 @@
+"""Compiles functions for an H100 that is not here, with CUDA's own assembler.
+
+The compiler's dumps are asked for by variables that are read once, so each request runs in a fresh
+process:
+
+    python -m tests.kernels.aot_gpu '{"cases": [["module:function", {..}], ..]}'
+
+``module:function(**options)`` returns a function and its arguments as ShapeDtypeStructs.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+MARK = "aot result: "
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def toolkit() -> pathlib.Path | None:
+    """The folder of a CUDA toolkit: the installed wheel's, or the machine's."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [pathlib.Path(x) / "cu13" for x in (spec and spec.submodule_search_locations) or ()]
+    if (compiler := shutil.which("nvcc")) is not None:
+        folders.append(pathlib.Path(compiler).resolve().parents[1])
+    folders.append(pathlib.Path("/usr/local/cuda"))
+    return next((x for x in folders if (x / "bin/ptxas").exists() and (x / "nvvm").exists()), None)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether JAX's CUDA plugin and an assembler are installed."""
+    try:
+        plugin = importlib.util.find_spec("jax_plugins.xla_cuda13")
+    except ModuleNotFoundError:
+        plugin = None
+    return plugin is not None and toolkit() is not None
+
+
+def environment(dump: pathlib.Path) -> dict[str, str]:
+    """Variables of a process that compiles, and writes PTX and the assembler's report."""
+    cuda = toolkit()
+    flags = f"--xla_gpu_cuda_data_dir={cuda} --xla_gpu_autotune_level=0"
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "CUDA_ROOT": str(cuda),
+        "PATH": f"{cuda}/bin:{os.environ['PATH']}",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_TO": str(dump),
+    }
+
+
+def compile_cases(
+    cases: list[tuple[str, dict]], timeout: float = 900, dump: pathlib.Path | None = None
+) -> list[dict]:
+    """Compiles cases for an H100 in one new process.
+
+    Args:
+      cases: ("module:function", options) each.
+      timeout: seconds for all of them.
+      dump: a folder that keeps PTX and reports, or None for a temporary one.
+
+    Returns:
+      For each case a dict: "error" (None or the message), "seconds", "kernels" (what the assembler
+      reports of each Mosaic kernel: "registers", "stack", "spill_stores", "spill_loads",
+      "warnings"), "memory" (bytes of arguments, outputs and temporaries) and "hlo" (the compiled
+      program's text). A case that aborts the process ends the list with an error.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary if dump is None else dump)
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kernels.aot_gpu", json.dumps({"cases": cases})],
+            cwd=ROOT,
+            env={**os.environ, **environment(folder)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
+    results = [json.loads(x.removeprefix(MARK)) for x in lines]
+    if len(results) < len(cases):
+        told = done.stderr.strip()[-2000:]
+        results.append({"error": f"the compiler ended with {done.returncode}: {told}"})
+    return results
+
+
+def reports(folder: pathlib.Path, since: float) -> list[dict]:
+    """What the assembler said of the kernels that it made since a time."""
+    found = []
+    for path in sorted(folder.rglob("*.ptxas"), key=os.path.getmtime):
+        text = path.read_text()
+        if path.stat().st_mtime < since or "registers" not in text:
+            continue
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text)
+        stack, stores, loads = map(int, spills.groups()) if spills else (0, 0, 0)
+        used = re.search(r"Used (\d+) registers", text)
+        warnings = [x.strip() for x in text.splitlines() if "warning" in x.lower()]
+        found.append(
+            {
+                "registers": int(used.group(1)) if used else None,
+                "stack": stack,
+                "spill_stores": stores,
+                "spill_loads": loads,
+                "warnings": warnings,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    """Compiles what is asked for on the command line; one line a case."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    request = json.loads(sys.argv[1])
+    dump = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+    )
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("device",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for target, options in request["cases"]:
+        started, since = time.perf_counter(), time.time()
+        result: dict = {"error": None}
+        try:
+            module, _, name = target.partition(":")
+            function, arguments = getattr(importlib.import_module(module), name)(**options)
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), arguments
+            )
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                compiled = jax.jit(function).lower(*arguments).compile()
+            memory = compiled.memory_analysis()
+            result["memory"] = {
+                "arguments": memory.argument_size_in_bytes,
+                "outputs": memory.output_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+            }
+            result["hlo"] = compiled.as_text()
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"[:4000]
+        result["kernels"] = reports(dump, since)
+        result["seconds"] = time.perf_counter() - started
+        print(MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Products to compile ahead of time, for tests and for the table of scheduled cycles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.quantized_matmul import layout, reference, tpu, tpu_tiles, weights
+
+
+def quantized(
+    mesh,
+    chip: str,
+    m: int,
+    n: int,
+    k: int,
+    format: str = "int4",
+    group_size: int = 128,
+    zeros: bool = False,
+    scale_dtype: str = "bfloat16",
+    x_dtype: str = "bfloat16",
+    activation_dtype: str | None = None,
+):
+    """The TPU kernel on one device, with a prepared weight."""
+
+    def struct(shape, dtype):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    stored = (n, k * weights.FORMATS[format].bits // 8)
+    scales = struct((k // group_size, n), scale_dtype)
+    table = struct((16,), "float32") if format == "codebook" else None
+    weight = weights.Weight(
+        struct(stored, "uint8"),
+        scales,
+        scales if zeros else None,
+        table,
+        format,
+        group_size,
+        (n, k),
+    )
+    shapes = jax.eval_shape(layout.prepare, weight)
+    weight = jax.tree.map(lambda a: struct(a.shape, a.dtype), shapes)
+    options = reference.Options(None, activation_dtype, x_dtype)
+    run = functools.partial(tpu.matmul, bias=None, options=options, chip=chips.BY_NAME[chip])
+    return run, (struct((m, k), x_dtype), weight)
+
+
+def bf16(mesh, chip: str, m: int, n: int, k: int):
+    """A bf16 product in the tiling of the kernel of many rows, to hold that one against."""
+    tile = tpu_tiles.dense(chip, m, n, k, chips.BY_NAME[chip].mxu)
+
+    def kernel(x_ref, w_ref, y_ref):
+        def one(i, _):
+            block = pl.ds(pl.multiple_of(i * tile.columns, tile.columns), tile.columns)
+            product = jax.lax.dot_general(
+                x_ref[...],
+                w_ref[block, :],
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            y_ref[:, block] = product.astype(jnp.bfloat16)
+
+        jax.lax.fori_loop(0, tile.n // tile.columns, one, None)
+
+    run = pl.pallas_call(
+        kernel,
+        grid=(-(-n // tile.n), -(-m // tile.m)),
+        in_specs=[
+            pl.BlockSpec((tile.m, k), lambda j, i: (i, 0)),
+            pl.BlockSpec((tile.n, k), lambda j, i: (j, 0)),
+        ],
+        out_specs=pl.BlockSpec((tile.m, tile.n), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=56 << 20),
+        name="bf16_matmul",
+    )
+    sharding = NamedSharding(mesh, PartitionSpec())
+    shapes = (m, k), (n, k)
+    return run, tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes)

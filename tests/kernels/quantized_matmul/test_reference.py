@@ -1,0 +1,231 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, prepare, quantized_matmul
+
+from tests.kernels.quantized_matmul import cases
+
+FORMATS = tuple(cases.BITS)
+
+
+class TestXla:
+    """Every implementation passes these; a subclass names its own and its shapes."""
+
+    implementation = "xla"
+    interpret: object = False
+    # (M, N, K, group size): nothing divides a tile.
+    shape = (5, 72, 192, 32)
+    one_group = (3, 40, 96, 96)
+
+    def run(self, x, case, **options):
+        call = functools.partial(
+            quantized_matmul,
+            **case.options,
+            **options,
+            implementation=self.implementation,
+            interpret=self.interpret,
+        )
+        return call(x, *case.arguments())
+
+    def case(self, rng, format, shape=None, **options):
+        _, n, k, group_size = shape or self.shape
+        return cases.make(rng, format, (n, k), group_size, **options)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_formats(self, rng, format, dtype):
+        case = self.case(rng, format, zeros=dtype == "bfloat16", scale_dtype=dtype)
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), dtype)
+        y = self.run(x, case)
+        assert y.dtype == dtype
+        cases.assert_close(y, cases.product(x, case), dtype)
+
+    @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+    def test_bias_and_activation(self, rng, activation):
+        case = self.case(rng, "int4", zeros=True)
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), "float32") / 30
+        bias = jnp.asarray(rng.normal(size=self.shape[1]), jnp.float32)
+        y = self.run(x, case, bias=bias, activation=activation)
+        cases.assert_close(y, cases.product(x, case, bias, activation), "float32")
+
+    def test_one_group_a_row_and_leading_axes(self, rng):
+        case = self.case(rng, "int4", self.one_group)
+        case.options["group_size"] = None
+        m, _, k, _ = self.one_group
+        x = cases.rows(rng, (2, m, k), "float32")
+        cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+        y = self.run(x[0, 0].astype(jnp.bfloat16), case, out_dtype=jnp.float32)
+        assert y.dtype == jnp.float32
+        cases.assert_close(y, cases.product(x[0, :1].astype(jnp.bfloat16), case)[0], "bfloat16")
+
+    @pytest.mark.parametrize(
+        ("format", "dtype"),
+        [
+            ("int8", "int8"),
+            ("int4", "int8"),
+            ("int2", "int8"),
+            ("int4", "float8_e4m3fn"),
+            ("fp8", "float8_e4m3fn"),
+        ],
+    )
+    def test_quantized_activations(self, rng, format, dtype):
+        case = self.case(rng, format, zeros=format == "int4")
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), "float32").at[0].set(0.0)
+        y = self.run(x, case, activation_dtype=dtype)
+        # The product is exact in the quantized rows.
+        expected = cases.product(cases.quantized_rows(x, dtype), case)
+        cases.assert_close(y, expected, "float32")
+
+    @pytest.mark.parametrize("activation_dtype", [None, "int8"])
+    def test_rows_that_are_not_finite(self, rng, activation_dtype):
+        case = self.case(rng, "int4")
+        x = cases.rows(rng, (3, self.shape[2]), "float32")
+        x = x.at[0, 5].set(jnp.nan).at[2, 7].set(jnp.inf)
+        y = self.run(x, case, activation_dtype=activation_dtype)
+        assert not np.any(np.isfinite(y[0])) and not np.any(np.isfinite(y[2]))
+        assert np.all(np.isfinite(y[1]))
+
+    @pytest.mark.parametrize("format", ["int4", "codebook"])
+    def test_gradients(self, rng, format):
+        case = self.case(rng, format, zeros=True)
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), "float32") / 30
+        bias = jnp.asarray(rng.normal(size=self.shape[1]), jnp.float32)
+        weights = jnp.asarray(rng.normal(size=(self.shape[0], self.shape[1])), jnp.float32)
+        table = case.options.get("table")
+        codes = np.asarray(case.codes)
+        unsigned = np.stack([codes & 15, codes >> 4], axis=-1).reshape(codes.shape[0], -1)
+
+        def dense(x, scales, zeros, bias, table):
+            value = (
+                table[unsigned]
+                if table is not None
+                else jnp.asarray(cases.value_of(unsigned, format, np.array(cases.NF4)), jnp.float32)
+            )
+            spread = functools.partial(jnp.repeat, repeats=self.shape[3], axis=1)
+            w = spread(scales.T) * (value - spread(zeros.T))
+            y = jax.nn.silu(jnp.dot(x, w.T, precision="highest") + bias)
+            return jnp.sum(y * weights)
+
+        def quantized(x, scales, zeros, bias, table):
+            options = {**case.options, "table": table}
+            y = quantized_matmul(
+                x, case.codes, scales, zeros, **options, bias=bias, activation="silu",
+                implementation=self.implementation, interpret=self.interpret,
+            )  # fmt: skip
+            return jnp.sum(y * weights)
+
+        arguments = (x, case.scales, case.zeros, bias, table)
+        which = (0, 1, 2, 3) if table is None else (0, 1, 2, 3, 4)
+        expected = jax.grad(dense, which)(*arguments)
+        actual = jax.grad(quantized, which)(*arguments)
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4 * np.abs(theirs).max())
+
+    def test_stack(self, rng):
+        case = self.case(rng, "int4", zeros=True, stack=(2,))
+        x = cases.rows(rng, (2, self.shape[0], self.shape[2]), "float32")
+        cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+
+    @pytest.mark.parametrize("format", ["int4", "fp8"])
+    def test_prepared(self, rng, format):
+        case = self.case(rng, format, zeros=True)
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), "float32")
+        weight = prepare(*case.arguments(), **case.options, chip="v5e")
+
+        def loss(weight):
+            y = quantized_matmul(
+                x, weight, implementation=self.implementation, interpret=self.interpret
+            )
+            return jnp.sum(y), y
+
+        grads, y = jax.grad(loss, has_aux=True, allow_int=True)(weight)
+        cases.assert_close(y, cases.product(x, case), "float32")
+        assert grads.scales.shape == case.scales.shape
+
+
+class TestGrouped:
+    @pytest.mark.parametrize("sizes", [(3, 0, 4), (0, 7, 0), (1, 2, 2)])
+    def test_experts(self, rng, sizes):
+        case = cases.make(rng, "int4", (24, 64), 32, zeros=True, stack=(3,))
+        x = cases.rows(rng, (7, 64), "float32")
+        bias = jnp.asarray(rng.normal(size=(3, 24)), jnp.float32)
+        y = grouped_quantized_matmul(
+            x, jnp.array(sizes), *case.arguments(), **case.options, bias=bias
+        )
+        expected, start = np.zeros((7, 24)), 0
+        for expert, size in enumerate(sizes):
+            own = np.asarray(x[start : start + size], np.float64) @ case.dense[expert].T
+            expected[start : start + size] = own + np.asarray(bias[expert], np.float64)
+            start += size
+        cases.assert_close(y, expected, "float32")
+
+    def test_gradients_reach_each_expert(self, rng):
+        case = cases.make(rng, "int4", (8, 32), 32, stack=(2,))
+        x = cases.rows(rng, (5, 32), "float32")
+
+        def loss(x, scales, activation_dtype=None):
+            y = grouped_quantized_matmul(
+                x, jnp.array([2, 2]), case.codes, scales, activation_dtype=activation_dtype,
+                **case.options,
+            )  # fmt: skip
+            return jnp.sum(y)
+
+        dx, dscales = jax.grad(loss, (0, 1))(x, case.scales)
+        expected = np.repeat(case.dense.sum(1), 2, axis=0)
+        np.testing.assert_allclose(dx[:4], expected, rtol=1e-4, atol=1e-4)
+        assert not np.any(dx[4])
+        assert np.all(np.any(dscales, axis=-1))
+        # Quantized rows pass gradients on as they are.
+        np.testing.assert_allclose(jax.grad(loss)(x, case.scales, "int8"), dx, rtol=1e-6)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(FORMATS),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.sampled_from([32, 40, 64]),
+)
+def test_any_shape(format, m, n, groups, group_size):
+    rng = np.random.default_rng(m * n * groups)
+    case = cases.make(rng, format, (n, groups * group_size), group_size)
+    x = cases.rows(rng, (m, groups * group_size), "float32")
+    y = quantized_matmul(x, *case.arguments(), **case.options)
+    cases.assert_close(y, cases.product(x, case), "float32")
+
+
+class TestErrors:
+    codes = jnp.zeros((8, 32), jnp.uint8)
+    scales = jnp.ones((2, 8))
+    x = jnp.ones((3, 64))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"codes": jnp.zeros((8, 32), jnp.int8)}, TypeError, ["(8, 32)", "int8", "uint8"]),
+            ({"scales": jnp.ones((2, 8), jnp.float16)}, TypeError, ["(2, 8)", "float16"]),
+            ({"x": jnp.ones((3, 64), jnp.int32)}, TypeError, ["(3, 64)", "int32"]),
+            ({"scales": jnp.ones((3, 8))}, ValueError, ["(3, 8)", "(8, 32)", "(2, 8)"]),
+            ({"zeros": jnp.ones((2, 9))}, ValueError, ["(2, 9)", "(2, 8)"]),
+            ({"group_size": 48}, ValueError, ["48", "64", "(8, 32)"]),
+            ({"x": jnp.ones((3, 63))}, ValueError, ["(3, 63)", "(8, 64)"]),
+            ({"bias": jnp.ones((3,))}, ValueError, ["(3,)", "(8,)"]),
+            ({"format": "int5"}, ValueError, ["int5", "int4"]),
+            ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
+            ({"activation_dtype": "int4"}, ValueError, ["int4", "int8"]),
+            ({"implementation": "cuda"}, ValueError, ["cuda", "xla"]),
+            ({"table": jnp.ones((16,))}, ValueError, ["codebook"]),
+        ],
+    )
+    def test_names_what_is_wrong(self, change, error, words):
+        arguments = {"x": self.x, "codes": self.codes, "scales": self.scales, "group_size": 32}
+        with pytest.raises(error) as caught:
+            quantized_matmul(**{**arguments, **change})
+        for word in words:
+            assert word in str(caught.value)

@@ -1,0 +1,178 @@
+"""The TPU kernels in interpret mode, with its checks for races, and through the real compiler."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul
+
+from tests.kernels import aot
+from tests.kernels.quantized_matmul import cases, test_reference
+
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+MODULE = "tests.kernels.quantized_matmul.aot_cases"
+
+
+@pytest.fixture
+def on_chip(monkeypatch):
+    """Makes this machine count as a chip."""
+    return lambda name: monkeypatch.setattr(chips, "chip_of", lambda *_: chips.BY_NAME[name])
+
+
+class TestMosaicTpu(test_reference.TestXla):
+    implementation = "mosaic_tpu"
+    interpret = INTERPRET
+    shape = (5, 200, 512, 128)
+    one_group = (3, 136, 256, 256)
+
+    @pytest.fixture(autouse=True)
+    def chip(self, on_chip):
+        on_chip("v5e")
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("format", list(cases.BITS))
+    def test_formats(self, rng, format, dtype):
+        if (format, dtype) == ("codebook", "float32"):
+            pytest.skip("a codebook's values are rounded to bf16: refused, see TestChoice")
+        super().test_formats(rng, format, dtype)
+
+    def test_gradients(self, rng, format="int4"):
+        super().test_gradients(rng, format)
+
+    @pytest.mark.parametrize("group_size", [32, 256])
+    def test_group_sizes(self, rng, group_size):
+        case = cases.make(rng, "int4", (136, 512), group_size, zeros=True)
+        x = cases.rows(rng, (3, 512), "float32")
+        cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+
+    @pytest.mark.parametrize("format", list(cases.BITS))
+    def test_many_rows(self, rng, format):
+        case = cases.make(rng, format, (136, 512), 64, zeros=format == "int8")
+        x = cases.rows(rng, (270, 512), "bfloat16")
+        bias = jnp.asarray(rng.normal(size=136), jnp.float32)
+        y = self.run(x, case, bias=bias, activation="relu")
+        cases.assert_close(y, cases.product(x, case, bias, "relu"), "bfloat16")
+
+    def test_many_steps_of_inputs(self, rng):
+        # One group of more inputs than a tile holds, with zero points.
+        case = cases.make(rng, "int4", (128, 32768), 32768, zeros=True)
+        x = cases.rows(rng, (2, 32768), "float32")
+        cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+
+
+class TestOtherChips(TestMosaicTpu):
+    """The arithmetic of the wider matrix units; what does not depend on it is not run again."""
+
+    @pytest.fixture(autouse=True, params=["v6e", "7x"])
+    def chip(self, request, on_chip):
+        self.name = request.param
+        on_chip(request.param)
+
+    def test_quantized_activations(self, rng, format="int4", dtype="float8_e4m3fn"):
+        super().test_quantized_activations(rng, format, dtype)
+
+    def test_many_rows(self, rng, format="int4"):
+        super().test_many_rows(rng, format)
+
+    def test_rows_that_are_not_finite(self, rng, activation_dtype=None):
+        super().test_rows_that_are_not_finite(rng, activation_dtype)
+
+    test_bias_and_activation = test_gradients = test_stack = test_prepared = None
+    test_one_group_a_row_and_leading_axes = test_group_sizes = test_many_steps_of_inputs = None
+
+
+@pytest.mark.parametrize("format", list(cases.BITS))
+def test_prepared_is_restored(rng, format):
+    from jaxcomp.kernels.quantized_matmul import layout
+
+    case = cases.make(rng, format, (3, 1024), 64, stack=(2,))
+    weight = prepare(*case.arguments(), **case.options, chip="v6e")
+    assert weight.layout == layout.LAYOUT
+    np.testing.assert_array_equal(layout.restore(weight).codes, case.codes)
+
+
+class TestChoice:
+    def make(self, rng, format="int4", k=512, group_size=128):
+        case = cases.make(rng, format, (128, k), group_size)
+        return case, cases.rows(rng, (2, k), "float32")
+
+    def test_default_on_cpu_is_xla(self, rng):
+        case, x = self.make(rng)
+        y = quantized_matmul(x, *case.arguments(), **case.options)
+        cases.assert_close(y, cases.product(x, case), "float32")
+
+    @pytest.mark.parametrize(
+        ("chip", "make", "options", "words"),
+        [
+            ("cpu", {}, {}, ["cpu", "(2, 512)", "(128, 512)"]),
+            ("v5e", {"k": 192, "group_size": 64}, {}, ["192", "128"]),
+            ("v5e", {"k": 384, "group_size": 96}, {}, ["96", "128"]),
+            ("v5e", {"format": "codebook"}, {}, ["codebook", "float32"]),
+            ("7x", {}, {"activation_dtype": "int8"}, ["7x", "integers"]),
+        ],
+    )
+    def test_forced_where_it_does_not_fit(self, rng, on_chip, chip, make, options, words):
+        case, x = self.make(rng, **make)
+        on_chip(chip)
+        with pytest.raises(NotImplementedError) as caught:
+            quantized_matmul(
+                x, *case.arguments(), **case.options, **options, implementation="mosaic_tpu"
+            )
+        for word in words:
+            assert word in str(caught.value)
+
+    def test_wrong_layout_version(self, rng):
+        import dataclasses
+
+        case, x = self.make(rng)
+        weight = prepare(*case.arguments(), **case.options, chip="v5e")
+        old = dataclasses.replace(weight, layout="mosaic_tpu/0")
+        with pytest.raises(ValueError, match=r"'mosaic_tpu/0'.*'mosaic_tpu/1'"):
+            quantized_matmul(x, old)
+        cut = dataclasses.replace(weight, codes=weight.codes[:, :256])
+        with pytest.raises(ValueError, match=r"\(128, 256\).*\(128, 512\)"):
+            quantized_matmul(x, cut)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["int8", "int4", "fp8"]),
+    st.integers(1, 20),
+    st.integers(1, 200),
+    st.integers(1, 3),
+    st.sampled_from([32, 64, 128]),
+    st.booleans(),
+)
+def test_any_shape(format, m, n, blocks, group_size, zeros):
+    rng = np.random.default_rng(m * n)
+    case = cases.make(rng, format, (n, 128 * blocks), group_size, zeros=zeros)
+    x = cases.rows(rng, (m, 128 * blocks), "float32")
+    y = quantized_matmul(
+        x, *case.arguments(), **case.options, implementation="mosaic_tpu", interpret=INTERPRET
+    )
+    cases.assert_close(y, cases.product(x, case), "float32")
+
+
+@pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", list(aot.TOPOLOGIES))
+def test_compiles(chip):
+    quantized = "float8_e4m3fn" if chip == "7x" else "int8"
+    requests = [
+        {"m": 1, "n": 4096, "k": 4096},
+        {"m": 16, "n": 4096, "k": 14336, "zeros": True},
+        {"m": 256, "n": 14336, "k": 4096},
+        {"m": 16, "n": 512, "k": 512, "format": "int2"},
+        {"m": 16, "n": 512, "k": 512, "format": "fp8", "group_size": 512},
+        {"m": 16, "n": 512, "k": 512, "format": "codebook", "group_size": 64},
+        {"m": 16, "n": 512, "k": 512, "group_size": 32, "activation_dtype": quantized},
+        {"m": 8, "n": 512, "k": 512, "x_dtype": "float32", "format": "int8"},
+        {"m": 512, "n": 512, "k": 512, "format": "int2", "group_size": 64},
+    ]
+    case = f"{MODULE}:quantized"
+    results = aot.compile_cases(chip, [(case, {"chip": chip, **r}) for r in requests])
+    errors = [f"{r}: {x['error']}" for r, x in zip(requests, results, strict=False) if x["error"]]
+    assert not errors and len(results) == len(requests), errors
+    assert all("custom-call" in x["hlo"] for x in results)

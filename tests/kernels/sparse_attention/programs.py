@@ -1,0 +1,105 @@
+"""Programs that are compiled for TPUs ahead of time: Llama-3-8B's heads unless told otherwise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxcomp.kernels.sparse_attention import (
+    attention,
+    causal,
+    decode_attention,
+    full,
+    global_,
+    per_head,
+    random,
+    strided,
+    window,
+)
+
+MASKS = {
+    "full": full(),
+    "causal": causal(),
+    "window": window(1024, causal=True),
+    "strided": strided(192),
+    "bigbird": window(256) | global_(64) | random(3, block_size=64),
+    "heads": per_head([causal(), window(512)] * 16),
+}
+
+
+def attend(
+    mesh,
+    mask="causal",
+    queries=2048,
+    batch=1,
+    heads=32,
+    kv_heads=8,
+    dim=128,
+    dtype="bfloat16",
+    cache=None,
+    gradient=False,
+    segments=False,
+    span=False,
+    soft_cap=None,
+    **options,
+):
+    """Attention, or its gradients, as a function and the shapes of its arguments."""
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shape(*sizes, of=dtype):
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(of), sharding=place)
+
+    operands = {
+        "q": shape(batch, queries, heads, dim),
+        "k": shape(batch, queries, kv_heads, dim, of=cache or dtype),
+        "v": shape(batch, queries, kv_heads, dim, of=cache or dtype),
+    }
+    if cache:
+        scale = shape(batch, queries, kv_heads, of="float32")
+        operands |= {"k_scale": scale, "v_scale": scale}
+    if segments:
+        operands["segment_ids"] = shape(batch, queries, of="int32")
+    if span:
+        operands["span"] = shape(heads, of="float32")
+    run = functools.partial(
+        attention, mask=MASKS[mask], soft_cap=soft_cap, implementation="mosaic_tpu", **options
+    )
+    names = list(operands)
+    if not gradient:
+        return (lambda *xs: run(**dict(zip(names, xs, strict=True)))), list(operands.values())
+    wanted = [i for i, n in enumerate(names) if n in ("q", "span") or (not cache and n in "kv")]
+
+    def loss(*xs):
+        return run(**dict(zip(names, xs, strict=True))).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=wanted), list(operands.values())
+
+
+def decode(
+    mesh,
+    capacity=16384,
+    batch=8,
+    queries=1,
+    heads=32,
+    kv_heads=8,
+    dim=128,
+    dtype="bfloat16",
+    cache=None,
+    **options,
+):
+    """Decoding, as a function and the shapes of its arguments."""
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shape(*sizes, of=dtype):
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(of), sharding=place)
+
+    kv = shape(batch, capacity, kv_heads, dim, of=cache or dtype)
+    arguments = [shape(batch, queries, heads, dim), kv, kv, shape(batch, of="int32")]
+    run = functools.partial(decode_attention, implementation="mosaic_tpu", **options)
+    if not cache:
+        return run, arguments
+    scale = shape(batch, capacity, kv_heads, of="float32")
+
+    def quantized(q, k, v, lengths, k_scale, v_scale):
+        return run(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
+
+    return quantized, [*arguments, scale, scale]

@@ -1,0 +1,251 @@
+"""Every implementation of sparse attention against float64, and their gradients against autodiff.
+
+The kernels' tests are the reference's, subclassed: ``run`` is all that differs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.sparse_attention import (
+    attention,
+    causal,
+    full,
+    global_,
+    per_head,
+    random,
+    reference,
+    window,
+    xla,
+)
+from jaxcomp.kernels.sparse_attention.schedule import schedule
+
+from tests.kernels.sparse_attention import cases
+
+INTERPRETED = {
+    "implementation": "mosaic_tpu",
+    "interpret": pltpu.InterpretParams(detect_races=True),
+    "block_q": 128,
+    "block_k": 128,
+}
+
+
+def check(run, q, k, v, mask, dtype="float32", **options):
+    """Runs in a dtype, and compares with float64 on what the operands were rounded to."""
+    q, k, v = (x.astype(dtype) if x.dtype == np.float32 else x for x in (q, k, v))
+    arrays = {"q": q, "k": k, "v": v}
+    arrays |= {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    rest = {n: x for n, x in options.items() if n not in arrays}
+    out, lse = jax.jit(lambda arrays: run(mask=mask, **arrays, **rest))(arrays)
+    want_out, want_lse = cases.expected(q, k, v, mask, **options)
+    assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
+    cases.assert_close(out, want_out, dtype)
+    cases.assert_close(lse, want_lse, dtype)
+
+
+class TestReference:
+    """The plain implementation."""
+
+    masks = tuple(cases.MASKS)
+
+    def run(self, q, k, v, mask, scale=None, segment_ids=None, kv_segment_ids=None, **options):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if segment_ids is not None and kv_segment_ids is None:
+            kv_segment_ids = segment_ids
+        segments = {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids}
+        return reference.attention(q, k, v, mask, scale=scale, **segments, **options)
+
+    def test_masks(self):
+        q, k, v = cases.operands(0)
+        for name in self.masks:
+            check(self.run, q, k, v, cases.MASKS[name])
+
+    def test_bfloat16(self):
+        check(self.run, *cases.operands(1, dim=128, heads=2, kv_heads=1), causal(), "bfloat16")
+
+    def test_lengths_and_widths_that_differ(self):
+        operands = cases.operands(2, batch=2, queries=70, keys=150, dim=24, out_dim=40)
+        check(self.run, *operands, window(40) | global_(3))
+
+    def test_all_options_together(self):
+        q, k, v = cases.operands(3, batch=2, queries=150, heads=2, kv_heads=1)
+        rng = np.random.default_rng(3)
+        check(
+            self.run, q, k, v, causal(20), scale=0.7, soft_cap=2.5,
+            segment_ids=np.sort(rng.integers(-1, 3, (2, 150)), 1).astype(np.int32),
+            kv_segment_ids=np.sort(rng.integers(-1, 3, (2, 200)), 1).astype(np.int32),
+            span=np.array([3.0, 90.5], np.float32), span_ramp=24.0,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
+    def test_quantized_keys_and_values(self, code):
+        q, k, v = cases.operands(4, queries=100, keys=140, heads=2, kv_heads=1)
+        (k, k_scale), (v, v_scale) = (cases.quantized(x, code) for x in (k, v))
+        check(self.run, q, k, v, causal(40), k_scale=k_scale, v_scale=v_scale)
+
+    def test_rows_that_look_at_nothing_are_zero(self):
+        q, k, v = cases.operands(5, queries=130, keys=130, heads=2)
+        mask = ~window(400) | (global_(130) & causal(-3))
+        _, lse = cases.expected(q, k, v, mask)
+        assert np.isneginf(lse[:, :, :3]).all()
+        check(self.run, q, k, v, mask)
+
+    def gradients(self, mask, dtype="float32", lse_too=True, **sizes):
+        """Against autodiff of the reference, in float32 on the same rounded operands."""
+        extras = {n: sizes.pop(n) for n in ("soft_cap", "segment_ids", "span") if n in sizes}
+        q, k, v = (x.astype(dtype) for x in cases.operands(6, **sizes))
+        rng = np.random.default_rng(7)
+        names = ("q", "k", "v", *(["span"] if "span" in extras else []))
+        operands = {"q": q, "k": k, "v": v, **{n: x for n, x in extras.items() if n == "span"}}
+        rest = {n: x for n, x in extras.items() if n not in operands}
+        out_shape = (*q.shape[:3], v.shape[3])
+        d_out = rng.standard_normal(out_shape).astype(dtype).astype(np.float32)
+        d_lse = rng.standard_normal((q.shape[0], q.shape[2], q.shape[1])).astype(np.float32)
+
+        def loss(run, values):
+            out, lse = run(mask=mask, **values, **rest)
+            if lse_too:
+                out = (out.astype(jnp.float32) * d_out).sum()
+                return out + jnp.where(jnp.isfinite(lse), lse * d_lse, 0).sum()
+            return (out.astype(jnp.float32) * d_out).sum()
+
+        exact = {n: jnp.asarray(x, jnp.float32) for n, x in operands.items()}
+        plain = functools.partial(TestReference.run, self)
+        want = jax.jit(jax.grad(functools.partial(loss, plain)))(exact)
+        got = jax.jit(jax.grad(functools.partial(loss, self.run)))(operands)
+        for name in names:
+            assert got[name].dtype == operands[name].dtype
+            assert np.isfinite(np.asarray(got[name], np.float32)).all()
+            cases.assert_close(got[name], want[name], dtype, cases.GRADIENT_TOLERANCE)
+
+    def test_gradients(self):
+        mask = window(64) & causal() | random(1, seed=2, block_size=64)
+        self.gradients(mask, queries=200, keys=200, soft_cap=3.0)
+
+    def test_gradients_of_all_options(self):
+        segments = np.repeat([[0, 1, -1]], [90, 70, 20], axis=1).astype(np.int32)
+        # Not whole numbers: where a ramp ends on a distance, its slope is a matter of convention.
+        span = np.array([5.3, 60.6], np.float32)
+        self.gradients(
+            causal(), queries=180, keys=180, heads=2, kv_heads=1, segment_ids=segments, span=span
+        )
+
+    def test_gradients_of_heads_with_masks_of_their_own(self):
+        mask = per_head([causal(), window(40), ~full(), causal() & random(1)])
+        self.gradients(mask, queries=150, keys=150, lse_too=False)
+
+    def test_gradients_in_bfloat16(self):
+        self.gradients(causal(), "bfloat16", queries=130, keys=130, heads=2, kv_heads=1, dim=128)
+
+    def test_the_spans_gradient_is_its_definition(self):
+        q, k, v = (jnp.asarray(x) for x in cases.operands(8, queries=60, keys=60, heads=2))
+
+        def loss(span):
+            return self.run(q, k, v, causal(), span=span)[0].sum()
+
+        def exact(span):
+            return cases.expected(q, k, v, causal(), span=span)[0].sum()
+
+        span = np.array([4.3, 20.7], np.float32)
+        got = jax.jit(jax.grad(loss))(jnp.asarray(span))
+        for head in range(2):
+            step = np.eye(2)[head] * 1e-3
+            want = (exact(span + step) - exact(span - step)) / 2e-3
+            np.testing.assert_allclose(got[head], want, atol=2e-4)
+
+    def test_quantized_operands_are_constants(self):
+        q, k, v = cases.operands(9, queries=100, keys=100, heads=2, kv_heads=1)
+        (k, k_scale), (v, v_scale) = (cases.quantized(x, "int8") for x in (k, v))
+
+        def gradient(run, k, v, **scales):
+            k, v = jnp.asarray(k), jnp.asarray(v)
+            return jax.jit(jax.grad(lambda q: (run(q, k, v, causal(), **scales)[0] ** 2).sum()))(q)
+
+        got = gradient(self.run, k, v, k_scale=k_scale, v_scale=v_scale)
+        k, v = k * k_scale[..., None], v * v_scale[..., None]
+        want = gradient(functools.partial(TestReference.run, self), k, v)
+        cases.assert_close(got, want, "float32", cases.GRADIENT_TOLERANCE)
+
+
+class TestXla(TestReference):
+    """The listed blocks, gathered."""
+
+    masks = ("causal", "fixed", "bigbird", "per head")
+
+    def run(self, q, k, v, mask, scale=None, segment_ids=None, kv_segment_ids=None, **options):
+        blocks = schedule(mask, q.shape[2], q.shape[1], k.shape[1], 128, 128)
+        if segment_ids is not None and kv_segment_ids is None:
+            kv_segment_ids = segment_ids
+        return xla.attention(
+            q, k, v, blocks, block_q=128, block_k=128, segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            **options,
+        )  # fmt: skip
+
+    def test_memory_is_linear_in_the_blocks(self):
+        """A window at twice the length needs twice the memory, not four times."""
+
+        def temporaries(length):
+            x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+
+            def loss(q, k, v):
+                return attention(q, k, v, window(256), implementation="xla").sum()
+
+            compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        assert temporaries(8192) < 2.2 * temporaries(4096)
+
+
+class TestInterpretedTpu(TestReference):
+    """The TPU kernels, interpreted, with the detection of races."""
+
+    # Rules with bitmaps, and a list for each head. Other masks differ in their list only.
+    masks = ("bigbird", "per head")
+    # That is of the reference itself; here gradients are compared with the reference's.
+    test_the_spans_gradient_is_its_definition = None
+
+    def run(self, q, k, v, mask, **options):
+        return attention(q, k, v, mask, return_logsumexp=True, **options, **INTERPRETED)
+
+    @pytest.fixture(autouse=True)
+    def no_races(self):
+        yield
+        assert not interpreter.races.races_found
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from([n for n in cases.MASKS if n != "per head"]),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([(1, 1), (2, 1), (6, 3)]),
+    st.sampled_from([8, 40, 128]),
+)
+def test_any_shape(name, queries, keys, heads, dim):
+    """The door, with the implementation that it chooses on this machine."""
+    sizes = {"queries": queries, "keys": keys, "heads": heads[0], "kv_heads": heads[1], "dim": dim}
+    run = functools.partial(attention, return_logsumexp=True)
+    check(run, *cases.operands(queries, **sizes), cases.MASKS[name])
+
+
+@settings(max_examples=2, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from([n for n in cases.MASKS if n != "per head"]),
+    st.integers(1, 260),
+    st.integers(1, 260),
+    st.sampled_from([1, 2]),
+    st.sampled_from([16, 128]),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_any_shape_interpreted(name, queries, keys, group, dim, dtype):
+    sizes = {"queries": queries, "keys": keys, "heads": group, "kv_heads": 1, "dim": dim}
+    run = functools.partial(attention, return_logsumexp=True, **INTERPRETED)
+    check(run, *cases.operands(keys, **sizes), cases.MASKS[name], dtype)
+    assert not interpreter.races.races_found

@@ -1,0 +1,31 @@
+"""Every kernel through the real compiler, for each chip."""
+
+import pytest
+
+from tests.kernels import aot
+
+PROGRAMS = "tests.kernels.sparse_matmul.programs:"
+CASES = [
+    ("blocks", {"rows": 16, "block": 128, "density": 0.1}),
+    ("blocks", {"rows": 16, "block": 256, "density": 0.5, "activation": "silu"}),
+    ("blocks", {"rows": 2048, "block": 256, "density": 0.1, "gradient": True}),
+    ("blocks", {"rows": 2048, "block": 128, "density": 0.5, "gradient": True}),
+    ("blocks", {"rows": 300, "block": 128, "outputs": 700, "inputs": 900, "gradient": True,
+                "activation": "gelu", "dtype": "float32"}),
+    ("blocks", {"rows": 16, "block": 128, "values": "int8", "gradient": True}),
+    ("nm", {"rows": 16}),
+    ("nm", {"rows": 2048, "inputs": 14336, "activation": "silu"}),
+    ("nm", {"rows": 16, "outputs": 700, "group_size": 128}),
+    ("nm", {"rows": 2048, "group_size": 512}),
+    ("nm", {"rows": 5, "dtype": "float32"}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_compiles(chip):
+    results = aot.compile_cases(chip, [(PROGRAMS + name, options) for name, options in CASES])
+    errors = [(case, r["error"]) for case, r in zip(CASES, results, strict=False) if r["error"]]
+    assert not errors and len(results) == len(CASES)
+    assert all("tpu_custom_call" in result["hlo"] for result in results)

@@ -1,0 +1,104 @@
+"""A model with compressed weights, sent to the kernels on TPUs: compiled ahead of time."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxcomp.kernels import chips
+
+import jaxcomp as jc
+from jaxcomp import formats, packed
+from jaxcomp.formats import Codebook, Float, Int
+from jaxcomp.quantization import RTN
+from jaxcomp.recipe import Recipe
+from tests.kernels import aot
+
+FORMATS = {
+    "int4": Int(4, 128, scale_dtype="bfloat16"),
+    "int4 with zero points": Int(4, 128, symmetric=False),
+    "int2": Int(2, 64),
+    "int8": Int(8),
+    "e4m3": Float("e4m3"),
+    "nf4": Codebook("nf4", group_size=64),
+}
+
+
+def block(params, x):
+    """Two scanned layers of a gated MLP."""
+
+    def layer(x, p):
+        return x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"], None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def weights(dtype=jnp.bfloat16, size=512, inner=1024):
+    shapes = {"gate": (2, size, inner), "up": (2, size, inner), "down": (2, inner, size)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        name: jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def rounded(fmt, params, x):
+    recipe = Recipe(steps=(RTN(format=fmt),))
+    return jc.compress(block, params, recipe, [(x,)], progress=False).params
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_prepared_weights_are_the_same_weights(name):
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.float32)
+    params = rounded(FORMATS[name], weights(jnp.float32), x)
+    for leaf in params.values():
+        ready = leaf.replace(parts=tuple(packed.prepared(p, chips.V5E) for p in leaf.parts))
+        assert isinstance(ready.parts[0], packed.Prepared)
+        zero_point = getattr(leaf.parts[0], "zero_point", None)  # int8, which becomes float32
+        widened = 0 if zero_point is None else 24 * zero_point.size
+        # A stack shares the 16 values of NF4.
+        assert abs(ready.nbits - leaf.nbits - widened) <= 2 * 16 * 32
+        np.testing.assert_array_equal(ready.materialize(), leaf.materialize())
+    ready = jax.tree.map(
+        lambda leaf: leaf.replace(parts=tuple(packed.prepared(p, chips.V5E) for p in leaf.parts)),
+        params,
+        is_leaf=formats.is_compressed,
+    )
+    np.testing.assert_allclose(
+        jax.jit(jc.dispatch(block, "kernel"))(ready, x),
+        block(jc.materialize(params), x),
+        atol=1e-4,
+    )
+
+
+def dispatched(mesh, chip, name):
+    """The scanned block on prepared weights of a format, as a chip's program."""
+    x = jax.ShapeDtypeStruct((16, 512), jnp.bfloat16)
+    params = rounded(FORMATS[name], weights(), jnp.ones(x.shape, x.dtype))
+    fast = jc.dispatch(block)
+
+    def place(leaf):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    assert {c.implementation for c in fast.report(jax.tree.map(place, params), x)} == {"kernel"}
+    return fast, (jax.tree.map(place, params), place(x))
+
+
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_compiles_with_the_kernels_inside(chip):
+    make = "tests.kernels.test_dispatch_tpu:dispatched"
+    requests = [(make, {"chip": chip, "name": name}) for name in FORMATS]
+    for name, result in zip(FORMATS, aot.compile_cases(chip, requests), strict=True):
+        assert result["error"] is None, (name, result["error"])
+        assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3, name
+
+
+def test_on_a_cpu_nothing_is_prepared():
+    x = jnp.ones((3, 512), jnp.bfloat16)
+    params = rounded(FORMATS["int4"], weights(), x)
+    ready = jc.dispatch(block).prepare(params, x)
+    assert jax.tree.structure(ready) == jax.tree.structure(params)
