@@ -140,8 +140,7 @@ def dense_row(bench: Bench, seed: int) -> float:
 
 def qat_row(bench: Bench, fmt: Int, scale: str, seed: int) -> float:
     """Quantization-aware training, distilled from the dense model."""
-    clipping = "mse" if scale == "dynamic" else "minmax"  # Learned scales have ends of their own.
-    step = FakeQuant(format=fmt, scale=scale, clipping=clipping, exclude=HEADS)
+    step = FakeQuant(format=fmt, scale=scale, exclude=HEADS)
     qat = jc.qat(bench.apply, Recipe(steps=(step,)))
     state = qat.init(bench.params, bench.calibration[0][0])
 
