@@ -3,7 +3,6 @@
 __version__ = "0.1.0"
 
 from jaxcomp import (
-    attention,
     data,
     diagnostics,
     distillation,
@@ -62,3 +61,12 @@ __all__ = [
     "tap",
     "trace",
 ]
+
+
+def __getattr__(name: str):
+    # Its kernels' imports take as long as all others together.
+    if name == "attention":
+        import importlib
+
+        return importlib.import_module("jaxcomp.attention")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from jaxcomp import formats
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import layout, tpu, weights
+from jaxcomp.kernels.quantized_matmul import layout, weights
 
 
 @base.part
@@ -164,7 +164,13 @@ def problem(part: Any, chip: Chip | None = None) -> str | None:
     (weight,) = found
     if isinstance(weight, str):
         return weight
-    return None if chip is None else tpu.unfit(weight, chip)
+    if chip is None:
+        return None
+    if chip.platform != "tpu":
+        return f"the chip is {chip.name}, not a TPU"
+    from jaxcomp.kernels.quantized_matmul import tpu  # Pallas takes a while to import.
+
+    return tpu.unfit(weight, chip)
 
 
 def matmul(x: jax.Array, part: Any) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Products with quantized weights: what is public, checked, chosen and differentiated."""
+"""Products with quantized weights: what is public, checked, chosen and differentiated.
+
+The kernels are imported where one may run: Pallas alone takes longer than the rest of the package.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.kernels.quantized_matmul import gpu, layout, reference, sharding, tpu, weights
+from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
@@ -228,8 +231,14 @@ def prepare(
     """
     weight = weights.stored(codes, scales, zeros, table, format, group_size)
     known = chips.chip_of(codes) if chip is None else chips.BY_NAME[chip]
-    if known is not None and known.platform == "gpu":
+    if known is None or known.platform == "cpu":
+        return weight
+    if known.platform == "gpu":
+        from jaxcomp.kernels.quantized_matmul import gpu
+
         return gpu.prepare(weight)
+    from jaxcomp.kernels.quantized_matmul import tpu
+
     return weight if tpu.unfit(weight, known) else layout.prepare(weight)
 
 
@@ -241,7 +250,7 @@ def _weight(codes, scales, zeros, table, format, group_size) -> Weight:
         return weights.stored(codes, scales, zeros, table, format, group_size)
     if scales is not None or zeros is not None or table is not None:
         raise ValueError("a prepared weight brings its own scales, zeros and table: give none")
-    if codes.layout not in ("stored", gpu.LAYOUT):
+    if codes.layout not in ("stored", layout.GPU_LAYOUT):
         layout.check_layout(codes)
     return codes
 
@@ -287,6 +296,10 @@ def _check_rows(x: jax.Array, weight: Weight) -> None:
 def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
     """The product of rows ``(M, K)`` by the implementation that fits best."""
     chip = chips.chip_of(x)
+    if implementation is None and not interpret and (chip is None or chip.platform == "cpu"):
+        return reference.matmul(x, _restored(weight), bias, options)
+    from jaxcomp.kernels.quantized_matmul import gpu, tpu
+
     if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
         chip = chips.V5E
     several = None
@@ -313,7 +326,11 @@ def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
 
 def _restored(weight: Weight) -> Weight:
     """A weight of any layout in the stored one."""
-    return gpu.restore(weight) if weight.layout == gpu.LAYOUT else layout.restore(weight)
+    if weight.layout != layout.GPU_LAYOUT:
+        return layout.restore(weight)
+    from jaxcomp.kernels.quantized_matmul import gpu
+
+    return gpu.restore(weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

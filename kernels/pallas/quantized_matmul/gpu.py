@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import reference, weights
+from jaxcomp.kernels.quantized_matmul import layout, reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
@@ -20,7 +20,7 @@ except ImportError:  # a jaxlib without Mosaic GPU
     gpu_decode = gpu_kernel = Tiles = None
 
 _OLDEST = (0, 11)
-LAYOUT = "mosaic_gpu/1"  # codes in the order of ``gpu_decode.block_of``
+LAYOUT = layout.GPU_LAYOUT  # codes in the order of ``gpu_decode.block_of``
 _CORES = 132
 _SHARED_BYTES = 227 * 1024
 _TABLE = pathlib.Path(__file__).with_name("gpu_tiles.json")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 LAYOUT = "mosaic_tpu/1"
+GPU_LAYOUT = "mosaic_gpu/1"
 # Dtypes of prepared codes: those that the chips load and convert by themselves. Codes of two bits
 # share a byte in fours, each from another 128 of 512 inputs, so that unpacking moves nothing.
 NATIVE = {
