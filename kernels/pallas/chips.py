@@ -7,6 +7,7 @@ ones that their published peak rates imply.
 import dataclasses
 
 import jax
+from jax.sharding import AxisType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,26 @@ def chip_of(*arrays: jax.Array) -> Chip | None:
             return _named(device.device_kind, device.platform)
     device = (jax.config.jax_default_device and [jax.config.jax_default_device]) or jax.devices()
     return _named(device[0].device_kind, device[0].platform)
+
+
+def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh | None:
+    """The mesh of several devices that arrays are on, outside of any shard_map; else None."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays]
+    for mesh in meshes:
+        if mesh is None or mesh.empty or mesh.size == 1:
+            continue
+        if AxisType.Manual in mesh.axis_types:
+            return None
+        return getattr(mesh, "abstract_mesh", mesh)
+    return None
+
+
+def shared_by_many(*arrays: jax.Array) -> str | None:
+    """Why a kernel that knows no sharding cannot run on arrays, or None: they are on a mesh."""
+    if mesh_of(*arrays) is None:
+        return None
+    return "the operands are on a mesh of several devices; call it inside a jax.shard_map"
 
 
 def _mesh_of(array: jax.Array | jax.ShapeDtypeStruct):

@@ -303,7 +303,7 @@ def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
     if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
         chip = chips.V5E
     several = None
-    if sharding.mesh_of(x, weight.codes) is not None:
+    if chips.mesh_of(x, weight.codes) is not None:
         several = "the mesh has several devices and Auto axes, and no weight_spec is given"
     on_tpu = tpu.unfit(weight, chip, options, x.dtype)
     if weight.layout == gpu.LAYOUT:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul.layout import LANES
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -58,7 +59,7 @@ def placement(
       ValueError: the mesh does not divide the weight, or splits a group of inputs; or x and the
         weight are split in ways that do not belong together.
     """
-    mesh = mesh_of(x, weight.codes)
+    mesh = chips.mesh_of(x, weight.codes)
     if mesh is None:
         return None
     if weight_spec is None and AxisType.Explicit in mesh.axis_types:
@@ -159,19 +160,6 @@ def matmul(
         out_specs=PartitionSpec(*stack, *place.rows, outputs),
         check_vma=False,
     )(x, weight, bias)
-
-
-def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh | None:
-    """The mesh of several devices that arrays are on, outside of any shard_map; else None."""
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays]
-    for mesh in meshes:
-        if mesh is None or mesh.empty or mesh.size == 1:
-            continue
-        if any(t is AxisType.Manual for t in mesh.axis_types):
-            return None
-        return getattr(mesh, "abstract_mesh", mesh)
-    return None
 
 
 def _names(axes: Axes) -> Sequence[str]:

@@ -86,10 +86,10 @@ def attention(
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block is not None and (block < 128 or block % 128):
             raise ValueError(f"{name} is {block}; it must be a multiple of 128")
-    chip = chips.chip_of(q, k, v)
+    chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": tpu.unfit(q, k, v, chip, interpret), "xla": None},
+        {"mosaic_tpu": several or tpu.unfit(q, k, v, chip, interpret), "xla": None},
         implementation,
     )
     operands = {
@@ -180,10 +180,10 @@ def decode_attention(
         )
     if block_k is not None and (block_k < 128 or block_k % 128):
         raise ValueError(f"block_k is {block_k}; it must be a multiple of 128")
-    chip = chips.chip_of(q, k, v)
+    chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     chosen = implementations.choose(
         f"decode_attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": decode.unfit(q, k, v, chip, interpret), "xla": None},
+        {"mosaic_tpu": several or decode.unfit(q, k, v, chip, interpret), "xla": None},
         implementation,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale

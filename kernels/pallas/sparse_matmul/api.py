@@ -173,10 +173,11 @@ def _no_rows(x) -> str | None:
 
 def _chosen(implementation, interpret, x, weight) -> str:
     """The implementation that runs a product with a block-sparse weight, and its gradients."""
+    problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
     return implementations.choose(
         f"block_sparse_matmul of x {x.shape} {x.dtype} and {len(weight.values)} "
         f"{weight.values.dtype} blocks of {weight.block} of {weight.shape}",
-        {"mosaic_tpu": _no_rows(x) or tpu.unfit(x.dtype, weight, _chip(x, interpret)), "xla": None},
+        {"mosaic_tpu": problem or tpu.unfit(x.dtype, weight, _chip(x, interpret)), "xla": None},
         implementation,
     )
 
@@ -189,10 +190,11 @@ def _run_blocks(implementation, interpret, x, weight, bias, options):
 
 def _run_nm(implementation, interpret, x, weight, bias, options):
     chip = _chip(x, interpret)
+    problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
     chosen = implementations.choose(
         f"nm_matmul of x {x.shape} {x.dtype} and {weight.n}:{weight.m} {weight.values.dtype} "
         f"{weight.shape}",
-        {"mosaic_tpu": _no_rows(x) or tpu_nm.unfit(weight, chip, x.dtype), "xla": None},
+        {"mosaic_tpu": problem or tpu_nm.unfit(weight, chip, x.dtype), "xla": None},
         implementation,
     )
     if chosen == "xla":

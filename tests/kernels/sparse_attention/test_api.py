@@ -104,3 +104,12 @@ def test_what_flax_asks_and_cannot_have_is_an_error():
             run(x, x, x, **options)
     assert run(x, x, x, dropout_rate=0.1, deterministic=True).shape == x.shape
     np.testing.assert_allclose(run(x, x, x, is_causal=True), attention(x, x, x), rtol=1e-6)
+
+
+def test_on_a_mesh_of_several_devices_the_kernel_says_why_it_cannot_run():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.device_put(jnp.ones((1, 128, 2, 64)), place)
+    with pytest.raises(Unsupported, match=r"several devices; .* jax.shard_map"):
+        attention(x, x, x, implementation="mosaic_tpu", interpret=True)
+    assert attention(x, x, x).shape == x.shape
