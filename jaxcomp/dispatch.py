@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxcomp import formats, matmul, packed
 from jaxcomp.errors import JaxcompError
@@ -240,7 +241,7 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
     # Asked for, the operation runs on any chip, with what it has there.
     chip = None if forced == "kernel" else _chip_of(leaf)
-    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, quantizers, inner, chip)
+    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, inner, chip)
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
@@ -271,14 +272,19 @@ def _chip_of(leaf: formats.CompressedArray) -> chips.Chip:
     return chips.chip_of(*jax.tree.leaves(leaf)) or chips.CPU
 
 
-def _no_kernel(op: Op, quantizers: list, parts: list, chip: chips.Chip | None) -> str:
+def _no_kernel(op: Op, leaf: formats.CompressedArray, parts: list, chip: chips.Chip | None) -> str:
     """Why no kernel reads the weight packed; empty where one does."""
-    if quantizers:
+    if matmul.quantizers(leaf):
         return "the input is quantized"
     if op.eqn.invars[1 - op.site.operand].aval.dtype not in (jnp.bfloat16, jnp.float32):
         return "the input is neither bfloat16 nor float32"
     problems = [packed.problem(part, chip) for part in parts]
-    return "" if None in problems else "; ".join(dict.fromkeys(filter(None, problems)))
+    if None not in problems:
+        return "; ".join(dict.fromkeys(problems))
+    mesh = None if chip is None else chips.mesh_of(*jax.tree.leaves(leaf))
+    if mesh is not None and AxisType.Explicit not in mesh.axis_types:
+        return "on a mesh of Auto axes a kernel cannot know how the weight is split"
+    return ""
 
 
 def _row_wise(op: Op, leaf: formats.CompressedArray) -> bool:

@@ -90,14 +90,9 @@ def chip_of(*arrays: jax.Array) -> Chip | None:
 
 def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh | None:
     """The mesh of several devices that arrays are on, outside of any shard_map; else None."""
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [getattr(jax.typeof(a).sharding, "mesh", None) for a in arrays]
-    for mesh in meshes:
-        if mesh is None or mesh.empty or mesh.size == 1:
-            continue
-        if AxisType.Manual in mesh.axis_types:
-            return None
-        return getattr(mesh, "abstract_mesh", mesh)
+    for mesh in (jax.sharding.get_abstract_mesh(), *map(_mesh_of, arrays)):
+        if mesh is not None and not mesh.empty and mesh.size > 1:
+            return None if AxisType.Manual in mesh.axis_types else mesh
     return None
 
 

@@ -87,6 +87,32 @@ def dispatched(mesh, chip, name):
     return fast, (jax.tree.map(place, params), place(x))
 
 
+def on_a_mesh(mesh):
+    """The same on eight devices with Auto axes: XLA does it, and the report says why."""
+    fast, (params, x) = dispatched(
+        jax.sharding.Mesh(mesh.devices[:1, :1], ("a", "b")), "v5e", "int4"
+    )
+
+    def place(a):
+        spec = PartitionSpec(*(None,) * (len(a.shape) - 1), "model")
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+    params, x = jax.tree.map(place, params), jax.ShapeDtypeStruct(x.shape, x.dtype)
+    choices = fast.report(params, x)
+    assert {c.implementation for c in choices} == {"materialize"}
+    assert all("a mesh of Auto axes" in c.reason for c in choices)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return fast, (params, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
+
+
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
+def test_on_a_mesh_of_auto_axes_xla_does_it():
+    request = ("tests.kernels.test_dispatch_tpu:on_a_mesh", {"mesh": (2, 4)})
+    (result,) = aot.compile_cases("v5e", [request])
+    assert result["error"] is None, result["error"]
+    assert "tpu_custom_call" not in result["hlo"]
+
+
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
 @pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles_with_the_kernels_inside(chip):
