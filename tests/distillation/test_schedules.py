@@ -16,7 +16,7 @@ from jaxcomp.distillation import (
     topk_kl_divergence,
 )
 from jaxcomp.errors import JaxcompError
-from tests.helpers import x64
+from tests.helpers import counted, x64
 
 
 def test_annealing_is_piecewise_linear():
@@ -99,7 +99,7 @@ def build(rng, **options):
 
 def test_loss_is_the_weighted_sum_and_stops_at_the_teacher(rng):
     loss, student, teacher, batch = build(rng, weights={"kd": 0.7, "ce": lambda step: 0.1 * step})
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    run = counted(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (value, metrics), (ours, theirs) = run(student, teacher, batch, 3)
     s, t = apply(student, batch[0]), apply(teacher, batch[0])
     kd, ce = kl_divergence(s, t, 2.0).mean(), hard_cross_entropy(s, batch[1]).mean()
@@ -107,7 +107,7 @@ def test_loss_is_the_weighted_sum_and_stops_at_the_teacher(rng):
     assert metrics["loss"] == value and float(metrics["kd"]) == pytest.approx(float(kd), rel=1e-5)
     assert np.any(ours["w"] != 0) and np.all(theirs["w"] == 0)
     run(student, teacher, batch, 4)
-    assert run._cache_size() == 1
+    assert run.traces == 1
 
 
 def test_born_again_students_learn(rng):
