@@ -276,9 +276,10 @@ def _no_kernel(op: Op, leaf: formats.CompressedArray, parts: list, chip: chips.C
     """Why no kernel reads the weight packed; empty where one does."""
     if matmul.quantizers(leaf):
         return "the input is quantized"
-    if op.eqn.invars[1 - op.site.operand].aval.dtype not in (jnp.bfloat16, jnp.float32):
+    dtype = op.eqn.invars[1 - op.site.operand].aval.dtype
+    if dtype not in (jnp.bfloat16, jnp.float32):
         return "the input is neither bfloat16 nor float32"
-    problems = [packed.problem(part, chip) for part in parts]
+    problems = [packed.problem(part, chip, dtype) for part in parts]
     if None not in problems:
         return "; ".join(dict.fromkeys(problems))
     mesh = None if chip is None else chips.mesh_of(*jax.tree.leaves(leaf))

@@ -149,12 +149,13 @@ _OPERANDS = {
 }
 
 
-def problem(part: Any, chip: Chip | None = None) -> str | None:
+def problem(part: Any, chip: Chip | None = None, dtype: Any = jnp.bfloat16) -> str | None:
     """Why no kernel reads a part, from shapes alone.
 
     Args:
       part: arrays or shapes of them.
       chip: whose kernel; None asks only whether there is an operation for the format.
+      dtype: of the input.
 
     Returns:
       The reason, or None.
@@ -170,7 +171,7 @@ def problem(part: Any, chip: Chip | None = None) -> str | None:
         return f"the chip is {chip.name}, not a TPU"
     from jaxcomp.kernels.quantized_matmul import tpu  # Pallas takes a while to import.
 
-    return tpu.unfit(weight, chip)
+    return tpu.unfit(weight, chip, x_dtype=dtype)
 
 
 def matmul(x: jax.Array, part: Any) -> jax.Array:

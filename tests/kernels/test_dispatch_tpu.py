@@ -123,6 +123,16 @@ def test_compiles_with_the_kernels_inside(chip):
         assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3, name
 
 
+def test_what_a_chip_does_not_take_is_told():
+    """The report says what the operation will do, not only what the format allows."""
+    x = jnp.ones((3, 512))
+    (leaf, *_) = rounded(FORMATS["nf4"], weights(jnp.float32), x).values()
+    (part,) = leaf.parts
+    assert packed.problem(part, chips.V5E, jnp.bfloat16) is None
+    assert "float32 rows" in packed.problem(part, chips.V5E, jnp.float32)
+    assert "a TPU" in packed.problem(part, chips.H100)
+
+
 def test_on_a_cpu_nothing_is_prepared():
     x = jnp.ones((3, 512), jnp.bfloat16)
     params = rounded(FORMATS["int4"], weights(), x)

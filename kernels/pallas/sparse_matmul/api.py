@@ -74,8 +74,9 @@ def nm_matmul(
     """Y = activation(x Wᵀ + bias) with N of every M inputs of W stored.
 
     On TPUs this saves storage and bandwidth, not arithmetic: the matrix unit multiplies W written
-    out in VMEM. 2:4 in bf16 is 1.78x fewer bytes than dense bf16, with int4 codes in groups of 128
-    about 5x. Gradients go to x, to values (or the scales of codes) and the bias, through XLA.
+    out in VMEM. 2:4 in bf16 is 1.78x fewer bytes than dense bf16; with int4 codes in groups of 128
+    about 5x, but decoding those takes longer than reading them. Gradients go to x, to values (or
+    the scales of codes) and the bias, through XLA.
 
     Args:
       x: ``(.., K)``, bf16 or f32.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul
@@ -31,6 +32,19 @@ class TestMosaicTpu(test_reference.TestXla):
     @pytest.fixture(autouse=True)
     def chip(self, on_chip):
         on_chip("v5e")
+
+    @pytest.fixture(autouse=True)
+    def no_races(self):
+        interpreter.races = None
+        yield
+        # A skipped test, and one in which an error is wanted, have run no kernel.
+        if interpreter.races is not None:
+            assert not interpreter.races.races_found
+
+    def test_races_are_looked_for(self, rng):
+        case = cases.make(rng, "int4", (128, 512), 128)
+        self.run(cases.rows(rng, (3, 512), "bfloat16"), case).block_until_ready()
+        assert interpreter.races is not None
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("format", list(cases.BITS))
@@ -154,6 +168,7 @@ def test_any_shape(format, m, n, blocks, group_size, zeros):
         x, *case.arguments(), **case.options, implementation="mosaic_tpu", interpret=INTERPRET
     )
     cases.assert_close(y, cases.product(x, case), "float32")
+    assert not interpreter.races.races_found
 
 
 @pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")
