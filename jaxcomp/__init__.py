@@ -14,6 +14,7 @@ from jaxcomp import (
     presets,
     pruning,
     quantization,
+    sharding,
 )
 from jaxcomp.compress import Result, compress
 from jaxcomp.dispatch import dispatch
@@ -25,6 +26,7 @@ from jaxcomp.io.checkpoint import load, save
 from jaxcomp.qat import qat
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
+from jaxcomp.sharding import shard
 from jaxcomp.taps import tap
 
 __all__ = [
@@ -58,6 +60,8 @@ __all__ = [
     "qat",
     "quantization",
     "save",
+    "shard",
+    "sharding",
     "tap",
     "trace",
 ]

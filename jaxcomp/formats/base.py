@@ -114,7 +114,8 @@ def spread(groups: jax.Array, out: int, size: int) -> jax.Array:
     """Values ``(*stack, out_groups, in_groups)`` repeated to ``(*stack, out, size)``."""
     *stack, og, ig = groups.shape
     wide = jnp.broadcast_to(groups[..., :, None, :, None], (*stack, og, out // og, ig, size // ig))
-    return wide.reshape(*stack, out, size)
+    # One axis at a time: on a mesh of Explicit axes a reshape may merge only one split axis.
+    return wide.reshape(*stack, out, ig, size // ig).reshape(*stack, out, size)
 
 
 def gather_groups(scale: jax.Array, group_index: jax.Array, out: int) -> jax.Array:

@@ -1,0 +1,267 @@
+"""Sharding of parameter trees over a mesh: from the specs of dense weights to those of every array.
+
+Rules speak of the dense weight's own axes, whatever it is stored as. They are one of
+
+- an ordered sequence of ``(rule, PartitionSpec)``: rules name leaf paths as in a recipe, the first
+  that matches counts, and leaves that none matches are replicated;
+- a tree of PartitionSpecs (None replicates) with the paths of the parameters, such as
+  ``nnx.get_partition_spec(state)`` or Linen's ``nn.logical_to_mesh(nn.get_partition_spec(..))``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcomp import packed
+from jaxcomp import rules as names
+from jaxcomp.errors import JaxcompError
+from jaxcomp.formats import CompressedArray, is_compressed
+from jaxcomp.formats.split import Axes, Split, describe, names_of, part_specs
+from jaxcomp.graph.trace import leaf_paths
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def leaf_specs(leaf: Any, spec: PartitionSpec | None, mesh: Mesh, path: str = "weight") -> Any:
+    """The specs of every array of one leaf.
+
+    Args:
+      leaf: dense or compressed, arrays or shapes of them.
+      spec: mesh axes of the dense leaf's axes; None replicates.
+      mesh: has the axes that ``spec`` names.
+      path: name of the leaf, for errors.
+
+    Returns:
+      A PartitionSpec; for a compressed leaf a compressed array that holds PartitionSpecs.
+
+    Raises:
+      JaxcompError: the spec has more entries than the leaf has axes or names an unknown mesh axis;
+        the mesh does not divide an axis; or it splits a group or a packed byte.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcomp import formats
+      >>> mesh = jax.sharding.AbstractMesh((2,), ("model",))
+      >>> part = formats.quantize(formats.Int(4, group_size=32), jnp.ones((8, 64)))
+      >>> w = CompressedArray.from_matrix(part, (8, 64), jnp.float32)
+      >>> tuple(leaf_specs(w, PartitionSpec(None, "model"), mesh).parts[0].scale)
+      ('model', None)
+    """
+    if not hasattr(leaf, "shape"):
+        return PartitionSpec()
+    shape, sizes = tuple(leaf.shape), dict(mesh.shape)
+    entries = _checked(spec, shape, sizes, path)
+    if not is_compressed(leaf):
+        return PartitionSpec(*entries)
+    stack: list[Axes] = [None] * len(leaf.stack)
+    dims: list[Axes] = [None] * len(leaf.dims)
+    for (kind, index), entry in zip(leaf._layout(), entries, strict=True):
+        (stack if kind == "stack" else dims)[index] = entry
+    out = _major(leaf, dims, leaf.out_axes, "out", path)
+    inputs = _major(leaf, dims, leaf.in_axes, "in", path)
+    split = Split(tuple(stack), out, inputs, sizes, path)
+    return leaf.replace(parts=tuple(part_specs(part, split) for part in leaf.parts))
+
+
+def specs(params: Any, rules: Any, mesh: Mesh) -> Any:
+    """The PartitionSpec of every array of a parameter tree; nothing is placed.
+
+    Args:
+      params: dense and compressed leaves, arrays or shapes of them.
+      rules: see the head of this file.
+      mesh: concrete or abstract.
+
+    Returns:
+      The tree with a PartitionSpec in place of each array.
+
+    Raises:
+      JaxcompError: a rule matches nothing or does not fit its leaf (see ``leaf_specs``).
+    """
+    named, treedef = leaf_paths(params)
+    wanted = _wanted([path for path, _ in named], rules)
+    leaves = [leaf_specs(leaf, wanted.get(path), mesh, path) for path, leaf in named]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def shardings(params: Any, rules: Any, mesh: Mesh) -> Any:
+    """``specs`` as NamedShardings: for ``jit``, orbax, or compiling ahead of time.
+
+    Args:
+      params: dense and compressed leaves, arrays or shapes of them.
+      rules: see the head of this file.
+      mesh: concrete, or abstract where nothing is to be placed.
+
+    Returns:
+      The tree with a NamedSharding in place of each array.
+
+    Raises:
+      JaxcompError: as ``specs``.
+    """
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs(params, rules, mesh), is_leaf=_is_spec
+    )
+
+
+def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
+    """Places every array of a parameter tree on a mesh.
+
+    Host arrays, memory-mapped ones too, are read shard by shard: a process reads only what its
+    devices hold. Meshes with Auto and with Explicit axes are served alike.
+
+    Args:
+      value: parameters, or what ``compress`` returned.
+      mesh: devices, of one or several processes.
+      rules: see the head of ``jaxcomp.sharding``.
+
+    Returns:
+      The same type with placed arrays.
+
+    Raises:
+      JaxcompError: as ``specs``, before anything is placed.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> placed = shard({"w": np.ones((4, 2))}, mesh, [("w", PartitionSpec("model"))])
+      >>> tuple(placed["w"].sharding.spec)
+      ('model', None)
+    """
+    from jaxcomp.compress import Result
+
+    if isinstance(value, Result):
+        return dataclasses.replace(value, params=shard(value.params, mesh, rules))
+    return jax.tree.map(_place, value, shardings(value, rules, mesh))
+
+
+def _place(array: Any, sharding: NamedSharding) -> Any:
+    if not hasattr(array, "shape"):
+        return array
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.ascontiguousarray(array[index])
+    )
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def _wanted(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]:
+    """The spec that the rules give each path; paths that are missing are replicated."""
+    if _is_sequence(rules):
+        return _matched(paths, rules)
+    if isinstance(rules, nnx.State):
+        rules = nnx.to_pure_dict(rules)
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        rules, is_leaf=lambda value: value is None or _is_spec(value)
+    )
+    wanted = {jax.tree_util.keystr(k, simple=True, separator="/"): spec for k, spec in flat}
+    for path, spec in wanted.items():
+        if not (spec is None or _is_spec(spec)):
+            raise JaxcompError(
+                f"{path}: the tree of rules holds a {type(spec).__name__}; use a PartitionSpec, or "
+                "None to replicate."
+            )
+    known = set(paths)
+    for path in wanted:
+        if path not in known:
+            raise JaxcompError(_nothing(path, paths))
+    for path in paths:
+        if path not in wanted:
+            raise JaxcompError(
+                f"{path}: the tree of PartitionSpecs has no entry for this leaf; give None to "
+                "replicate it."
+            )
+    return wanted
+
+
+def _is_sequence(rules: Any) -> bool:
+    return isinstance(rules, (list, tuple)) and all(
+        isinstance(r, (list, tuple)) and len(r) == 2 and isinstance(r[0], str) for r in rules
+    )
+
+
+def _matched(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]:
+    for rule, _ in rules:
+        if not any(names.fits(rule, path) for path in paths):
+            raise JaxcompError(_nothing(rule, paths))
+    return {
+        path: next((spec for rule, spec in rules if names.fits(rule, path)), None) for path in paths
+    }
+
+
+def _nothing(rule: str, paths: Sequence[str]) -> str:
+    close = ", ".join(names.close_names(rule, paths))
+    return f"sharding rule {rule!r} matches no leaf; the closest paths are {close}."
+
+
+def _checked(
+    spec: PartitionSpec | None, shape: tuple[int, ...], sizes: dict[str, int], path: str
+) -> tuple[Axes, ...]:
+    """The entries of a spec, one for each axis of a leaf."""
+    entries = tuple(spec or ())
+    if len(entries) > len(shape):
+        raise JaxcompError(
+            f"{path} {shape}: {spec} has {len(entries)} entries for {len(shape)} axes; give at "
+            "most one for each axis of the dense leaf."
+        )
+    used: set[str] = set()
+    for axis, entry in enumerate(entries):
+        for name in names_of(entry):
+            if name not in sizes:
+                raise JaxcompError(
+                    f"{path} {shape}: {spec} names the mesh axis {name!r}, but the mesh has "
+                    f"{sizes}; use one of its axes."
+                )
+            if name in used:
+                raise JaxcompError(
+                    f"{path} {shape}: {spec} uses the mesh axis {name!r} twice; use it once."
+                )
+            used.add(name)
+        count = math.prod(sizes[name] for name in names_of(entry))
+        if shape[axis] % count:
+            raise JaxcompError(
+                f"{path} {shape}: the mesh axis {describe(entry)} of {count} devices does not "
+                f"divide axis {axis} of {shape[axis]}; split another axis, or fewer ways."
+            )
+    return (*(entry or None for entry in entries), *(None,) * (len(shape) - len(entries)))
+
+
+def _major(
+    leaf: CompressedArray, dims: list[Axes], axes: tuple[int, ...], name: str, path: str
+) -> Axes:
+    """The mesh axes of ``out`` or ``in``, which may come from the major-most leaf axis only."""
+    for axis in axes[1:]:
+        if dims[axis] is not None:
+            raise JaxcompError(
+                f"{path} {tuple(leaf.shape)}: the axes {axes} of {leaf.dims} make the {name} axis "
+                f"of the compressed matrix, and the mesh axis {describe(dims[axis])} splits axis "
+                f"{axis}, which is not the first of them; split axis {axes[0]} instead."
+            )
+    return dims[axes[0]] if axes else None
+
+
+@part_specs.register
+def _(part: packed.Prepared, split: Split) -> packed.Prepared:
+    weight, shape = part.weight, part.shape
+    k = weight.shape[1]
+    # Codes of two bits are dealt out among 512 inputs.
+    unit = 512 if weight.format == "int2" else 2
+    grouped = weight.scales.shape[-2] > 1
+    groups = split.along("in", k, weight.group_size, shape, "groups") if grouped else None
+    scales = split.spec(groups, split.out)
+    return part.replace(
+        weight=dataclasses.replace(
+            weight,
+            codes=split.spec(split.out, split.along("in", k, unit, shape, "packed codes")),
+            scales=scales,
+            zeros=None if weight.zeros is None else scales,
+        ),
+        table=None if part.table is None else split.spec(None),
+    )
