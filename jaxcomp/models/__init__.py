@@ -14,6 +14,7 @@ from jaxcomp.models.loading import (
     save,
     to_hf,
 )
+from jaxcomp.models.partition import partition_rules
 from jaxcomp.models.sizes import config_of
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "generate",
     "load",
     "load_architecture",
+    "partition_rules",
     "read_config",
     "save",
     "to_hf",

@@ -36,6 +36,15 @@ BUFFERS = (
 # Spellings of old checkpoints.
 RENAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
+# Which part each weight has in ``partition_rules``. Few numbers of devices divide the vocabulary.
+PARTITION = (
+    ("word_embeddings/embedding", "features"),
+    *((f"layers/*/{p}/kernel", "column") for p in ("query", "key", "value", "intermediate")),
+    *((f"layers/*/{p}/bias", "bias") for p in ("query", "key", "value", "intermediate")),
+    ("layers/*/attention_output/kernel", "row"),
+    ("layers/*/output/kernel", "row"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:

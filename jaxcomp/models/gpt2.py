@@ -32,6 +32,19 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
+# Which part each weight has in ``partition_rules``. Few numbers of devices divide the vocabulary.
+# q, k and v are one kernel, so that its outputs move between devices before the attention.
+PARTITION = (
+    ("wte/embedding", "features"),
+    ("lm_head/kernel", "row"),
+    ("h/*/attn/c_attn/kernel", "column"),
+    ("h/*/attn/c_attn/bias", "bias"),
+    ("h/*/attn/c_proj/kernel", "row"),
+    ("h/*/mlp/c_fc/kernel", "column"),
+    ("h/*/mlp/c_fc/bias", "bias"),
+    ("h/*/mlp/c_proj/kernel", "row"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:

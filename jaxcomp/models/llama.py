@@ -37,6 +37,18 @@ RENAMES: dict[str, str] = {}
 # Names under which a checkpoint may store a tensor a second time.
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
+# Which part each weight has in ``partition_rules``.
+PARTITION = (
+    ("embed_tokens/embedding", "vocabulary"),
+    ("lm_head/kernel", "column"),
+    *((f"layers/*/self_attn/{p}_proj/kernel", "column") for p in "qkv"),
+    *((f"layers/*/self_attn/{p}_proj/bias", "bias") for p in "qkv"),
+    ("layers/*/self_attn/o_proj/kernel", "row"),
+    *((f"layers/*/mlp/{p}_proj/kernel", "column") for p in ("gate", "up")),
+    *((f"layers/*/mlp/{p}_proj/bias", "bias") for p in ("gate", "up")),
+    ("layers/*/mlp/down_proj/kernel", "row"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
