@@ -3,6 +3,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import tarfile
 from types import SimpleNamespace
 
 import jax
@@ -292,3 +293,36 @@ def test_sparse_parts_round_trip(tmp_path, rng, fmt):
     leaf = CompressedArray.from_matrix((part,), leaf_shape=w.shape, dtype=jnp.float32, **axes)
     checkpoint.save(tmp_path / "out", SimpleNamespace(params={"w": leaf}))
     _assert_same(checkpoint.load(tmp_path / "out").params, {"w": leaf})
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory):
+    """A checkpoint that the first release of format version 1 wrote, and what it holds."""
+    folder = tmp_path_factory.mktemp("oldest")
+    archive = pathlib.Path(__file__).parent / "data" / "checkpoint_version_1.tar.xz"
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "version_1", json.loads((folder / "expected.json").read_text())
+
+
+def test_the_oldest_format_loads_bit_for_bit(oldest):
+    path, expected = oldest
+    loaded = checkpoint.load(path)
+    flat, _ = jax.tree_util.tree_flatten_with_path(loaded.params)
+    found = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): [
+            np.asarray(leaf).dtype.name,
+            list(np.shape(leaf)),
+            np.asarray(leaf).tobytes().hex(),
+        ]
+        for k, leaf in flat
+    }
+    assert found == expected["leaves"]
+    compressed = loaded.params["layers"][0]
+    assert compressed.keys() == expected["dense"].keys()
+    for name, leaf in compressed.items():
+        dense = np.asarray(leaf.materialize().astype(jnp.float32))
+        assert dense.tobytes().hex() == expected["dense"][name], name
+    assert loaded.recipe.dumps() == expected["recipe"]
+    assert loaded.report.rows[0].nbits == 512
+    assert loaded.metadata == {"model": "toy"}
