@@ -9,7 +9,8 @@ Each family lists its weights by their part in Megatron's scheme, in ``PARTITION
     bias         (out,) of a column kernel: split like its outputs
 
 What is not listed (norms, biases of row kernels, positions) is small and replicated. FSDP splits
-the other axis of each matrix but ``features``; the partitioner gathers a layer's slice where it is used.
+the other axis of each matrix but ``features``; the partitioner gathers a layer's slice where it is
+used.
 
 Source: https://arxiv.org/abs/1909.08053 (Megatron-LM).
 """
