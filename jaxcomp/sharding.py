@@ -144,7 +144,7 @@ def _place(array: Any, sharding: NamedSharding) -> Any:
     if isinstance(array, jax.Array):
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: np.ascontiguousarray(array[index])
+        array.shape, sharding, lambda index: np.asarray(array[index], order="C")
     )
 
 

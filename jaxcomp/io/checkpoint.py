@@ -2,19 +2,18 @@
 
 Layout of a folder that ``save`` writes:
 
-    jaxcomp.json       format version, structure of the tree, recipe, report, checksums of all files
-    arrays/00000/..    orbax PyTree checkpoints (zarr) of about 32 MB, so that saving memory-mapped
-                       results takes little memory
+    jaxcomp.json       format version, structure of the tree, recipe, report, checksums of arrays
+    arrays/00000/..    orbax PyTree checkpoints (zarr) of about 32 MB: a file for each shard of an
+                       array, so that none is gathered to be written, and a part of one can be read
     ...                further files given to ``save``: a model's configuration, its tokenizer
 
-Equal results give equal bytes: no times are stored. The folder appears whole, under a temporary
-name first, or not at all.
+Equal arrays that are split in the same way give equal bytes: no times are stored. The folder
+appears whole, under a temporary name first, or not at all.
 """
 
 import collections.abc
-import contextlib
+import dataclasses
 import errno
-import hashlib
 import json
 import os
 import pathlib
@@ -22,28 +21,21 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import is_compressed, serialize
-from jaxcomp.journal import dtype_of, sync, write_atomically
+from jaxcomp import rules as names
+from jaxcomp import sharding
+from jaxcomp.io import arrays as storage
+from jaxcomp.io.arrays import CheckpointError
+from jaxcomp.io.reading import Reader
+from jaxcomp.io.structure import Arrays, assemble, describe, rebuild
+from jaxcomp.journal import sync, write_atomically
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
 
 FORMAT_VERSION = 1
 METADATA = "jaxcomp.json"
-_SHARD_BYTES = 32 * 10**6
-# Dtypes that orbax stores as they are; any other is stored as the unsigned integers of its bytes.
-_STORED = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 "
-    "complex128 bfloat16 float8_e4m3fn float8_e5m2".split()
-)
-
-
-class CheckpointError(JaxcompError):
-    """A checkpoint that cannot be written or read."""
 
 
 class Saved(NamedTuple):
@@ -91,14 +83,15 @@ def save(
     """
     path = pathlib.Path(os.path.abspath(path))
     check_output(path, overwrite)
-    shards = _Shards()
-    tree = _describe(result.params, "", shards)
+    held = Arrays()
+    tree = describe(result.params, held)
+    sources = {name: storage.source(value) for name, value in held.items()}
     report, recipe = getattr(result, "report", None), getattr(result, "recipe", None)
     temporary = path.with_name(f".{path.name}.saving")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        arrays = shards.write(temporary / "arrays")
+        arrays = storage.write(temporary / "arrays", sources)
         for name, content in (files or {}).items():
             if isinstance(content, bytes):
                 write_atomically(temporary / name, content)
@@ -122,11 +115,11 @@ def save(
         sync(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _unwritable(path, error, shards.nbytes) from error
+        raise _unwritable(path, error, sources) from error
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if "No space left on device" in str(error) or "ENOSPC" in str(error):  # From tensorstore.
-            raise _unwritable(path, OSError(errno.ENOSPC, ""), shards.nbytes) from error
+            raise _unwritable(path, OSError(errno.ENOSPC, ""), sources) from error
         raise
 
 
@@ -155,32 +148,127 @@ def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise CheckpointError(f"output {path}: {parent} is no folder that can be written to.")
 
 
-def load(path: str | os.PathLike) -> Saved:
-    """Reads a folder that ``save`` wrote.
+def load(
+    path: str | os.PathLike,
+    *,
+    include: collections.abc.Sequence[str] = ("*",),
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Any = (),
+) -> Saved:
+    """Reads a folder that ``save`` wrote, all of it or some weights, onto one device or a mesh.
+
+    Every file that is read is compared with its checksum first.
 
     Args:
       path: the folder.
+      include: rules that name leaves, as in a recipe. Any other leaf is not read: in its place is a
+        ``ShapeDtypeStruct`` of its dense shape, so that all paths stay what they were.
+      mesh: place the arrays on these devices, whatever mesh they were saved from: each process
+        reads only what its devices hold, in files of at most about 8 MB. Without it they are placed
+        on the default device.
+      rules: how the mesh splits the dense weights (see the head of ``jaxcomp.sharding``); leaves
+        that no rule names are replicated.
 
     Returns:
-      The parameters, report, recipe and metadata.
+      The parameters, report, recipe and metadata. An array of 64 bits stays on the host, as NumPy,
+      where JAX does not have 64 bits enabled.
 
     Raises:
-      CheckpointError: no checkpoint, a newer version's, or a damaged one; the message names
-        the array.
+      CheckpointError: no checkpoint, a newer version's, or a damaged one, and the message names
+        the array; or a rule of ``include`` matches nothing.
+      JaxcompError: ``rules`` do not fit the weights or the mesh.
+
+    Example:
+      >>> import tempfile, types
+      >>> import jax.numpy as jnp
+      >>> params = {"embed": jnp.ones((4, 2)), "head": jnp.ones((2, 4))}
+      >>> folder = tempfile.mkdtemp()
+      >>> save(folder, types.SimpleNamespace(params=params))
+      >>> params = load(folder, include=["head"]).params
+      >>> type(params["embed"]).__name__, params["embed"].shape, float(params["head"].sum())
+      ('ShapeDtypeStruct', (4, 2), 8.0)
     """
     path = pathlib.Path(path)
     plain = read_metadata(path)
-    arrays = _Loaded(path / "arrays", plain["arrays"])
     try:
+        reader = Reader(path / "arrays", plain["arrays"])
         recipe = plain["recipe"] and msgspec.convert(plain["recipe"], Recipe)
         report = plain["report"] and msgspec.convert(plain["report"], Report)
-        params = _rebuild(plain["tree"], arrays)
+        chosen = _chosen(path, plain["tree"], include)
+        placed = _placed(path, plain["tree"], reader, mesh, rules)
+
+        def leaf(at: str, node: dict[str, Any]) -> Any:
+            if at in chosen:
+                return assemble(node, lambda name: reader.array(name, placed.get(name)))
+            shapes = assemble(node, reader.struct)
+            return jax.ShapeDtypeStruct(tuple(shapes.shape), shapes.dtype)
+
+        params = rebuild(plain["tree"], leaf)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise CheckpointError(
             f"checkpoint {path / METADATA}: is damaged or of another version ({error!r}); make the "
             "checkpoint again."
         ) from error
     return Saved(params, report or None, recipe or None, plain["metadata"])
+
+
+def _chosen(
+    path: pathlib.Path, tree: dict[str, Any], include: collections.abc.Sequence[str]
+) -> set[str]:
+    """Paths of the leaves that are to be read."""
+    leaves: list[str] = []
+    rebuild(tree, lambda at, node: leaves.append(at))
+    if isinstance(include, str):
+        raise CheckpointError(
+            f"include={include!r}: is one text, where a sequence of rules is wanted; write "
+            f"include=[{include!r}]."
+        )
+    for rule in include:
+        if leaves and not any(names.fits(rule, leaf) for leaf in leaves):
+            raise CheckpointError(
+                f"checkpoint {path}: include rule {rule!r} matches none of its {len(leaves)} "
+                f"arrays; the closest are {', '.join(names.close_names(rule, leaves))}. Correct or "
+                "remove the rule."
+            )
+    return {leaf for leaf in leaves if any(names.fits(rule, leaf) for rule in include)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stub:
+    """Stands for an array in the tree that sharding rules are matched against."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _placed(
+    path: pathlib.Path,
+    tree: dict[str, Any],
+    reader: Reader,
+    mesh: jax.sharding.Mesh | None,
+    rules: Any,
+) -> dict[str, jax.sharding.Sharding]:
+    """By name of an array how it is to be spread over the mesh; empty without one."""
+    if mesh is None:
+        if rules:
+            raise CheckpointError(
+                f"checkpoint {path}: sharding rules say how a mesh splits the weights; give mesh= "
+                "too."
+            )
+        return {}
+
+    def stub(name: str) -> _Stub:
+        struct = reader.struct(name)
+        return _Stub(name, struct.shape, struct.dtype)
+
+    stubs = rebuild(tree, lambda at, node: assemble(node, stub))
+    pairs = zip(
+        jax.tree.leaves(stubs),
+        jax.tree.leaves(sharding.shardings(stubs, rules, mesh)),
+        strict=True,
+    )
+    return {value.name: spread for value, spread in pairs if isinstance(value, _Stub)}
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -206,212 +294,10 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return plain
 
 
-class _Shards:
-    """The arrays of a tree, grouped in order so that a group is small enough to hold in memory."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._values: list[Any] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.size * dtype_of(value.dtype.name).itemsize for value in self._values)
-
-    def add(self, name: str, value: Any) -> str:
-        self._names.append(name)
-        self._values.append(value)
-        return name
-
-    def write(self, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-        """Writes all arrays; returns by name their shard, key in it, dtype, shape and checksums."""
-        entries: dict[str, dict[str, Any]] = {}
-        folder.mkdir()
-        group: dict[str, np.ndarray] = {}
-        size = shard = 0
-        for index, (name, value) in enumerate(zip(self._names, self._values, strict=True)):
-            array = np.asarray(value)
-            key = f"a{index:05d}"
-            entries[name] = {
-                "shard": None if array.size == 0 else f"{shard:05d}",  # orbax stores none empty.
-                "key": key,
-                "dtype": array.dtype.name,
-                "shape": list(array.shape),
-            }
-            if array.size:
-                group[key] = _storable(array)
-                size += array.nbytes
-            if size >= _SHARD_BYTES:
-                _write_shard(folder / f"{shard:05d}", group)
-                group, size, shard = {}, 0, shard + 1
-        if group:
-            _write_shard(folder / f"{shard:05d}", group)
-        for entry in entries.values():
-            if entry["shard"] is not None:
-                entry["sha256"] = _checksums(folder / entry["shard"] / entry["key"])
-        return entries
-
-
-class _Loaded:
-    """The arrays of a checkpoint, read shard by shard."""
-
-    def __init__(self, folder: pathlib.Path, entries: dict[str, Any]) -> None:
-        self._folder = folder
-        self._entries = entries
-        self._shard: tuple[str | None, dict[str, np.ndarray]] = (None, {})
-
-    def __call__(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        dtype, shape = dtype_of(entry["dtype"]), tuple(entry["shape"])
-        if entry["shard"] is None:
-            return np.zeros(shape, dtype)
-        if self._shard[0] != entry["shard"]:
-            self._shard = (entry["shard"], self._read(entry["shard"]))
-        stored = self._shard[1][entry["key"]]
-        return stored if stored.dtype == dtype else stored.view(dtype)
-
-    def _read(self, shard: str) -> dict[str, np.ndarray]:
-        # All files are compared with their checksums before orbax sees them: its reads run in
-        # threads, which complain on standard error when one of them fails.
-        wanted = {n: e for n, e in self._entries.items() if e["shard"] == shard}
-        for name, entry in wanted.items():
-            path = self._folder / shard / entry["key"]
-            if _checksums(path) != entry["sha256"]:
-                raise CheckpointError(
-                    f"checkpoint {self._folder.parent}: array {name!r} is damaged: files in "
-                    f"{path} are missing or do not match their checksums; make the checkpoint "
-                    "again, or restore it from a copy."
-                )
-        return _read_shard(self._folder / shard, [entry["key"] for entry in wanted.values()])
-
-
-def _describe(node: Any, path: str, shards: _Shards) -> dict[str, Any]:
-    """The structure of a tree as JSON-able data; its arrays are added to ``shards``."""
-
-    def child(key: Any) -> str:
-        return f"{path}/{key}" if path else str(key)
-
-    if is_compressed(node):
-        arrays, structure = serialize.to_arrays(node)
-        names = {key: shards.add(child(key), value) for key, value in arrays.items()}
-        return {"kind": "compressed", "structure": structure, "arrays": names}
-    if node is None:
-        return {"kind": "none"}
-    if isinstance(node, collections.abc.Mapping):
-        if not all(isinstance(key, str | int) for key in node):
-            raise CheckpointError(f"{path or 'params'}: keys of a dict must be text or integers.")
-        keys = sorted(node, key=lambda key: (isinstance(key, str), key))  # As JAX orders them.
-        items = [[key, _describe(node[key], child(key), shards)] for key in keys]
-        return {"kind": "dict", "items": items}
-    if type(node) in (list, tuple):
-        items = [_describe(value, child(i), shards) for i, value in enumerate(node)]
-        return {"kind": type(node).__name__, "items": items}
-    if isinstance(node, np.ndarray | np.generic | jax.Array):
-        if jnp.issubdtype(node.dtype, jax.dtypes.extended):
-            raise CheckpointError(
-                f"{path or 'params'}: a {node.dtype} cannot be stored; keep it out of the "
-                "parameters, or store jax.random.key_data of it."
-            )
-        return {"kind": "array", "name": shards.add(path or "params", node)}
-    if isinstance(node, bool | int | float):
-        return {"kind": "scalar", "value": node}
-    raise CheckpointError(
-        f"{path or 'params'}: a {type(node).__name__} cannot be stored; checkpoints hold dicts, "
-        "lists and tuples of arrays and compressed arrays; turn it into those first."
-    )
-
-
-def _rebuild(node: dict[str, Any], arrays: _Loaded) -> Any:
-    match node["kind"]:
-        case "compressed":
-            loaded = {key: _on_device(arrays(name)) for key, name in node["arrays"].items()}
-            return serialize.from_arrays(loaded, node["structure"])
-        case "none":
-            return None
-        case "dict":
-            return {key: _rebuild(value, arrays) for key, value in node["items"]}
-        case "list":
-            return [_rebuild(value, arrays) for value in node["items"]]
-        case "tuple":
-            return tuple(_rebuild(value, arrays) for value in node["items"])
-        case "scalar":
-            return node["value"]
-        case "array":
-            return _on_device(arrays(node["name"]))
-    raise KeyError(node["kind"])
-
-
-def _on_device(array: np.ndarray) -> Any:
-    """As a JAX array, unless JAX would change its dtype (64 bits without x64)."""
-    same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    return jnp.asarray(array) if same else array
-
-
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each file of a folder, by name; empty without the folder."""
-    found = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        with open(file, "rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    if array.dtype.name in _STORED:
-        return array
-    return np.ascontiguousarray(array).view(f"uint{8 * array.dtype.itemsize}")
-
-
-def _checkpointer() -> Any:
-    # Imported here: orbax takes seconds to import, and most uses of jaxcomp do not need it. zarr,
-    # one file an array: the OCDBT layout names its files at random, so that no two saves are the
-    # same.
-    import orbax.checkpoint as ocp
-
-    return ocp, ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False))
-
-
-@contextlib.contextmanager
-def _quiet() -> collections.abc.Iterator[None]:
-    """Keeps orbax from logging warnings about what is as intended here."""
-    from absl import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _write_shard(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    ocp, checkpointer = _checkpointer()
-    with _quiet(), checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
-    # The only bytes that differ from one save to the next: times, and the name of the folder.
-    file = folder / "_CHECKPOINT_METADATA"
-    plain = json.loads(file.read_bytes())
-    plain.update({key: 0 for key in plain if key.endswith("_nsecs")})
-    write_atomically(file, json.dumps(plain).encode())
-    (folder / "commit_success.txt").unlink(missing_ok=True)
-
-
-def _read_shard(folder: pathlib.Path, keys: list[str]) -> dict[str, np.ndarray]:
-    ocp, checkpointer = _checkpointer()
-    tree = ocp.args.PyTreeRestore(
-        item={key: 0 for key in keys},
-        restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys},
-    )
-    try:
-        with _quiet(), checkpointer:
-            return checkpointer.restore(folder.absolute(), args=tree)
-    except Exception as error:  # orbax raises many kinds.
-        raise CheckpointError(
-            f"checkpoint {folder}: cannot be read by orbax ({type(error).__name__}: {error}); "
-            "make the checkpoint again, or restore it from a copy."
-        ) from error
-
-
-def _unwritable(path: pathlib.Path, error: OSError, needed: int) -> CheckpointError:
+def _unwritable(
+    path: pathlib.Path, error: OSError, sources: dict[str, storage.Source]
+) -> CheckpointError:
+    needed = sum(source.nbytes for source in sources.values())
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         parent = path.parent
         while not parent.exists():

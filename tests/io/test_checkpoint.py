@@ -15,7 +15,7 @@ import pytest
 from jaxcomp import formats
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import NM, Codebook, CompressedArray, Float, Int, Sparse
-from jaxcomp.io import checkpoint
+from jaxcomp.io import arrays, checkpoint
 from jaxcomp.quantization import RTN
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report, Row
@@ -123,7 +123,7 @@ def test_stored_size_is_near_the_bits_counted(tmp_path, rng):
 
 def test_shards_hold_what_one_does(tmp_path, result, monkeypatch):
     checkpoint.save(tmp_path / "one", result)
-    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 100)
+    monkeypatch.setattr(arrays, "_GROUP_BYTES", 100)
     checkpoint.save(tmp_path / "many", result)
     assert len(list((tmp_path / "many" / "arrays").iterdir())) > 3
     _assert_same(checkpoint.load(tmp_path / "many").params, result.params)
@@ -252,7 +252,7 @@ def test_a_full_disk_says_what_was_needed(tmp_path, result, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(checkpoint, "_write_shard", full)
+    monkeypatch.setattr(arrays, "_write_group", full)
     with pytest.raises(
         JaxcompError, match=r"no space left.*take [\d,]+ bytes.*nothing is computed"
     ):

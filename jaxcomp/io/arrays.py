@@ -1,0 +1,311 @@
+"""The arrays of a checkpoint on disk: orbax PyTree checkpoints, written and read piece by piece.
+
+Every array is one zarr array (version 2, zstd), as orbax writes a sharded ``jax.Array``: a file for
+each shard, and a shard of more than ``_CHUNK_BYTES`` in several. The process that holds a shard
+writes its files, so no array is gathered, on a device or on a host; a process that restores reads
+the files which overlap what its devices need, whatever the mesh that wrote them.
+
+Two things differ from orbax's own handler of jax.Array. Dtypes that zarr has not (int4, uint4, fp4)
+are stored as the unsigned integers of their bytes. And it runs no collective on the devices, so
+that a checkpoint can be written while they work. (orbax's default layout, OCDBT, would name its
+files at random: no two saves would be equal.)
+"""
+
+import collections
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcomp.errors import JaxcompError
+from jaxcomp.journal import write_atomically
+
+_GROUP_BYTES = 32 * 10**6
+_CHUNK_BYTES = 8 * 10**6
+_IN_FLIGHT = 4  # Chunks that are encoded and written at the same time.
+# Dtypes that zarr stores as they are; any other is stored as the unsigned integers of its bytes.
+_STORED = frozenset(
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 "
+    "complex128 bfloat16 float8_e4m3fn float8_e5m2".split()
+)
+_CODEC = {"id": "zstd", "level": 1}  # What orbax uses for zarr 2.
+
+Index = tuple[slice, ...]
+
+
+class CheckpointError(JaxcompError):
+    """A checkpoint that cannot be written or read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An array to be written, and what of it this process holds.
+
+    Attributes:
+      shape: of the whole array.
+      dtype: of the whole array.
+      chunks: shape of the pieces that become files; divides the shape of a shard along the axes
+        that are split over devices.
+      pieces: (position in the array, contents) of what this process is to write.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...]
+    pieces: tuple[tuple[Index, Any], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def on_host(self) -> "Source":
+        """The same contents where no later donation or assignment can change them.
+
+        What is read-only already (memory-mapped results of a journal) is not copied.
+        """
+        return dataclasses.replace(self, pieces=tuple((i, _frozen(p)) for i, p in self.pieces))
+
+
+def source(value: Any) -> Source:
+    """What this process is to write of an array.
+
+    Args:
+      value: array of NumPy or JAX. One that is spread over several devices is written shard by
+        shard by the processes that hold the shards, of equal ones the first; any other by the
+        first process.
+
+    Returns:
+      The array as ``write`` takes it; nothing is copied yet.
+    """
+    shape, dtype = tuple(value.shape), np.dtype(value.dtype)
+    whole = tuple(slice(0, n) for n in shape)
+    if not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1:
+        # As every process has it: the same for one device and one process.
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            pieces: tuple = ()  # The one device is another process's.
+        elif isinstance(value, jax.Array) or jax.process_index() == 0:
+            pieces = ((whole, value),)
+        else:
+            pieces = ()
+        return Source(shape, dtype, _chunks(shape, shape, dtype), pieces)
+    shard = tuple(value.sharding.shard_shape(shape))
+    pieces = tuple(
+        (bounded(s.index, shape), s.data) for s in value.addressable_shards if s.replica_id == 0
+    )
+    return Source(shape, dtype, _chunks(shape, shard, dtype), pieces)
+
+
+def bounded(index: Index, shape: tuple[int, ...]) -> Index:
+    """A position in an array with its bounds as numbers."""
+    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+
+
+def _frozen(piece: Any) -> np.ndarray:
+    if isinstance(piece, np.ndarray) and not piece.flags.writeable:
+        return piece
+    return np.array(piece)
+
+
+def _chunks(shape: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """Shape of the files of an array: shards, cut along the first axes to ``_CHUNK_BYTES``.
+
+    Along an axis that is split over devices only a divisor of the shard's size will do, so that no
+    file belongs to two shards.
+    """
+    chunks = [max(1, n) for n in shard]
+    for axis, size in enumerate(shard):
+        excess = math.prod(chunks) * dtype.itemsize / _CHUNK_BYTES
+        if excess <= 1:
+            break
+        wanted = min(size, math.ceil(excess))
+        if size == shape[axis]:
+            chunks[axis] = -(-size // wanted)
+            continue
+        for parts in range(wanted, min(size, 4 * wanted) + 1):
+            if size % parts == 0:
+                chunks[axis] = size // parts
+                break
+    return tuple(chunks)
+
+
+def write(
+    folder: pathlib.Path, sources: collections.abc.Mapping[str, Source]
+) -> dict[str, dict[str, Any]]:
+    """Writes what this process holds of some arrays.
+
+    Memory: a few chunks beside the arrays themselves, and one shard copied from a device.
+
+    Args:
+      folder: where this process writes; is made.
+      sources: the arrays by name, in the same order on all processes.
+
+    Returns:
+      By name: the group, the key in it, dtype, shape, and the checksums of the files that this
+      process wrote.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Source]] = [{}]
+    size = 0
+    for index, (name, held) in enumerate(sources.items()):
+        key = f"a{index:05d}"
+        empty = held.nbytes == 0  # zarr stores none.
+        entries[name] = {
+            "shard": None if empty else f"{len(groups) - 1:05d}",
+            "key": key,
+            "dtype": held.dtype.name,
+            "shape": list(held.shape),
+        }
+        if not empty:
+            groups[-1][key] = held
+            size += held.nbytes
+        if size >= _GROUP_BYTES:
+            groups.append({})
+            size = 0
+    folder.mkdir()
+    for number, group in enumerate(groups):
+        if group:
+            _write_group(folder / f"{number:05d}", group)
+    for entry in entries.values():
+        if entry["shard"] is not None:
+            entry["sha256"] = checksums(folder / entry["shard"] / entry["key"])
+    return entries
+
+
+def _write_group(folder: pathlib.Path, arrays: dict[str, Source]) -> None:
+    ocp, handler = _orbax()
+    # The first process waits for no other in orbax: what it writes is its own.
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    registry = ocp.type_handlers.create_type_handler_registry((Source, handler()))
+    with _quiet():
+        pytrees = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False,
+            use_zarr3=False,
+            type_handler_registry=registry,
+            multiprocessing_options=alone,
+        )
+        with ocp.Checkpointer(pytrees, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
+    # The only bytes that differ from one save to the next: times, and the name of the folder.
+    file = folder / "_CHECKPOINT_METADATA"
+    plain = json.loads(file.read_bytes())
+    plain.update({key: 0 for key in plain if key.endswith("_nsecs")})
+    write_atomically(file, json.dumps(plain).encode())
+    (folder / "commit_success.txt").unlink(missing_ok=True)
+
+
+@functools.cache
+def _orbax() -> tuple[Any, Any]:
+    # Imported here: orbax takes seconds to import, and most uses of jaxcomp do not need it.
+    import orbax.checkpoint as ocp
+
+    class Handler(ocp.type_handlers.NumpyHandler):
+        """Writes ``Source``; orbax itself reads it back, as NumPy or onto any sharding."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
+            for value, info in zip(values, infos, strict=True):
+                await info.await_path_creation()
+                _write_chunks(pathlib.Path(info.path), value)
+            return []
+
+    return ocp, Handler
+
+
+def _write_chunks(folder: pathlib.Path, held: Source) -> None:
+    store = open_store(
+        folder,
+        create=True,
+        open=True,
+        dtype=_stored(held.dtype).name,
+        shape=held.shape,
+        metadata={"chunks": held.chunks, "compressor": _CODEC},
+    )
+    pending: collections.deque = collections.deque()
+    for index, piece in held.pieces:
+        array = np.asarray(piece)
+        for part in parts(index, held.chunks):
+            inside = tuple(
+                slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True)
+            )
+            pending.append(
+                store[part].write(
+                    _storable(array[inside]), can_reference_source_data_indefinitely=True
+                )
+            )
+            if len(pending) >= _IN_FLIGHT:
+                pending.popleft().result()
+    for future in pending:
+        future.result()
+
+
+def parts(index: Index, chunks: tuple[int, ...]) -> collections.abc.Iterator[Index]:
+    """The parts of a position in an array that lie in one chunk each."""
+    axes = []
+    for bounds, size in zip(index, chunks, strict=True):
+        first = bounds.start // size * size
+        axes.append(
+            [
+                slice(max(at, bounds.start), min(at + size, bounds.stop))
+                for at in range(first, bounds.stop, size)
+            ]
+        )
+    return itertools.product(*axes)
+
+
+def open_store(folder: pathlib.Path, **options: Any) -> Any:
+    """Opens a zarr array with tensorstore, or makes it."""
+    import tensorstore as ts
+
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        "store_data_equal_to_fill_value": True,  # A file that is missing is a fault.
+    }
+    if metadata := options.pop("metadata", None):
+        spec["metadata"] = metadata
+    return ts.open(spec, **options).result()
+
+
+def checksums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by name; empty without the folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else ()
+    return {file.name: sha256(file) for file in files}
+
+
+def sha256(path: pathlib.Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stored(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.name in _STORED else np.dtype(f"uint{8 * dtype.itemsize}")
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    stored = _stored(array.dtype)
+    return array if stored == array.dtype else np.asarray(array, order="C").view(stored)
+
+
+@contextlib.contextmanager
+def _quiet() -> collections.abc.Iterator[None]:
+    """Keeps orbax from logging warnings about what is as intended here."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
