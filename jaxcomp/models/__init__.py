@@ -14,6 +14,7 @@ from jaxcomp.models.loading import (
     save,
     to_hf,
 )
+from jaxcomp.models.mixtral import Mixtral, MixtralConfig
 from jaxcomp.models.partition import partition_rules
 from jaxcomp.models.sizes import config_of
 
@@ -24,6 +25,8 @@ __all__ = [
     "GPT2Config",
     "Llama",
     "LlamaConfig",
+    "Mixtral",
+    "MixtralConfig",
     "Model",
     "build",
     "config_of",

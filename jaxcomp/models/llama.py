@@ -202,6 +202,8 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual connection."""
 
+    mlp_type: ClassVar[type[nnx.Module]] = MLP
+
     def __init__(self, config: LlamaConfig, sizes: tuple[int, ...], *, param_dtype, rngs: nnx.Rngs):
         """Makes the layer; ``sizes`` are its query heads, key-value heads and MLP width."""
         c, (heads, kv_heads, width) = config, sizes
@@ -212,7 +214,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = blocks.RMSNorm(
             c.hidden_size, c.rms_norm_eps, param_dtype=param_dtype
         )
-        self.mlp = MLP(c, width, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = self.mlp_type(c, width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x, rope, mask, cache=None):
         """Returns the new residual stream and the updated cache."""
@@ -223,6 +225,8 @@ class DecoderLayer(nnx.Module):
 
 class Llama(nnx.Module):
     """A causal language model of the Llama family."""
+
+    layer_type: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(
         self,
@@ -249,7 +253,7 @@ class Llama(nnx.Module):
         self.embed_tokens = blocks.Embedding(c.vocab_size, c.hidden_size, **kw)
 
         def make(rngs, sizes):
-            return DecoderLayer(c, sizes, param_dtype=param_dtype, rngs=rngs)
+            return self.layer_type(c, sizes, param_dtype=param_dtype, rngs=rngs)
 
         if scan:
             make = functools.partial(make, sizes=common_sizes(c))
@@ -323,6 +327,26 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
     Raises:
       ModelError: a field is missing, wrong, unknown or not supported.
     """
+    head_dim = 128 if model_type == "qwen3" else None
+    return LlamaConfig(**read_fields(fields, model_type, head_dim))
+
+
+def read_fields(
+    fields: Fields, model_type: str, default_head_dim: int | None = None
+) -> dict[str, Any]:
+    """The arguments of ``LlamaConfig``; nothing may be left in ``fields`` then.
+
+    Args:
+      fields: the fields of config.json.
+      model_type: which member of the family.
+      default_head_dim: head size where the file gives none; None divides the hidden size by heads.
+
+    Returns:
+      Values by name.
+
+    Raises:
+      ModelError: a field is missing, wrong, unknown or not supported.
+    """
     f = fields
     hidden, heads = f.size("hidden_size"), f.size("num_attention_heads")
     layers = f.size("num_hidden_layers")
@@ -330,9 +354,10 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
     varied = f.values.get("heads_per_layer") or f.values.get("key_value_heads_per_layer")
     if heads % kv_heads and not varied:
         raise f.error("num_key_value_heads", f"{kv_heads} must divide the {heads} attention heads")
-    if model_type != "qwen3" and "head_dim" not in f.values and hidden % heads:
+    divided = default_head_dim is None
+    if divided and "head_dim" not in f.values and hidden % heads:
         raise f.error("num_attention_heads", f"{heads} must divide the hidden size {hidden}")
-    head_dim = f.size("head_dim", 128 if model_type == "qwen3" else hidden // heads)
+    head_dim = f.size("head_dim", hidden // heads if divided else default_head_dim)
     if head_dim % 2:
         raise f.error("head_dim", f"must be even for rotary positions, got {head_dim}")
     f.only("hidden_act", "silu")
@@ -341,7 +366,7 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
     longest = f.size("max_position_embeddings", 2048)
     theta, scaling = read_rope(f, longest)
     bias = f.flag("attention_bias", False) if model_type in ("llama", "qwen3") else False
-    config = LlamaConfig(
+    values = dict(
         vocab_size=f.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=f.size("intermediate_size"),
@@ -363,14 +388,14 @@ def read_config(fields: Fields, model_type: str) -> LlamaConfig:
         key_value_heads_per_layer=f.sizes("key_value_heads_per_layer", layers),
         intermediate_sizes=f.sizes("intermediate_sizes", layers),
     )
-    for i, (q, kv, _) in enumerate(layer_sizes(config)):
+    for i, (q, kv, _) in enumerate(layer_sizes(LlamaConfig(**values))):
         if q % kv:
             raise f.error(
                 "key_value_heads_per_layer",
                 f"the {kv} of layer {i} must divide its {q} attention heads (heads_per_layer)",
             )
     f.done()
-    return config
+    return values
 
 
 def read_rope(fields: Fields, longest: int) -> tuple[float, tuple[Any, ...] | None]:

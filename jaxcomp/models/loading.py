@@ -15,12 +15,13 @@ from flax import nnx
 from jaxcomp.errors import JaxcompError, ModelError
 from jaxcomp.functional import functional, path_names
 from jaxcomp.io import safetensors
-from jaxcomp.models import bert, gpt2, llama
+from jaxcomp.models import bert, gpt2, llama, mixtral
 from jaxcomp.models.config import Fields, read_json
 from jaxcomp.models.sizes import config_fields
 
 FAMILIES = {
     llama.LlamaConfig: (llama, llama.Llama),
+    mixtral.MixtralConfig: (mixtral, mixtral.Mixtral),
     gpt2.GPT2Config: (gpt2, gpt2.GPT2),
     bert.BertConfig: (bert, bert.Bert),
 }
@@ -125,7 +126,7 @@ def build(config: Any, *, scan: bool = False, dtype: Any = jnp.float32) -> nnx.M
     """The model of a configuration with abstract weights (shapes and dtypes only).
 
     Args:
-      config: a ``LlamaConfig``, ``GPT2Config`` or ``BertConfig``.
+      config: a ``LlamaConfig``, ``MixtralConfig``, ``GPT2Config`` or ``BertConfig``.
       scan: stack the layers on a leading axis.
       dtype: dtype of the activations.
 
@@ -186,7 +187,8 @@ def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") 
       where: name of the checkpoint, for errors.
 
     Returns:
-      Arrays by parameter path; transposed ones are views.
+      Arrays by parameter path; transposed ones are views, those made of several tensors (a
+      layer's experts) are copies.
 
     Raises:
       ModelError: a tensor is missing, left over, or not floating point.
@@ -203,16 +205,21 @@ def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") 
         # Checkpoints of the bare encoder or decoder lack the prefix.
         return name if name in tensors else name.removeprefix(family.PREFIX)
 
-    for path, (name, transposed) in family.tensor_names(config).items():
-        if find(name) not in left:
-            missing.append(name)
-            continue
-        value = left.pop(find(name))
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ModelError(
-                f"{where}: tensor {name} has dtype {value.dtype}; expected floating-point weights"
-            )
-        values[path] = value.T if transposed else value
+    for path, (names, transposed) in family.tensor_names(config).items():
+        parts = []
+        for name in (names,) if isinstance(names, str) else names:
+            if find(name) not in left:
+                missing.append(name)
+                continue
+            value = left.pop(find(name))
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise ModelError(
+                    f"{where}: tensor {name} has dtype {value.dtype}; expected floating-point "
+                    "weights"
+                )
+            parts.append(value.T if transposed else value)
+        if not missing:
+            values[path] = parts[0] if isinstance(names, str) else _stack_parts(parts, names, where)
     if missing:
         raise ModelError(
             f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}; the "
@@ -256,18 +263,21 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, Any]:
     scanned = not any(path.startswith(f"{stacked}0/") for path in flat)
     bare = family is bert and not config.masked_lm_head
     tensors, used = {}, set()
-    for path, (name, transposed) in family.tensor_names(config).items():
+    for path, (names, transposed) in family.tensor_names(config).items():
         key, index = path, None
         if scanned and path.startswith(stacked):
             _, number, rest = path.split("/", 2)
             key, index = stacked + rest, int(number)
+        single = isinstance(names, str)
         if key not in flat:
-            raise ModelError(f"params have no {key}, which {name} is made from")
+            raise ModelError(
+                f"params have no {key}, which {names if single else names[0]} is made from"
+            )
         used.add(key)
         value = flat[key] if index is None else flat[key][index]
-        tensors[name.removeprefix(family.PREFIX) if bare else name] = (
-            value.T if transposed else value
-        )
+        for name, part in ((names, value),) if single else zip(names, value, strict=True):
+            name = name.removeprefix(family.PREFIX) if bare else name
+            tensors[name] = part.T if transposed else part
     extra = sorted(set(flat) - used)
     if extra:
         raise ModelError(f"params have {extra[0]}, which no tensor of the checkpoint holds")
@@ -363,13 +373,29 @@ def _stack(values, layers):
         else:
             stacked[path] = value
     for path, items in groups.items():
-        first = items[0]
-        out = np.empty((len(items), *first.shape), first.dtype)
-        for i in range(len(items)):
-            out[i] = items[i]
-            safetensors.release(items[i])
-        stacked[path] = out
+        stacked[path] = _copied([items[i] for i in range(len(items))])
     return stacked
+
+
+def _stack_parts(parts, names, where):
+    """One array of the tensors that a parameter is made of."""
+    for name, part in zip(names, parts, strict=True):
+        if part.shape != parts[0].shape or part.dtype != parts[0].dtype:
+            raise ModelError(
+                f"{where}: tensor {name} {part.shape} {part.dtype} differs from {names[0]} "
+                f"{parts[0].shape} {parts[0].dtype}, with which it is stacked; the checkpoint is "
+                "damaged"
+            )
+    return _copied(parts)
+
+
+def _copied(items):
+    """Stacks arrays of one shape; what reading them has filled of a memory map is let go."""
+    out = np.empty((len(items), *items[0].shape), items[0].dtype)
+    for i, item in enumerate(items):
+        out[i] = item
+        safetensors.release(item)
+    return out
 
 
 def _nest(values):

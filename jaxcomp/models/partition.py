@@ -7,10 +7,11 @@ Each family lists its weights by their part in Megatron's scheme, in ``PARTITION
     vocabulary   table (rows, features): its rows are split
     features     table (rows, features): its features are split
     bias         (out,) of a column kernel: split like its outputs
+    experts      kernels (experts, in, out): every device has some of the experts whole
 
-What is not listed (norms, biases of row kernels, positions) is small and replicated. FSDP splits
-the other axis of each matrix but ``features``; the partitioner gathers a layer's slice where it is
-used.
+What is not listed (norms, biases of row kernels, positions, routers) is small and replicated. FSDP
+splits the other axis of each matrix but ``features``; the partitioner gathers a layer's slice where
+it is used.
 
 Source: https://arxiv.org/abs/1909.08053 (Megatron-LM).
 """
@@ -58,6 +59,7 @@ def partition_rules(
         "vocabulary": (tensor, fsdp),
         "features": (None, tensor),
         "bias": (tensor,),
+        "experts": (tensor, fsdp, None),
     }
     paths = family.tensor_names(config)
     found = []

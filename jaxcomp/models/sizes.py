@@ -158,9 +158,10 @@ def config_fields(config: Any) -> dict[str, Any]:
     Returns:
       Values by field; None for fields that must not be there.
     """
+    names = getattr(config, "json_names", {})
     found: dict[str, Any] = {config.DEPTH: config.num_hidden_layers}
     for size in config.LAYER_SIZES:
-        found[size.field] = getattr(config, size.field)
+        found[names.get(size.field, size.field)] = getattr(config, size.field)
         found[size.per_layer] = list(getattr(config, size.per_layer)) or None
     if "head_dim" in {f.name for f in dataclasses.fields(config)}:
         found["head_dim"] = config.head_dim

@@ -30,6 +30,23 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+MIXTRAL = {
+    **SMALL,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE = {
+    **SMALL,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "moe_intermediate_size": 24,
+    "num_experts": 11,  # With two digits: their order by name is not that by number.
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}
 CASES = {
     "llama_gqa_tied": (
         "Llama",
@@ -68,6 +85,12 @@ CASES = {
         },
     ),
     "qwen3": ("Qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 16}),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE),
+    "qwen3_moe_unnormalized_window": (
+        "Qwen3Moe",
+        {**QWEN3_MOE, "norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 5},
+    ),
 }
 
 
@@ -172,13 +195,21 @@ def test_tinylm_logits_equal_transformers():
     np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_saved_folder_is_read_back_by_transformers(tmp_path):
-    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2)
-    model = randomize(transformers.LlamaForCausalLM(config), seed=5)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Llama", {**SMALL, "num_key_value_heads": 2}),
+        ("Mixtral", MIXTRAL),
+        ("Qwen3Moe", QWEN3_MOE),
+    ],
+)
+def test_saved_folder_is_read_back_by_transformers(name, options, tmp_path):
+    make = getattr(transformers, f"{name}ForCausalLM")
+    model = randomize(make(getattr(transformers, f"{name}Config")(**options)), seed=5)
     model.save_pretrained(tmp_path / "theirs")
     for scan in (False, True):
         ours = models.load(tmp_path / "theirs", scan=scan)
         models.save(tmp_path / f"ours{scan}", ours.params, ours.config, tmp_path / "theirs")
-        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / f"ours{scan}")
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name]), name
+        again = make.from_pretrained(tmp_path / f"ours{scan}")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key

@@ -9,7 +9,15 @@ from jax.sharding import AxisType
 
 import jaxcomp as jc
 from jaxcomp.graph.trace import leaf_paths
-from jaxcomp.models import BertConfig, GPT2Config, LlamaConfig, build, partition_rules
+from jaxcomp.models import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    Mixtral,
+    MixtralConfig,
+    build,
+    partition_rules,
+)
 from jaxcomp.models.bert import Bert
 from jaxcomp.models.gpt2 import GPT2
 from jaxcomp.models.llama import Llama
@@ -17,6 +25,10 @@ from jaxcomp.models.llama import Llama
 LLAMA = LlamaConfig(64, 32, 64, 2, 4, 2, head_dim=8, qkv_bias=True, mlp_bias=True)
 MODELS = {
     "llama": (Llama, LLAMA),
+    "mixtral": (
+        Mixtral,
+        MixtralConfig(64, 32, 48, 2, 4, 2, head_dim=8, num_experts=4, num_experts_per_tok=2),
+    ),
     "gpt2": (GPT2, GPT2Config(65, 16, 32, 2, 4, 64)),
     "bert": (Bert, BertConfig(65, 32, 64, 2, 4, max_position_embeddings=16)),
 }
@@ -35,7 +47,9 @@ def test_every_matrix_is_split_over_the_whole_mesh(name, scan):
     rules = partition_rules(config, fsdp="data", scan=scan)
     found = jc.sharding.shardings(shapes, rules, mesh())
     for path, sharding in leaf_paths(found)[0]:
-        if path.endswith("kernel"):
+        if path.endswith("router/kernel"):
+            assert sharding.is_fully_replicated
+        elif path.endswith("kernel"):
             assert set(sharding.spec) - {None} == {"data", "model"}, path
 
 
