@@ -29,6 +29,7 @@ from jaxcomp import sharding
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError
 from jaxcomp.io.reading import Reader
+from jaxcomp.io.state import describe_state, rebuild_state
 from jaxcomp.io.structure import Arrays, assemble, describe, rebuild
 from jaxcomp.journal import sync, write_atomically
 from jaxcomp.recipe import Recipe
@@ -46,12 +47,14 @@ class Saved(NamedTuple):
       report: the report, without times.
       recipe: the recipe, or None where none was saved.
       metadata: what was given to ``save``.
+      state: the training state, if ``load`` was given a template of it.
     """
 
     params: Any
     report: Report | None
     recipe: Recipe | None
     metadata: dict[str, Any]
+    state: Any = None
 
 
 def is_checkpoint(path: str | os.PathLike) -> bool:
@@ -61,18 +64,22 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
 
 def save(
     path: str | os.PathLike,
-    result: Any,
+    result: Any = None,
     *,
+    state: Any = None,
     files: collections.abc.Mapping[str, bytes | os.PathLike] | None = None,
     metadata: collections.abc.Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a compressed model to a folder.
+    """Writes a compressed model, the state of its training, or both to a folder.
 
     Args:
       path: the folder; missing or empty, or with ``overwrite`` an earlier checkpoint.
       result: has ``params`` (a tree of dicts, lists and tuples of arrays and compressed arrays),
-        and may have ``report`` and ``recipe``; what ``jc.compress`` or ``load`` returned.
+        and may have ``report`` and ``recipe``; what ``jc.compress`` or ``load`` returned. None
+        where there is only a state.
+      state: any pytree of arrays, PRNG keys and numbers: parameters in training, what ``jc.qat``
+        and optimizers keep. ``load`` gives it back bit for bit with ``like=``.
       files: further files to lay into the folder, by name: their bytes, or a path to copy.
       metadata: JSON-able, given back by ``load``.
       overwrite: replace an earlier checkpoint. A folder that holds anything else is never touched.
@@ -83,8 +90,10 @@ def save(
     """
     path = pathlib.Path(os.path.abspath(path))
     check_output(path, overwrite)
+    _check_result(result, state)
     held = Arrays()
-    tree = describe(result.params, held)
+    tree = describe(None if result is None else result.params, held)
+    leaves = None if state is None else describe_state(state, held)
     sources = {name: storage.source(value) for name, value in held.items()}
     report, recipe = getattr(result, "report", None), getattr(result, "recipe", None)
     temporary = path.with_name(f".{path.name}.saving")
@@ -104,6 +113,7 @@ def save(
             "recipe": None if recipe is None else msgspec.to_builtins(recipe),
             "report": None if report is None else msgspec.to_builtins(report.without_times()),
             "metadata": dict(metadata or {}),
+            **({} if leaves is None else {"state": leaves}),
         }
         write_atomically(temporary / METADATA, json.dumps(plain, indent=1, sort_keys=True).encode())
         for folder, _, names in os.walk(temporary):
@@ -121,6 +131,21 @@ def save(
         if "No space left on device" in str(error) or "ENOSPC" in str(error):  # From tensorstore.
             raise _unwritable(path, OSError(errno.ENOSPC, ""), sources) from error
         raise
+
+
+def _check_result(result: Any, state: Any) -> None:
+    if hasattr(result, "opt_state"):
+        raise CheckpointError(
+            f"result: a {type(result).__name__} holds the state of an optimizer, and result= would "
+            "store its params only; give it as state=."
+        )
+    if result is None and state is None:
+        raise CheckpointError("there is nothing to save; give result=, state= or both.")
+    if result is not None and not hasattr(result, "params"):
+        raise CheckpointError(
+            f"result: a {type(result).__name__} has no params; give what jc.compress returned, or "
+            "a training state as state=."
+        )
 
 
 def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -154,6 +179,7 @@ def load(
     include: collections.abc.Sequence[str] = ("*",),
     mesh: jax.sharding.Mesh | None = None,
     rules: Any = (),
+    like: Any = None,
 ) -> Saved:
     """Reads a folder that ``save`` wrote, all of it or some weights, onto one device or a mesh.
 
@@ -168,14 +194,18 @@ def load(
         on the default device.
       rules: how the mesh splits the dense weights (see the head of ``jaxcomp.sharding``); leaves
         that no rule names are replicated.
+      like: template of the training state that was given to ``save``, such as a fresh one: each
+        array is placed like the template's (arrays, or ShapeDtypeStructs that may have a sharding),
+        NumPy arrays stay so. Without it no state is read.
 
     Returns:
-      The parameters, report, recipe and metadata. An array of 64 bits stays on the host, as NumPy,
-      where JAX does not have 64 bits enabled.
+      The parameters, report, recipe, metadata and state. An array of 64 bits stays on the host,
+      as NumPy, where JAX does not have 64 bits enabled.
 
     Raises:
       CheckpointError: no checkpoint, a newer version's, or a damaged one, and the message names
-        the array; or a rule of ``include`` matches nothing.
+        the array; a rule of ``include`` matches nothing; or the state differs from ``like`` in a
+        path, shape or dtype, which the message names.
       JaxcompError: ``rules`` do not fit the weights or the mesh.
 
     Example:
@@ -203,13 +233,15 @@ def load(
             shapes = assemble(node, reader.struct)
             return jax.ShapeDtypeStruct(tuple(shapes.shape), shapes.dtype)
 
+        if like is not None:
+            like = rebuild_state(path, plain.get("state"), like, reader)
         params = rebuild(plain["tree"], leaf)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise CheckpointError(
             f"checkpoint {path / METADATA}: is damaged or of another version ({error!r}); make the "
             "checkpoint again."
         ) from error
-    return Saved(params, report or None, recipe or None, plain["metadata"])
+    return Saved(params, report or None, recipe or None, plain["metadata"], like)
 
 
 def _chosen(
