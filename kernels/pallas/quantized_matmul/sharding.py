@@ -7,15 +7,14 @@ they are split; on Auto axes a traced function cannot know it, and has to be tol
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxcomp.kernels import chips
+from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.quantized_matmul.layout import LANES
 from jaxcomp.kernels.quantized_matmul.weights import Weight
-
-Axes = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +67,17 @@ def placement(
     if weight_spec is None:
         return None
     sizes, depth = dict(mesh.shape), len(weight.stack)
-    *stack, outputs, inputs = _padded(weight_spec, depth + 2)
-    taken = {name for axes in (*stack, outputs, inputs) for name in _names(axes)}
+    *stack, outputs, inputs = padded(weight_spec, depth + 2)
+    taken = {name for axes in (*stack, outputs, inputs) for name in names(axes)}
     rows: list[Axes] = [None] * (x.ndim - 1 - depth)
     if x_spec is None:
         free = tuple(name for name in mesh.axis_names if name not in taken)
-        if rows and free and x.shape[depth] % _count(free, sizes) == 0:
+        if rows and free and x.shape[depth] % count(free, sizes) == 0:
             rows[0] = free
     else:
-        entries = _padded(x_spec, x.ndim)
+        entries = padded(x_spec, x.ndim)
         rows = list(entries[depth:-1])
-        clash = taken & {name for axes in rows for name in _names(axes)}
+        clash = taken & {name for axes in rows for name in names(axes)}
         if clash or list(entries[:depth]) != stack or entries[-1] not in (None, inputs):
             raise ValueError(
                 f"x {x.shape} is split as {x_spec} and the weight {(*weight.stack, *weight.shape)} "
@@ -89,12 +88,12 @@ def placement(
     for (name, size), axes in zip(
         [*named, ("K", weight.shape[1])], (*stack, outputs, inputs), strict=True
     ):
-        if size % _count(axes, sizes):
+        if size % count(axes, sizes):
             raise ValueError(
-                f"the mesh axes {axes} of {_count(axes, sizes)} devices do not divide {name} = "
+                f"the mesh axes {axes} of {count(axes, sizes)} devices do not divide {name} = "
                 f"{size} of the weight {weight.shape}; split another axis, or fewer ways"
             )
-    local = weight.shape[1] // _count(inputs, sizes)
+    local = weight.shape[1] // count(inputs, sizes)
     unit = weight.group_size if weight.scales.shape[-2] > 1 else 1
     if weight.format == "int2" and weight.layout != "stored":
         unit = max(unit, 4 * LANES)
@@ -140,7 +139,7 @@ def matmul(
     )
     sizes = dict(place.mesh.shape)
     n, k = weight.shape
-    part = n // _count(outputs, sizes), k // _count(inputs, sizes)
+    part = n // count(outputs, sizes), k // count(inputs, sizes)
     group_size = weight.group_size if groups or not inputs else part[1]
 
     def body(x, weight, bias):
@@ -160,21 +159,3 @@ def matmul(
         out_specs=PartitionSpec(*stack, *place.rows, outputs),
         check_vma=False,
     )(x, weight, bias)
-
-
-def _names(axes: Axes) -> Sequence[str]:
-    """Mesh axes as a sequence."""
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _count(axes: Axes, sizes: dict[str, int]) -> int:
-    count = 1
-    for name in _names(axes):
-        count *= sizes[name]
-    return count
-
-
-def _padded(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
-    """A spec with an entry for each axis, without empty tuples."""
-    entries = (*spec, *(None,) * (rank - len(spec)))
-    return tuple(e or None for e in entries)

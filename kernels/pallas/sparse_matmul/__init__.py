@@ -1,7 +1,12 @@
 """Products with sparse weights: blocks that are listed, and N of every M inputs."""
 
 from jaxcomp.kernels.sparse_matmul.api import block_sparse_matmul, nm_matmul, prepare_nm
-from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse, block_list, block_sparse
+from jaxcomp.kernels.sparse_matmul.blocks import (
+    BlockSparse,
+    block_list,
+    block_sparse,
+    split_blocks,
+)
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse, nm_sparse, nm_stored
 
 __all__ = [
@@ -14,4 +19,5 @@ __all__ = [
     "nm_sparse",
     "nm_stored",
     "prepare_nm",
+    "split_blocks",
 ]

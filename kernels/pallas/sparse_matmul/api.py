@@ -6,9 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
-from jaxcomp.kernels.sparse_matmul import blocks, nm, reference, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul import blocks, nm, reference, sharding, tpu, tpu_nm
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -22,6 +23,8 @@ def block_sparse_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
+    weight_spec: PartitionSpec | None = None,
+    x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias), computed for the blocks of W that are listed.
 
@@ -30,20 +33,22 @@ def block_sparse_matmul(
 
     Args:
       x: ``(.., K)``, bf16 or f32.
-      w: of shape (N, K), from ``block_sparse`` or ``block_list``; the kernel takes blocks of at
-        least 128.
+      w: of shape (N, K), from ``block_sparse`` or ``block_list``, and for several devices from
+        ``split_blocks``; the kernel takes blocks of at least 128.
       bias: ``(N,)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", or None for the best one.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      weight_spec: mesh axes of N and K, on a mesh of Auto axes.
+      x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:
       ``(.., N)``.
 
     Raises:
       TypeError: a dtype is wrong.
-      ValueError: shapes do not belong together.
+      ValueError: shapes do not belong together, or are split in ways that do not.
       Unsupported: no implementation takes these operands; all reasons are told.
 
     Example:
@@ -59,7 +64,8 @@ def block_sparse_matmul(
     blocks.check(w)
     options = _options(x, w.shape, bias, activation, out_dtype)
     run = functools.partial(_run_blocks, implementation, interpret)
-    return _rows(functools.partial(_block_matmul, run, options), x, w, bias)
+    place = sharding.placement(x, w, weight_spec, x_spec)
+    return _placed(functools.partial(_block_matmul, run), options, x, w, bias, place)
 
 
 def nm_matmul(
@@ -70,6 +76,8 @@ def nm_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
+    weight_spec: PartitionSpec | None = None,
+    x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias) with N of every M inputs of W stored.
 
@@ -87,13 +95,15 @@ def nm_matmul(
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", or None for the best one.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      weight_spec: mesh axes of N and K, on a mesh of Auto axes.
+      x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:
       ``(.., N)``.
 
     Raises:
       TypeError: a dtype is wrong.
-      ValueError: shapes or the layout of a prepared weight are wrong.
+      ValueError: shapes, the layout of a prepared weight, or how arrays are split, are wrong.
       Unsupported: no implementation takes these operands; all reasons are told.
 
     Example:
@@ -109,7 +119,8 @@ def nm_matmul(
     nm.check_layout(w)
     options = _options(x, w.shape, bias, activation, out_dtype)
     run = functools.partial(_run_nm, implementation, interpret)
-    return _rows(functools.partial(_nm_matmul, run, options), x, w, bias)
+    place = sharding.placement(x, w, weight_spec, x_spec)
+    return _placed(functools.partial(_nm_matmul, run), options, x, w, bias, place)
 
 
 def prepare_nm(w: NMSparse, chip: str | None = None) -> NMSparse:
@@ -153,6 +164,17 @@ def _options(x, shape, bias, activation, out_dtype) -> Options:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
     return Options(activation, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+
+
+def _placed(product, options, x, w, bias, place) -> jax.Array:
+    """The product on one device, or each device's part of it."""
+    if place is None:
+        return _rows(functools.partial(product, options), x, w, bias)
+    # What is fused needs the sum over devices.
+    own = Options(None, "float32") if place.inputs else options
+    call = functools.partial(_rows, functools.partial(product, own))
+    finish = functools.partial(reference.finish, options=options)
+    return sharding.matmul(call, finish, x, w, bias, place)
 
 
 def _rows(call, x, w, bias) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "rows", "columns", "scales"],
-    meta_fields=["shape"],
+    meta_fields=["shape", "parts"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockSparse:
@@ -19,6 +19,8 @@ class BlockSparse:
 
     - Block b covers outputs ``rows[b] * bn`` and on, and inputs ``columns[b] * bk`` and on.
     - The list is sorted by row, then by column, and no block is in it twice.
+    - Where ``split_blocks`` has divided it, that holds of each part's list. The lists of the parts
+      are equally long and follow one another, those of the same outputs together.
     - Blocks at the edges are whole: what lies beyond (N, K) is zero.
 
     ``block_sparse`` and ``block_list`` make it and check this.
@@ -29,6 +31,7 @@ class BlockSparse:
       columns: int32 ``(blocks,)``.
       scales: f32 ``(blocks, bn)``, which multiply int8 values; None for others.
       shape: (N, K).
+      parts: of the outputs and of the inputs, for as many devices.
     """
 
     values: jax.Array
@@ -36,6 +39,7 @@ class BlockSparse:
     columns: jax.Array
     scales: jax.Array | None
     shape: tuple[int, int]
+    parts: tuple[int, int] = (1, 1)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -148,6 +152,73 @@ def block_list(
             f"without duplicates: block {one} {what}; sort by np.lexsort((columns, rows))"
         )
     return weight
+
+
+def split_blocks(weight: BlockSparse, outputs: int = 1, inputs: int = 1) -> BlockSparse:
+    """Divides the list of a weight, so that equal parts of it are equal parts of W. On the host.
+
+    Devices can then hold a part each: ``values``, ``rows``, ``columns`` and ``scales`` are split
+    along their first axis. A part with fewer blocks than the fullest lists some of its zero blocks
+    as well, so that all are equally long; like any block in the list, these have a gradient.
+
+    Args:
+      weight: any, as it was listed.
+      outputs: parts of N, for column-parallel products.
+      inputs: parts of K, for row-parallel products.
+
+    Returns:
+      The same weight, which one device multiplies with as before.
+
+    Raises:
+      ValueError: a part would end inside of a block, or the weight is divided already.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> w = block_sparse(jnp.ones((4, 6)), jnp.array([[1, 0, 1], [0, 0, 0]]))
+      >>> split = split_blocks(w, outputs=2)
+      >>> split.rows.tolist(), split.columns.tolist()
+      ([0, 0, 1, 1], [0, 2, 0, 1])
+      >>> split.values[2:].sum().item()
+      0.0
+    """
+    if weight.parts != (1, 1):
+        raise ValueError(f"the weight {weight.shape} is divided into {weight.parts} parts already")
+    parts = outputs, inputs
+    for name, size, block, of in zip("NK", weight.shape, weight.block, parts, strict=True):
+        if of < 1 or size % (of * block):
+            raise ValueError(
+                f"{of} parts of {name} = {size} of the weight {weight.shape} would not consist of "
+                f"whole blocks of {block}; use fewer parts, smaller blocks, or pad {name}"
+            )
+    listed = np.full(weight.grid, -1)
+    listed[np.asarray(weight.rows), np.asarray(weight.columns)] = np.arange(len(weight.values))
+    size = weight.grid[0] // outputs, weight.grid[1] // inputs
+    # (parts, blocks of a part): the number in the list, or -1 for a block that is zero.
+    each = listed.reshape(outputs, size[0], inputs, size[1]).swapaxes(1, 2)
+    each = each.reshape(outputs * inputs, -1)
+    longest = max(int((each >= 0).sum(1).max(initial=0)), 1)
+    # The listed blocks first, then zero ones to fill up, all in their order.
+    chosen = np.sort(np.argsort(each < 0, axis=1, kind="stable")[:, :longest], axis=1)
+    taken = np.take_along_axis(each, chosen, axis=1)
+    part = np.arange(outputs * inputs)[:, None]
+    rows = part // inputs * size[0] + chosen // size[1]
+    columns = part % inputs * size[1] + chosen % size[1]
+
+    def gathered(array):
+        if array is None:
+            return None
+        host = np.asarray(array)
+        zero = np.zeros((1, *host.shape[1:]), host.dtype)
+        return jnp.asarray(np.concatenate([host, zero])[taken.reshape(-1)])
+
+    return BlockSparse(
+        gathered(weight.values),
+        jnp.asarray(rows.reshape(-1), jnp.int32),
+        jnp.asarray(columns.reshape(-1), jnp.int32),
+        gathered(weight.scales),
+        weight.shape,
+        parts,
+    )
 
 
 def check(weight: BlockSparse) -> None:
