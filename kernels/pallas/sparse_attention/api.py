@@ -1,12 +1,14 @@
 """Sparse attention: one call for every mask, on whatever chip the operands are."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.kernels.sparse_attention import decode, reference, tpu, xla
+from jaxcomp.kernels.sparse_attention import decode, reference, sharding, tpu, xla
 from jaxcomp.kernels.sparse_attention.masks import causal, full
 from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead
 from jaxcomp.kernels.sparse_attention.schedule import schedule
@@ -35,6 +37,8 @@ def attention(
     return_logsumexp: bool = False,
     implementation: str | None = None,
     interpret: Any = False,
+    q_spec: PartitionSpec | None = None,
+    kv_spec: PartitionSpec | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention that computes only the blocks that the mask leaves.
 
@@ -59,6 +63,10 @@ def attention(
       return_logsumexp: also return the log-sum-exps of the scores, which have a gradient too.
       implementation: "xla", "mosaic_tpu", or None for the best that fits.
       interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+      q_spec: mesh axes of q, on a mesh of Auto axes; Explicit ones are seen. Batch and heads may be
+        split over any, positions over one: keys and values then go round in a ring.
+      kv_spec: mesh axes of k and v; those of q if None. Heads of k may be whole where those of q
+        are split.
 
     Returns:
       Outputs (batch, queries, heads, value_dim) of q's dtype. A query that may look at nothing gets
@@ -66,7 +74,7 @@ def attention(
       -inf for such a query.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or are split in ways that do not.
       TypeError: dtypes that do not.
       Unsupported: no implementation, or not the one asked for, takes these operands.
 
@@ -86,39 +94,53 @@ def attention(
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block is not None and (block < 128 or block % 128):
             raise ValueError(f"{name} is {block}; it must be a multiple of 128")
-    chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
-    chosen = implementations.choose(
-        f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": several or tpu.unfit(q, k, v, chip, interpret), "xla": None},
-        implementation,
-    )
     operands = {
+        "q": q,
+        "k": k,
+        "v": v,
         "segment_ids": segment_ids,
         "kv_segment_ids": kv_segment_ids,
         "span": span,
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    options = {
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "soft_cap": soft_cap,
-        "span_ramp": span_ramp,
-    }
-    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    if chosen == "mosaic_tpu":
-        block_q, block_k = block_q or tpu.block(queries), block_k or tpu.block(keys)
-        out, lse = tpu.attention(
-            q, k, v, mask, **operands, **options, blocks=(block_q, block_k), interpret=interpret
-        )
+    operands = {name: x for name, x in operands.items() if x is not None}
+    run = functools.partial(
+        _run,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        soft_cap=soft_cap,
+        span_ramp=span_ramp,
+        blocks=(block_q, block_k),
+        implementation=implementation,
+        interpret=interpret,
+    )
+    place = sharding.placement(q, k, mask, span, q_spec, kv_spec)
+    if place is None:
+        out, lse = run(operands, mask)
     else:
-        block_q, block_k = block_q or 128, block_k or 128
-        blocks = schedule(mask, heads, queries, keys, block_q, block_k)
-        if blocks.density > DENSE_FROM or blocks.row_blocks * blocks.column_blocks < 4:
-            out, lse = reference.attention(q, k, v, mask, **operands, **options)
-        else:
-            sizes = {"block_q": block_q, "block_k": block_k}
-            out, lse = xla.attention(q, k, v, blocks, **operands, **options, **sizes)
+        out, lse = sharding.attention(run, operands, mask, place)
     return (out, lse) if return_logsumexp else out
+
+
+def _run(operands, mask, *, blocks, implementation, interpret, **options):
+    """Outputs and log-sum-exps from operands that are at hand, by what fits them best."""
+    q, k, v = (operands[name] for name in "qkv")
+    chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
+    problem, tiles = several or tpu.unfit(q, k, v, chip, interpret), None
+    if not problem and implementation != "xla":
+        tiles, problem = tpu.fitting_blocks(q, k, mask, *blocks)
+    chosen = implementations.choose(
+        f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
+        {"mosaic_tpu": problem, "xla": None},
+        implementation,
+    )
+    if chosen == "mosaic_tpu":
+        return tpu.attention(**operands, **options, mask=mask, blocks=tiles, interpret=interpret)
+    block_q, block_k = (block or 128 for block in blocks)
+    listed = schedule(mask, q.shape[2], q.shape[1], k.shape[1], block_q, block_k)
+    if listed.density > DENSE_FROM or listed.row_blocks * listed.column_blocks < 4:
+        return reference.attention(**operands, **options, mask=mask)
+    return xla.attention(**operands, **options, blocks=listed, block_q=block_q, block_k=block_k)
 
 
 def decode_attention(

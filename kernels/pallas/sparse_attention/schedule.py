@@ -92,6 +92,23 @@ class Schedule:
         """Blocks to compute over all blocks."""
         return self.blocks / (self.row_blocks * self.column_blocks)
 
+    def scalar_bytes(self, group_size: int) -> int:
+        """Bytes of the longest lists that a kernel keeps in scalar memory, forward or backward.
+
+        Args:
+          group_size: query heads that share a key head.
+        """
+        rows = self.rows
+        if rows.lists == 1:
+            group_size = 1
+        longest = 0
+        for start in range(0, rows.lists, group_size):
+            kept = rows.code[start : start + group_size] != SKIP
+            reached = np.unique(rows.minor[start : start + group_size][kept])
+            # A block of keys that no query looks at has one step, which writes its zeros.
+            longest = max(longest, int(kept.sum()) + self.column_blocks - len(reached))
+        return 2 * 4 * max(rows.code.size, longest * (rows.lists // group_size))
+
     def columns(self, group_size: int) -> Steps:
         """The same blocks by block of keys, for the gradients of keys and values.
 

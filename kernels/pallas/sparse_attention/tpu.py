@@ -14,10 +14,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention.rules import Mask
+from jaxcomp.kernels.sparse_attention.schedule import schedule
 from jaxcomp.kernels.sparse_attention.tpu_kernels import forward_kernel, key_kernel, query_kernel
 from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Config, Walk, run
 
-BLOCK = 512
+# Sizes of blocks that are tried in turn where the caller names none: larger ones compute more of
+# what a mask leaves out, and have shorter lists.
+BLOCKS = (512, 1024)
+# A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
+# ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
+SCALAR_BYTES = (1 << 20) - (1 << 14)
+# Heads that fit in a step's word.
+MOST_GROUP = 1 << 8
 
 
 def unfit(
@@ -32,9 +40,47 @@ def unfit(
     return None
 
 
-def block(length: int) -> int:
-    """The block size for a length, where the caller names none."""
-    return min(BLOCK, _round_up(length, LANES))
+def fitting_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    mask: Mask,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[tuple[int, int], str | None]:
+    """The blocks to compute in, so that their lists fit in scalar memory.
+
+    Args:
+      q: (batch, queries, heads, head_dim).
+      k: (batch, keys, kv_heads, head_dim).
+      mask: which query looks at which key.
+      block_q: queries in a block, where the caller names it.
+      block_k: keys in a block, likewise.
+
+    Returns:
+      (queries, keys) of a block, and None; or the last that were tried and why they do not fit.
+    """
+    (queries, heads), (keys, kv_heads) = q.shape[1:3], k.shape[1:3]
+    group = heads // kv_heads
+    for most in BLOCKS:
+        size = block_q or _block(queries, most), block_k or _block(keys, most)
+        listed = schedule(mask, heads, queries, keys, *size)
+        needed = listed.scalar_bytes(group)
+        if listed.rows.lists > 1 and group > MOST_GROUP:
+            return size, (
+                f"where heads have masks of their own it takes at most {MOST_GROUP} query heads a "
+                f"key head, not {group}"
+            )
+        if needed <= SCALAR_BYTES:
+            return size, None
+    return size, (
+        f"its list of blocks of {size[0]} queries by {size[1]} keys takes {needed} bytes of scalar "
+        f"memory, and a core has {SCALAR_BYTES} for it: use larger block_q and block_k, a sparser "
+        "mask, or the same mask for all heads"
+    )
+
+
+def _block(length: int, most: int) -> int:
+    return min(most, _round_up(length, LANES))
 
 
 def attention(

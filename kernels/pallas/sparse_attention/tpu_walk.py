@@ -18,6 +18,9 @@ LANES = 128
 LOG2_E = math.log2(math.e)
 # Operands that a kernel may not have; it finds None in their place.
 OPTIONAL = ("span", "segments", "kv_segments", "k_scale", "v_scale", "bitmap")
+# The compiler's own limit of vector memory is enough for blocks up to this size.
+LARGE_BLOCK = 512 * 512
+VMEM_BYTES = 48 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,7 @@ def run(
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel, which finds its operands by name and what its step is."""
     config, blocks = walk.config, walk.config.blocks
+    large = config.block_q * config.block_k > LARGE_BLOCK
     if len(blocks.bitmaps):
         bitmaps = blocks.bitmaps if walk.by_rows else blocks.bitmaps.swapaxes(1, 2)
         inputs = {**inputs, "bitmap": (jnp.asarray(bitmaps, jnp.int8), walk.bitmap())}
@@ -184,6 +188,7 @@ def run(
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES if large else None,
         ),
         interpret=config.interpret,
         name=name,

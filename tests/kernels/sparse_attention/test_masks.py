@@ -20,8 +20,10 @@ from jaxcomp.kernels.sparse_attention import (
     masks,
     per_head,
     random,
+    ring,
     rules,
     schedule,
+    shifts,
     strided,
     window,
 )
@@ -44,7 +46,7 @@ DEFINITIONS = [
 ]
 
 
-@pytest.mark.parametrize("module", [masks, rules, schedule, api])
+@pytest.mark.parametrize("module", [masks, rules, schedule, ring, shifts, api])
 def test_examples(module):
     assert not doctest.testmod(module).failed
 

@@ -1,0 +1,83 @@
+"""Lists of blocks that must fit in a core's scalar memory: larger blocks, or a reason."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxcomp.kernels.implementations import Unsupported
+from jaxcomp.kernels.sparse_attention import attention, causal, full, per_head, tpu, window
+from jaxcomp.kernels.sparse_attention.schedule import schedule
+
+from tests.kernels import aot
+from tests.kernels.sparse_attention import cases
+
+
+def operands(length: int, heads: int = 1, kv_heads: int = 1):
+    q, k = (jax.ShapeDtypeStruct((1, length, n, 128), jnp.bfloat16) for n in (heads, kv_heads))
+    return q, k, k
+
+
+@pytest.mark.parametrize("name", [*cases.MASKS, "no keys"])
+def test_bytes_are_those_of_the_longest_packed_list(name):
+    mask = (
+        per_head([~full(), ~full(), causal(), full()]) if name == "no keys" else cases.MASKS[name]
+    )
+    listed = schedule(mask, 4, 500, 700, 128, 128)
+    packed = [sum(words.nbytes for words in steps.packed()) for steps in (
+        listed.rows, listed.columns(2)
+    )]  # fmt: skip
+    assert listed.scalar_bytes(2) == max(packed)
+
+
+def test_blocks_grow_until_their_list_fits():
+    for length, mask, want in [
+        (4096, causal(), (512, 512)),
+        (300, causal(), (384, 384)),
+        (1 << 18, causal(), (1024, 1024)),
+        (1 << 20, window(512), (512, 512)),
+    ]:
+        q, k, v = operands(length)
+        assert tpu.fitting_blocks(q, k, mask) == (want, None)
+        out = jax.eval_shape(
+            lambda *x, mask=mask: attention(*x, mask, implementation="mosaic_tpu", interpret=True),
+            q, k, v,
+        )  # fmt: skip
+        assert out.shape == q.shape
+
+
+def test_a_list_that_cannot_fit_is_a_reason_and_not_an_abort():
+    x = operands(1 << 16)
+
+    def run(*x, **options):
+        return attention(*x, block_q=128, block_k=128, interpret=True, **options)
+
+    with pytest.raises(Unsupported, match=r"1050624 bytes of scalar memory, .* larger block"):
+        jax.eval_shape(lambda *x: run(*x, implementation="mosaic_tpu"), *x)
+    assert jax.eval_shape(run, *x).shape == x[0].shape  # XLA's turn
+    masks = per_head([causal()] * 299 + [window(9)])
+    with pytest.raises(Unsupported, match="at most 256 query heads a key head, not 300"):
+        jax.eval_shape(
+            lambda *x: attention(*x, masks, implementation="mosaic_tpu", interpret=True),
+            *operands(128, 300),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_the_longest_lists_and_the_largest_blocks_compile(chip):
+    # 507 blocks of causal rows are 1,030,224 bytes, 508 too many.
+    for blocks, fits in ((507, True), (508, False)):
+        listed = schedule(causal(), 1, blocks * 512, blocks * 512, 512, 512)
+        assert (listed.scalar_bytes(1) <= tpu.SCALAR_BYTES) == fits
+    program = "tests.kernels.sparse_attention.programs:attend"
+    one = {"heads": 1, "kv_heads": 1, "gradient": True}
+    large = {"block_q": 1024, "block_k": 1024}
+    results = aot.compile_cases(chip, [
+        (program, one | {"queries": 507 * 512}),
+        (program, one | large | {"queries": 4096}),
+        (program, one | large | {"queries": 4096, "dtype": "float32"}),
+        (program, one | large | {
+            "queries": 4096, "mask": "bigbird", "segments": True, "span": True, "soft_cap": 30.0,
+        }),
+    ])  # fmt: skip
+    assert [r["error"] for r in results] == [None] * 4
