@@ -150,10 +150,22 @@ def read_config(folder: str | os.PathLike) -> tuple[Any, str]:
       ModelError: it is missing or wrong, or asks for something that is not supported.
     """
     path = pathlib.Path(folder) / "config.json"
-    return _read_config(read_json(path), path)
+    return parse_config(read_json(path), path)
 
 
-def _read_config(values, path):
+def parse_config(values: Mapping[str, Any], path: Any) -> tuple[Any, str]:
+    """The configuration that the fields of a ``config.json`` describe.
+
+    Args:
+      values: the fields.
+      path: name of the file, for errors.
+
+    Returns:
+      The configuration, and its ``model_type``.
+
+    Raises:
+      ModelError: a field is wrong, or asks for something that is not supported.
+    """
     known = ", ".join(sorted(ARCHITECTURES))
     named = values.get("architectures") or []
     name = values.get("model_type")
@@ -342,13 +354,13 @@ def _config_json(config, like):
     """The fields of ``config.json`` for a configuration that differs in sizes from a folder's."""
     path = like / "config.json"
     values = read_json(path)
-    if _read_config(values, path)[0] == config:
+    if parse_config(values, path)[0] == config:
         return values
     for name, value in config_fields(config).items():
         values.pop(name, None)
         if value is not None:
             values[name] = value
-    read = _read_config(values, path)[0]
+    read = parse_config(values, path)[0]
     if read != config:
         other = [
             field.name

@@ -23,7 +23,7 @@ from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.trace import leaf_paths
 from jaxcomp.plan import make_plan
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda, masks
-from jaxcomp.pruning.sparsegpt import _counts
+from jaxcomp.pruning.sparsegpt import kept_count
 from jaxcomp.quantization import (
     AWQ,
     GPTQ,
@@ -263,8 +263,7 @@ def _(step, sketch):
     kept = None
     if nm is None:
         if isinstance(step, SparseGPT):
-            full, last, blocks = _counts(step.sparsity, step.block_size, out, size)
-            kept = out * size - blocks * full - last
+            kept = kept_count(step.sparsity, step.block_size, out, size)
         else:
             by_row = isinstance(step, Wanda) or step.scope == "row"
             rows, group = (out, size) if by_row else (1, out * size)

@@ -80,6 +80,12 @@ def _counts(sparsity, block_size, out, size):
     return full, masks.dropped_count(sparsity, out * (size % block)), size // block
 
 
+def kept_count(sparsity: float, block_size: int, out: int, size: int) -> int:
+    """Weights of a matrix that are left of ``(out, size)`` after pruning without a pattern."""
+    full, last, blocks = _counts(sparsity, block_size, out, size)
+    return out * size - blocks * full - last
+
+
 _STATIC = ("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "report")
 
 
@@ -176,8 +182,7 @@ def _solve(w, h, allowed, path, options, report, known=None):
     kept = None
     if allowed is None and nm is None:
         # Known without looking, so that this also runs under jit.
-        full, last, blocks = _counts(options["sparsity"], options["block_size"], *w.shape[-2:])
-        kept = w.shape[-2] * w.shape[-1] - blocks * full - last
+        kept = kept_count(options["sparsity"], options["block_size"], *w.shape[-2:])
     if fmt is None:
         parts = common.sparse_parts(result.values, result.mask, nm, w.dtype, kept)
     else:

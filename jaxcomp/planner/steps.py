@@ -1,0 +1,189 @@
+"""The programs that serve a model, as functions of shapes that are split over a mesh.
+
+``decode`` makes one token for each sequence of a batch; ``prefill`` reads a chunk of the prompt of
+one sequence in each data-parallel group. Both get the key-value cache as a donated argument.
+Weights are split over the mesh axis "model", sequences over "data".
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcomp import models, sharding
+from jaxcomp.dispatch import dispatch
+from jaxcomp.errors import JaxcompError
+from jaxcomp.formats import is_compressed
+from jaxcomp.functional import functional
+from jaxcomp.graph import trace
+from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.planner.abstract import compressed_shapes
+from jaxcomp.planner.shapes import config_from
+from jaxcomp.recipe import Recipe
+
+PHASES = ("decode", "prefill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is served.
+
+    Attributes:
+      model: name, for errors.
+      fields: of the model's ``config.json``.
+      recipe: YAML text, or None for bfloat16 weights.
+      batch: sequences decoded at once.
+      context: positions of the cache.
+      chunk: prompt tokens that a prefill step reads.
+    """
+
+    model: str
+    fields: dict[str, Any]
+    recipe: str | None
+    batch: int
+    context: int
+    chunk: int
+
+
+class Split(NamedTuple):
+    """How the mesh is used.
+
+    Attributes:
+      data: devices that each hold all weights and a part of the sequences.
+      model: devices over which each weight is split.
+      cache: what "model" splits of the cache, "heads" or "length".
+    """
+
+    data: int
+    model: int
+    cache: str
+
+    def __str__(self) -> str:
+        return f"data {self.data} x model {self.model}, cache by {self.cache}"
+
+
+class Serving:
+    """A model on shapes: its parameters, their sharding, and its steps."""
+
+    def __init__(self, workload: Workload):
+        self.workload = workload
+        self.config = config_from(workload.fields, workload.model)
+        self.dense, params = functional(models.build(self.config, scan=True, dtype=jnp.bfloat16))
+        self.dense_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+        self.params, self.apply = self.dense_params, self.dense
+        if workload.recipe is not None:
+            tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+            graph = trace(self.dense, self.dense_params, tokens)
+            recipe = Recipe.loads(workload.recipe)
+            self.params = compressed_shapes(graph, self.dense_params, recipe)
+            self.apply = dispatch(self.dense)
+
+    def specs(self, split: Split, mesh: Any) -> Any:
+        """The PartitionSpec of every array of the parameters.
+
+        Raises:
+          JaxcompError: the mesh does not divide a weight or its groups.
+        """
+        rules = models.partition_rules(self.config, scan=True)
+        return sharding.specs(self.params, rules, mesh)
+
+    def weight_bytes(self, split: Split) -> int:
+        """Bytes of weights on one device."""
+        mesh = jax.sharding.AbstractMesh((split.data, split.model), ("data", "model"))
+        specs = self.specs(split, mesh)
+        leaves = zip(
+            jax.tree.leaves(self.params),
+            jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)),
+            strict=True,
+        )
+        return sum(
+            int(np.prod(NamedSharding(mesh, spec).shard_shape(x.shape))) * x.dtype.itemsize
+            for x, spec in leaves
+        )
+
+    def cache(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the key-value cache of ``batch`` sequences."""
+        layers, heads, size = self.config.cache_shape
+        values = jax.ShapeDtypeStruct(
+            (layers, batch, self.workload.context, heads, size), jnp.bfloat16
+        )
+        return {"k": values, "v": values, "length": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def cache_bytes(self, split: Split) -> int:
+        """Bytes of the cache on one device."""
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.cache(self.workload.batch)))
+        return total // (split.data * split.model)
+
+    def unfit(self, split: Split) -> str | None:
+        """Why a split is not possible, or None."""
+        w = self.workload
+        _, heads, _ = self.config.cache_shape
+        if w.batch % split.data:
+            return f"data {split.data} does not divide the batch of {w.batch}"
+        if split.cache == "heads" and heads % split.model:
+            return f"model {split.model} does not divide {heads} key-value heads"
+        if split.cache == "length" and w.context % split.model:
+            return f"model {split.model} does not divide the context of {w.context}"
+        try:
+            self.weight_bytes(split)
+        except JaxcompError as error:
+            return str(error)
+        return None
+
+    def weight_shapes(self) -> set[tuple[int, ...]]:
+        """Shapes of one layer's matrices and of the arrays that stand for compressed ones."""
+        found = set()
+        for params in (self.dense_params, self.params):
+            for path, leaf in leaf_paths(params)[0]:
+                stacked = path.startswith(f"{self.config.LAYERS}/")
+                for array in jax.tree.leaves(leaf):
+                    shape = tuple(array.shape)
+                    found.add(shape[1:] if stacked else shape)
+        return {shape for shape in found if len(shape) > 1 and np.prod(shape) > 2**20}
+
+    def step(self, phase: str, split: Split, mesh: jax.sharding.Mesh) -> tuple[Any, tuple, Any]:
+        """A step to compile.
+
+        Args:
+          phase: one of ``PHASES``.
+          split: how the mesh is used.
+          mesh: with the axes "data" and "model".
+
+        Returns:
+          The jitted function, its arguments as shapes with shardings, and the choices of
+          implementations for compressed weights.
+        """
+        batch = self.workload.batch if phase == "decode" else split.data
+        length = 1 if phase == "decode" else self.workload.chunk
+        by = {
+            "heads": PartitionSpec(None, "data", None, "model", None),
+            "length": PartitionSpec(None, "data", "model", None, None),
+        }[split.cache]
+
+        def placed(shape, spec):
+            return jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)
+            )
+
+        params = jax.tree.map(placed, self.params, self.specs(split, mesh))
+        cache = self.cache(batch)
+        cache = {
+            name: placed(x, PartitionSpec() if name == "length" else by)
+            for name, x in cache.items()
+        }
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        tokens = placed(tokens, PartitionSpec("data"))
+
+        def step(params, tokens, cache):
+            logits, cache = self.apply(params, tokens, None, cache)
+            return jnp.argmax(logits[:, -1], -1).astype(jnp.int32), cache
+
+        out = (NamedSharding(mesh, PartitionSpec("data")), jax.tree.map(lambda x: x.sharding, cache))
+        function = jax.jit(step, donate_argnums=2, out_shardings=out)
+        choices = ()
+        if any(is_compressed(leaf) for _, leaf in leaf_paths(params)[0]):
+            choices = self.apply.report(params, tokens, None, cache)
+        return function, (params, tokens, cache), choices
