@@ -1,4 +1,4 @@
-"""The command line: ``jaxcomp compress | evaluate | inspect | export | demo``.
+"""The command line: ``jaxcomp compress | evaluate | inspect | export | plan | demo``.
 
 MODEL is a folder in Hugging Face layout, or one that ``compress`` wrote. Wrong input ends with exit
 code 2 and one message that says what, where and what to do; ``--debug`` adds the traceback.
@@ -301,6 +301,55 @@ def export(
     return {"output": str(output), "format": format, "bytes": nbytes}
 
 
+def plan(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    /,
+    topology: str,
+    recipe: str | None = None,
+    batch: int = 16,
+    context: int = 4096,
+    chunk: int = 512,
+    tries: int = 2,
+    json: JSON = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Compile a compressed model's decode and prefill steps for a TPU slice, without a TPU.
+
+    Says for each device how many bytes weights, cache and temporaries take, whether they fit, and
+    the least time of a step, beside the same model in bfloat16. Needs no weights; needs libtpu.
+
+    Args:
+      model: llama-3-8b, llama-3-70b, llama-3.1-405b, qwen3-8b, qwen3-32b, a config.json, or a
+        folder that has one.
+      topology: such as v5e:4x4, v5p:2x2x2, v6e:2x4 or 7x:2x2x1.
+      recipe: a YAML file, or the name of a preset; without it only bfloat16 is planned.
+      batch: sequences decoded at once.
+      context: positions of the key-value cache of each.
+      chunk: prompt tokens that a prefill step reads.
+      tries: splits of the devices to compile, those with the best estimates.
+      json: print one line of JSON.
+      debug: show tracebacks of errors.
+    """
+    from jaxcomp import planner
+
+    steps = None if recipe is None else read_recipe(recipe)
+    found = planner.plan(
+        model,
+        steps,
+        topology,
+        batch=batch,
+        context=context,
+        chunk=chunk,
+        tries=tries,
+        recipe_name="" if recipe is None else pathlib.Path(recipe).stem,
+        say=_say,
+    )
+    if not json:
+        show(found.table())
+        show(found.notes())
+    return found.to_dict()
+
+
 def demo(
     output: pathlib.Path = pathlib.Path("demo-output"),
     json: JSON = False,
@@ -400,6 +449,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "inspect": inspect,
     "export": export,
+    "plan": plan,
     "demo": demo,
 }
 

@@ -82,9 +82,7 @@ class Sketch:
         return jax.ShapeDtypeStruct(self.weight.shape, jnp.bool_)
 
 
-def compressed_shapes(
-    graph: Graph, params: Any, recipe: Recipe, outliers: float = OUTLIERS
-) -> Any:
+def compressed_shapes(graph: Graph, params: Any, recipe: Recipe, outliers: float = OUTLIERS) -> Any:
     r"""The tree that ``compress`` would return, of shapes.
 
     Args:

@@ -1,13 +1,13 @@
-"""The process that compiles: ``python -m jaxcomp.planner.child``, a request on standard input.
+"""The process that compiles: ``python -m jaxcomp.planner.child``.
 
 The TPU compiler reads its environment once, when it is loaded, and may abort its process on a
-program that it cannot take: so it runs beside the one that plans. One line of JSON a program.
+program that it cannot take: so it runs beside the one that plans. It reads one line of JSON that
+says what is served and on which devices, then one a program, and answers each with one line.
 """
 
 import collections
 import dataclasses
 import json
-import re
 import sys
 import time
 from typing import Any
@@ -16,8 +16,8 @@ MARK = "plan: "
 
 
 def main() -> None:
-    """Compiles the request's programs one after the other."""
-    request = json.load(sys.stdin)
+    """Answers until standard input ends."""
+    request = json.loads(sys.stdin.readline())
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -25,49 +25,52 @@ def main() -> None:
     from jaxcomp.planner.steps import Serving, Split, Workload
 
     try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=request["topology"]
-        )
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
         serving = Serving(Workload(**request["workload"]))
     except Exception as error:
-        _say({"fatal": f"{type(error).__name__}: {error}"})
+        _say({"error": f"{type(error).__name__}: {error}"})
         return
+    _say({"devices": len(topology.devices), "version": _version()})
     devices = np.array(topology.devices)
-    for index, phase, split in request["programs"]:
-        split = Split(*split)
+    for line in sys.stdin:
+        program = json.loads(line)
+        split = Split(*program["split"])
         mesh = jax.sharding.Mesh(devices.reshape(split.data, split.model), ("data", "model"))
-        started = time.perf_counter()
-        found: dict[str, Any] = {"index": index, "phase": phase}
+        started, used = time.perf_counter(), time.process_time()
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                found |= measure(*serving.step(phase, split, mesh), serving.weight_shapes())
+                found = measure(*serving.step(program["phase"], split, mesh), serving)
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {error}"
+            found = {"error": f"{type(error).__name__}: {error}"}
         found["seconds"] = time.perf_counter() - started
+        found["cpu_seconds"] = time.process_time() - used
         _say(found)
 
 
-def measure(function: Any, arguments: tuple, choices: tuple, weights: set) -> dict[str, Any]:
-    """Compiles a program and reads what the compiler says about it."""
+def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> dict[str, Any]:
+    """Compiles a program and reads what the compiler says about it.
+
+    Args:
+      function: what ``jax.jit`` returned.
+      arguments: shapes with shardings.
+      choices: of the implementations at compressed weights.
+      serving: whose weights no all-gather should put together.
+
+    Returns:
+      Values that JSON can hold; bytes are those of one device.
+    """
     from jaxcomp.planner import hlo
 
-    started = time.perf_counter()
-    lowered = function.lower(*arguments)
-    middle = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = function.lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    exchanges = hlo.collectives(text)
-    sent: collections.Counter = collections.Counter()
+    exchanges = hlo.collectives(compiled.as_text())
+    sent: collections.Counter[str] = collections.Counter()
     for one in exchanges:
-        sent[one.kind] += one.sent
+        sent[one.kind] += round(one.sent)
     gathers = [c for c in exchanges if c.kind == "all-gather"]
     largest = max(gathers, key=lambda c: c.nbytes, default=None)
-    whole = hlo.whole_weights(exchanges, weights)
-    ran = collections.Counter(choice.implementation for choice in choices)
+    whole = hlo.whole_weights(exchanges, serving.weight_shapes())
     return {
-        "lower_seconds": middle - started,
-        "compile_seconds": time.perf_counter() - middle,
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
@@ -75,9 +78,21 @@ def measure(function: Any, arguments: tuple, choices: tuple, weights: set) -> di
         "sent": dict(sent),
         "largest_gather": None if largest is None else dataclasses.asdict(largest),
         "whole_weight_gathers": [dataclasses.asdict(c) for c in whole],
-        "implementations": dict(ran),
-        "reasons": sorted({re.sub(r"\s+", " ", c.reason) for c in choices}),
+        "implementations": dict(collections.Counter(c.implementation for c in choices)),
+        "reasons": sorted({f"{c.implementation}: {c.reason}" for c in choices}),
     }
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    import jax
+
+    try:
+        libtpu = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        libtpu = "of unknown version"
+    return f"jax {jax.__version__}, libtpu {libtpu}"
 
 
 def _say(value: dict[str, Any]) -> None:

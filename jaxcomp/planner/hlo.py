@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
-_COLLECTIVE = re.compile(r" = (.*?) (%s)(-start)?\(" % "|".join(KINDS))
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 

@@ -6,6 +6,7 @@ Weights are split over the mesh axis "model", sequences over "data".
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,9 @@ class Serving:
         self.workload = workload
         self.config = config_from(workload.fields, workload.model)
         self.dense, params = functional(models.build(self.config, scan=True, dtype=jnp.bfloat16))
-        self.dense_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+        self.dense_params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
+        )
         self.params, self.apply = self.dense_params, self.dense
         if workload.recipe is not None:
             tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -90,18 +93,20 @@ class Serving:
         rules = models.partition_rules(self.config, scan=True)
         return sharding.specs(self.params, rules, mesh)
 
-    def weight_bytes(self, split: Split) -> int:
-        """Bytes of weights on one device."""
+    def weight_bytes(self, split: Split, only: str | None = None) -> int:
+        """Bytes of weights on one device; of one leaf, if its path is given."""
         mesh = jax.sharding.AbstractMesh((split.data, split.model), ("data", "model"))
         specs = self.specs(split, mesh)
-        leaves = zip(
-            jax.tree.leaves(self.params),
-            jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec)),
-            strict=True,
-        )
+
+        def nbytes(x, spec):
+            shape = NamedSharding(mesh, spec).shard_shape(x.shape)
+            return math.prod(shape) * x.dtype.itemsize
+
+        sizes = jax.tree.map(nbytes, self.params, specs)
         return sum(
-            int(np.prod(NamedSharding(mesh, spec).shard_shape(x.shape))) * x.dtype.itemsize
-            for x, spec in leaves
+            sum(jax.tree.leaves(leaf))
+            for path, leaf in leaf_paths(sizes)[0]
+            if only in (None, path)
         )
 
     def cache(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -114,7 +119,9 @@ class Serving:
 
     def cache_bytes(self, split: Split) -> int:
         """Bytes of the cache on one device."""
-        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.cache(self.workload.batch)))
+        total = sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(self.cache(self.workload.batch))
+        )
         return total // (split.data * split.model)
 
     def unfit(self, split: Split) -> str | None:
@@ -181,7 +188,10 @@ class Serving:
             logits, cache = self.apply(params, tokens, None, cache)
             return jnp.argmax(logits[:, -1], -1).astype(jnp.int32), cache
 
-        out = (NamedSharding(mesh, PartitionSpec("data")), jax.tree.map(lambda x: x.sharding, cache))
+        out = (
+            NamedSharding(mesh, PartitionSpec("data")),
+            jax.tree.map(lambda x: x.sharding, cache),
+        )
         function = jax.jit(step, donate_argnums=2, out_shardings=out)
         choices = ()
         if any(is_compressed(leaf) for _, leaf in leaf_paths(params)[0]):

@@ -38,7 +38,10 @@ RECIPES = {
             SparseGPT(n=2, m=4, format=Int(4, 16), include=("*/k_proj/*",)),
             Ternary(include=("*/v_proj/*",), group_size=16),
             Binary(include=("*/o_proj/*",)),
-            RTN(format=Codebook(kind="nf4", group_size=16, double_quantization=True), include=("*/mlp/*",)),
+            RTN(
+                format=Codebook(kind="nf4", group_size=16, double_quantization=True),
+                include=("*/mlp/*",),
+            ),
         )
     ),
 }

@@ -1,0 +1,183 @@
+"""The TPU compiler in a process of its own: programs go in, bytes and exchanges come out."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import Any
+
+from jaxcomp.errors import JaxcompError
+from jaxcomp.planner.child import MARK
+from jaxcomp.planner.steps import Split, Workload
+from jaxcomp.planner.targets import Topology
+
+# A folder that holds libtpu beside the environment's packages: among them, every program that
+# uses JAX would look for a TPU.
+BESIDE = pathlib.Path(sys.prefix) / "tpu"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMGT]?)\)? exceeds available \w+ \(([\d.]+)([KMGT]?)\)")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+def available() -> bool:
+    """Whether the TPU compiler is installed."""
+    return (BESIDE / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
+
+
+def environment() -> dict[str, str]:
+    """Variables of a process that compiles for TPUs and runs on the CPU."""
+    package = str(pathlib.Path(__file__).parents[2])
+    path = [package, str(BESIDE), os.environ.get("PYTHONPATH")]
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
+
+
+class Compiler:
+    """Compiles the steps of one workload for one topology; a context manager.
+
+    A program that aborts the compiler is an error of that program; the next one gets a new process.
+    """
+
+    def __init__(self, workload: Workload, topology: Topology, timeout: float = 900.0):
+        """Starts nothing yet.
+
+        Args:
+          workload: what is served.
+          topology: on which devices.
+          timeout: seconds after which a program counts as failed.
+
+        Raises:
+          JaxcompError: the compiler is not installed.
+        """
+        if not available():
+            raise JaxcompError(
+                "plan: the TPU compiler (libtpu) is not installed; it needs no TPU, install it "
+                f"with: pip install libtpu, or beside the packages with: pip install --target "
+                f"{BESIDE} libtpu"
+            )
+        self.workload, self.topology, self.timeout = workload, topology, timeout
+        self.version = ""
+        self._process: subprocess.Popen | None = None
+        self._errors: Any = None
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def compile(self, phase: str, split: Split) -> dict[str, Any]:
+        """Compiles one step.
+
+        Args:
+          phase: "decode" or "prefill".
+          split: how the mesh is used.
+
+        Returns:
+          What ``child.measure`` found; or "error", with "needed" and "granted" bytes when the
+          memory of a device is too small.
+
+        Raises:
+          JaxcompError: the compiler knows no such topology, or the model is wrong.
+        """
+        if self._process is None:
+            self._start()
+        found = self._ask({"phase": phase, "split": list(split)})
+        sizes = out_of_memory(found.get("error") or "")
+        if sizes is not None:
+            found["needed"], found["granted"] = sizes
+        return found
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "jaxcomp.planner.child"],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        workload = dataclasses.asdict(self.workload)
+        told = self._ask({"topology": self.topology.jax_name, "workload": workload})
+        if told.get("error"):
+            self._end()
+            raise JaxcompError(
+                f"topology {self.topology.name!r}, model {self.workload.model!r}: the compiler's "
+                f"process says: {_shortened(told['error'])}"
+            )
+        if told["devices"] != self.topology.devices:
+            raise JaxcompError(
+                f"topology {self.topology.name!r}: has {told['devices']} devices for the compiler, "
+                f"not {self.topology.devices}."
+            )
+        self.version = told["version"]
+
+    def _ask(self, value: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(self.timeout, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(value) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    return json.loads(line.removeprefix(MARK))
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+        self._errors.seek(0)
+        told = self._errors.read().strip()[-600:]
+        self._end()
+        return {
+            "error": f"the compiler ended with {process.returncode} (within {self.timeout:.0f} s): "
+            f"{told}"
+        }
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._errors.close()
+            self._process = None
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """Bytes that a program needs and that there are, from the compiler's message.
+
+    Args:
+      message: of any error.
+
+    Returns:
+      The two numbers, or None when the error is another one.
+
+    Example:
+      >>> out_of_memory("would use (18.50G) exceeds available HBM (15.75G).")
+      (19864223744, 16911433728)
+    """
+    match = _OUT_OF_MEMORY.search(message) or _USED.search(message)
+    if match is None:
+        return None
+    need, unit, have, other = match.groups()
+    return int(float(need) * _UNITS[unit]), int(float(have) * _UNITS[other])
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 400 else text[:400] + " .."

@@ -1,0 +1,190 @@
+"""``plan``: what serving a compressed model takes on a TPU slice that is not here."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxcomp.errors import JaxcompError
+from jaxcomp.planner import search
+from jaxcomp.planner.shapes import config_from, fields_of
+from jaxcomp.planner.steps import PHASES, Workload
+from jaxcomp.planner.targets import GIB, Topology, topology
+from jaxcomp.recipe import Recipe
+
+BF16 = "bf16"
+_NOTES = (
+    "Memory as the compiler counts it, for one device. Times are lower bounds: weights and cache "
+    "read once, the products at the peak rate, what the compiled program sends over all links, "
+    "the three at once. Measured on no hardware."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+      model: its name.
+      recipe: its name; None when only bfloat16 was asked for.
+      topology: the devices.
+      batch: sequences decoded at once.
+      context: positions of the cache.
+      chunk: prompt tokens of a prefill step.
+      variants: the compressed model, then the same in bfloat16.
+    """
+
+    model: str
+    recipe: str | None
+    topology: Topology
+    batch: int
+    context: int
+    chunk: int
+    variants: tuple[search.Variant, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as values that JSON can hold."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "topology": self.topology.name,
+            "devices": self.topology.devices,
+            "device": dataclasses.asdict(self.topology.device),
+            "batch": self.batch,
+            "context": self.context,
+            "chunk": self.chunk,
+            "compiler": self.variants[0].version,
+            "variants": [_variant(v) for v in self.variants],
+        }
+
+    def table(self) -> Any:
+        """The best split of each variant, as a ``rich.table.Table``."""
+        from rich import box
+        from rich.table import Table
+
+        title = (
+            f"{self.model} on {self.topology.name} ({self.topology.devices} devices), batch "
+            f"{self.batch}, context {self.context}, prefill in chunks of {self.chunk}"
+        )
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("a device")
+        columns = []
+        for variant in self.variants:
+            for phase in PHASES:
+                table.add_column(f"{variant.name}\n{phase}", justify="right")
+                columns.append(_column(variant, phase, self))
+        for name in columns[0]:
+            table.add_row(name, *(column[name] for column in columns))
+        return table
+
+    def notes(self) -> str:
+        """The splits that were tried, what does not fit, and what the numbers mean."""
+        lines = []
+        for variant in self.variants:
+            lines.append(f"{variant.name}: {variant.nbytes / GIB:.2f} GiB of weights in all; tried")
+            for tried in variant.tried:
+                mark = "*" if tried is variant.best else " "
+                took = [
+                    f"{phase} compiled in {found['seconds']:.1f} s"
+                    for phase, found in (("decode", tried.decode), ("prefill", tried.prefill))
+                    if found is not None and "roofline" in found
+                ]
+                told = tried.problem or "; ".join(took)
+                lines.append(f"  {mark} {tried.split}: {told}")
+            if variant.best is not None:
+                reasons = variant.best.decode["reasons"]
+                lines += [f"    {reason}" for reason in reasons]
+        lines.append(_NOTES)
+        lines += [f"Assumption: {text}." for text in self.topology.device.assumptions]
+        lines.append(f"Compiled by {self.variants[0].version}.")
+        return "\n".join(lines)
+
+
+def plan(
+    model: str,
+    recipe: Recipe | None,
+    on: str,
+    *,
+    batch: int = 16,
+    context: int = 4096,
+    chunk: int = 512,
+    tries: int = 2,
+    recipe_name: str = "compressed",
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Compiles the sharded decode and prefill steps of a model for a TPU slice, without a TPU.
+
+    Args:
+      model: a name such as "llama-3-70b", a ``config.json``, or a folder that has one.
+      recipe: how its weights are compressed; None for bfloat16 alone.
+      on: the topology, such as "v5e:4x4".
+      batch: sequences decoded at once.
+      context: positions of the key-value cache.
+      chunk: prompt tokens that a prefill step reads; at most ``context``.
+      tries: how many splits of the mesh to compile for each form of the weights.
+      recipe_name: what to call the compressed form.
+      say: is told what goes on.
+
+    Returns:
+      The plan.
+
+    Raises:
+      JaxcompError: the model, recipe or topology is wrong, no split is possible, or the compiler
+        is not installed.
+    """
+    where = topology(on)
+    fields = fields_of(model)
+    config_from(fields, model)
+    if min(batch, context, chunk, tries) < 1 or chunk > context:
+        raise JaxcompError(
+            f"plan: batch {batch}, context {context}, chunk {chunk} and tries {tries} must be at "
+            "least 1, and the chunk at most the context."
+        )
+    texts = {BF16: None} if recipe is None else {recipe_name: recipe.dumps(), BF16: None}
+    work = {n: Workload(model, fields, t, batch, context, chunk) for n, t in texts.items()}
+    variants = search.search_all(work, where, tries, say)
+    name = None if recipe is None else recipe_name
+    return Plan(model, name, where, batch, context, chunk, tuple(variants))
+
+
+def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
+    """One column of the table: of the best split, or of the first that was tried."""
+    tried = variant.best or variant.tried[0]
+    found = getattr(tried, phase) or {}
+    rows = {
+        "data x model, cache by": f"{tried.split.data} x {tried.split.model}, {tried.split.cache}",
+        "weights": _gib(tried.weights),
+        "cache": _gib(tried.cache),
+        "temporaries": _gib(found.get("temporaries")),
+        "total": _gib(found.get("total", found.get("needed"))),
+        "fits": "-" if not found else "yes" if variant.best is not None else "no",
+    }
+    times = found.get("roofline")
+    sequences = plan.batch if phase == "decode" else tried.split.data
+    tokens = sequences * (1 if phase == "decode" else plan.chunk)
+    if times is None:
+        names = ("read", "sent", "whole weights gathered", "matmuls run by", "roofline")
+        return rows | dict.fromkeys((*names, "bound by", "tokens/s, all devices"), "-")
+    ran = ", ".join(f"{k} {v}" for k, v in sorted(found["implementations"].items()))
+    return rows | {
+        "read": _gib(times["read"]),
+        "sent": f"{times['sent'] / 2**20:.1f} MiB",
+        "whole weights gathered": str(len(found["whole_weight_gathers"])),
+        "matmuls run by": ran or "XLA",
+        "roofline": f"{times['seconds'] * 1e3:.2f} ms",
+        "bound by": times["bound"],
+        "tokens/s, all devices": f"{tokens / times['seconds']:.0f}",
+    }
+
+
+def _gib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / GIB:.2f} GiB"
+
+
+def _variant(variant: search.Variant) -> dict[str, Any]:
+    tried = []
+    for one in variant.tried:
+        split = one.split._asdict()
+        fields = ("weights", "cache", "problem", "decode", "prefill")
+        tried.append({"split": split} | {name: getattr(one, name) for name in fields})
+    best = None if variant.best is None else variant.tried.index(variant.best)
+    return {"name": variant.name, "nbytes": variant.nbytes, "best": best, "tried": tried}
