@@ -17,6 +17,10 @@ _NOTES = (
     "read once, the products at the peak rate, what the compiled program sends over all links, "
     "the three at once. Measured on no hardware."
 )
+_MATERIALIZED = (
+    "materialized weights are decoded by XLA, which may write them dense and read them again; the "
+    "roofline is that of a kernel which reads them packed"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Plan:
             if variant.best is not None:
                 reasons = variant.best.decode["reasons"]
                 lines += [f"    {reason}" for reason in reasons]
+                if "materialize" in variant.best.decode["implementations"]:
+                    lines.append(f"    {_MATERIALIZED}")
         lines.append(_NOTES)
         lines += [f"Assumption: {text}." for text in self.topology.device.assumptions]
         lines.append(f"Compiled by {self.variants[0].version}.")

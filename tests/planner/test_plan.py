@@ -1,0 +1,186 @@
+"""The planner: bytes against what they should be, programs compiled for TPUs, and its errors."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxcomp as jc
+from jaxcomp import planner, presets
+from jaxcomp.errors import JaxcompError, ModelError
+from jaxcomp.planner import compiler, hlo, search
+from jaxcomp.planner.shapes import NAMED, config_from, fields_of
+from jaxcomp.planner.steps import Serving, Split, Workload
+from jaxcomp.planner.targets import topology
+
+FIELDS = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+W4 = presets.w4a16_rtn(group_size=64)
+needs_libtpu = pytest.mark.skipif(not compiler.available(), reason="libtpu is not installed")
+
+
+def serving(recipe=W4, batch=8, context=256, fields=FIELDS):
+    text = None if recipe is None else recipe.dumps()
+    return Serving(Workload("tiny", fields, text, batch, context, 64))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_models_have_their_number_of_parameters(name):
+    _, params = jc.functional(jc.models.build(config_from(fields_of(name), name), scan=True))
+    count = sum(x.size for x in jax.tree.leaves(params)) / 1e9
+    # As their model cards give it.
+    published = {
+        "llama-3-8b": 8.03,
+        "llama-3-70b": 70.6,
+        "llama-3.1-405b": 405.9,
+        "qwen3-8b": 8.19,
+        "qwen3-32b": 32.8,
+    }
+    assert count == pytest.approx(published[name], rel=0.003)
+
+
+@pytest.mark.parametrize("model", [2, 8])
+def test_bytes_of_weights_and_cache_are_their_share(model):
+    whole, split = serving(), Split(8 // model, model, "length")
+    total = jc.nbits(whole.params) / 8
+    assert whole.weight_bytes(split) == pytest.approx(total / model, rel=0.01)
+    layers, heads, size = whole.config.cache_shape
+    assert whole.cache_bytes(split) == 2 * layers * 8 * 256 * heads * size * 2 / 8
+
+
+def test_roofline_of_bf16_by_hand():
+    model, split, where = serving(recipe=None), Split(1, 8, "length"), topology("v5e:2x4")
+    found = search.roofline(model, where, split, "decode")
+    matrices = 4 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2048) + 2048 * 1024
+    norms = 9 * 1024 * 2
+    read = 2 * matrices / 8 + norms + model.cache_bytes(split)
+    assert found.read == read
+    assert found.memory == pytest.approx(read / 819e9)
+    products = 2 * (matrices + 9 * 1024) * 8 + 4 * 8 * 256 * 1024 * 4
+    assert found.operations == products / 8
+    assert found.bound == "memory" and found.seconds == found.memory
+
+
+def test_candidates_say_why_others_are_not_possible():
+    found, refused = search.candidates(serving(batch=4), topology("v5e:2x4"))
+    assert {(t.split.data, t.split.model) for t in found} == {(1, 8), (2, 4), (4, 2)}
+    assert [t.split.cache for t in found if t.split.model == 8] == ["length"]
+    (why,) = refused.values()
+    assert why == "data 8 does not divide the batch of 4"
+
+
+def test_exchanges_in_a_loop_count_once_a_trip_and_once_a_channel():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def f(w, x):  # The product over a split axis is summed over devices, in each of 5 trips.
+        return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, w)[0]
+
+    def place(*names):
+        return jax.sharding.NamedSharding(mesh, spec(*names))
+
+    w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=place(None, "model", None))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=place())
+    text = jax.jit(f, out_shardings=place()).lower(w, x).compile().as_text()
+    (one,) = [c for c in hlo.collectives(text) if c.kind == "all-reduce"]
+    assert (one.kind, one.shape, one.group, one.times) == ("all-reduce", (8, 64), 4, 5)
+    assert one.sent == 5 * 2 * 3 / 4 * 8 * 64 * 4
+    assert hlo.whole_weights([one], [(64, 64)]) == []
+
+    whole = jax.jit(lambda w: w, out_shardings=place())
+    text = whole.lower(w).compile().as_text()
+    assert [c.shape for c in hlo.whole_weights(hlo.collectives(text), [(5, 64, 64)])] == [
+        (5, 64, 64)
+    ]
+
+
+@needs_libtpu
+def test_a_plan_for_v5e_from_the_command_line(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(FIELDS))
+    arguments = ["plan", str(file), "--recipe", "w4a16_rtn", "--topology", "v5e:2x4"]
+    arguments += ["--batch", "8", "--context", "256", "--chunk", "64", "--tries", "1", "--json"]
+    command = [sys.executable, "-m", "jaxcomp", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [v["name"] for v in found["variants"]] == ["w4a16_rtn", "bf16"]
+    for variant, recipe in zip(found["variants"], (presets.w4a16_rtn(), None), strict=True):
+        (tried,) = variant["tried"]
+        assert variant["best"] == 0 and tried["problem"] is None
+        whole = serving(recipe=recipe)
+        ideal = jc.nbits(whole.params) / 8 / tried["split"]["model"]
+        assert tried["weights"] == pytest.approx(ideal, rel=0.05)
+        for phase in ("decode", "prefill"):
+            compiled = tried[phase]
+            sequences = 8 if phase == "decode" else tried["split"]["data"]
+            expected = ideal + tried["cache"] * sequences / 8
+            assert compiled["arguments"] == pytest.approx(expected, rel=0.05)
+            assert compiled["whole_weight_gathers"] == []
+            # Two sums over devices a layer.
+            assert compiled["sent"]["all-reduce"] > 0
+    small, large = found["variants"]
+    assert small["nbytes"] < 0.4 * large["nbytes"]
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_said(monkeypatch):
+    fields = FIELDS | {"num_hidden_layers": 8, "hidden_size": 8192, "intermediate_size": 262144}
+    file_fields = fields | {"num_attention_heads": 64}
+    monkeypatch.setattr(planner.report, "fields_of", lambda name: file_fields)
+    found = planner.plan("wide", None, "v5e:2x2", batch=1, context=64, chunk=8, tries=1)
+    (variant,) = found.variants
+    assert variant.best is None
+    assert "does not fit: needs " in variant.tried[0].problem
+    assert "use more chips, fewer bits, a smaller --batch" in variant.tried[0].problem
+    assert "does not fit" in found.notes()
+
+
+@needs_libtpu
+def test_the_compiler_says_that_there_is_no_such_slice():
+    work = Workload("tiny", FIELDS, None, 8, 256, 64)
+    with (
+        compiler.Compiler(work, topology("v5e:3x5")) as one,
+        pytest.raises(JaxcompError, match=r"v5e:3x5"),
+    ):
+        one.compile("decode", Split(1, 15, "length"))
+
+
+def test_errors(monkeypatch, tmp_path):
+    with pytest.raises(JaxcompError, match="'h100:8': GPUs are not supported yet"):
+        topology("h100:8")
+    with pytest.raises(JaxcompError, match="'v9:2x2': the device 'v9' is unknown; known are v5e"):
+        topology("v9:2x2")
+    with pytest.raises(JaxcompError, match=r"v5p slice has 3 axes; .* as in v5p:2x2x2"):
+        topology("v5p:4x4")
+    with pytest.raises(ModelError, match=r"'llama-9': is neither .* llama-3-70b"):
+        fields_of("llama-9")
+    with pytest.raises(ModelError, match="no key-value cache"):
+        bert = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
+        bert |= {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 8}
+        bert |= {"architectures": ["BertForMaskedLM"], "model_type": "bert", "type_vocab_size": 2}
+        config_from(bert, "bert")
+    with pytest.raises(JaxcompError, match="chunk at most the context"):
+        planner.plan("llama-3-8b", None, "v5e:2x4", context=64, chunk=128)
+    monkeypatch.setattr(compiler, "available", lambda: False)
+    with pytest.raises(JaxcompError, match="pip install libtpu"):
+        compiler.Compiler(Workload("tiny", FIELDS, None, 8, 256, 64), topology("v5e:2x4"))
+
+
+def test_no_split_is_possible_names_the_reasons():
+    work = Workload("tiny", FIELDS | {"vocab_size": 2049}, None, 1, 256, 64)
+    with pytest.raises(JaxcompError, match=r"no split is possible .*embed_tokens.*2049"):
+        search.search("bf16", work, topology("v5e:2x4"), 1, lambda text: None)
