@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import folding, formats, host
+from jaxcomp import folding, formats, placing
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.fingerprint import fingerprints
@@ -90,7 +90,12 @@ def compress(
       batches: sequence or other re-iterable of tuples of the inputs that follow ``params``.
       journal: folder where finished weights are kept as they come. A run that was killed goes on
         from it, and gives the same bytes; the result's arrays are then memory-mapped files of it.
-      mesh: reserved for compression over devices; must be None.
+      mesh: devices to compress on, a ``jax.sharding.Mesh`` of any shape and axis types; None is
+        the default device. Batches are split along their leading axis and weights over their
+        outputs, over as many mesh axes as divide them; the result is that of one device up to the
+        rounding of sums over the batch. One input group's weights are on the devices at a time:
+        activations between layers and finished weights wait in host memory, and the result holds
+        NumPy arrays. All devices must belong to this process; several processes are not supported.
       progress: shows progress on standard error, if that is a terminal.
 
     Returns:
@@ -113,14 +118,18 @@ def compress(
       >>> result.params["w"].shape, result.report.rows[0].bits_per_weight
       ((64, 32), 4.5)
     """
-    if mesh is not None:
-        raise JaxcompError("compress(mesh=..) is not supported yet; leave mesh out")
+    place = placing.place(mesh)
+    with place.context():
+        return _compress(apply, params, recipe, batches, journal, place, progress)
+
+
+def _compress(apply, params, recipe, batches, journal, place, progress) -> Result:
     started = time.perf_counter()
     batches = _batches(batches)
     named, treedef = leaf_paths(params)
-    graph = trace(apply, params, *batches[0])
+    graph = trace(apply, place.abstract(params), *place.abstract(batches[0]))
     plan = make_plan(graph, recipe)
-    run_ = _Run(graph, recipe, plan, dict(named), progress)
+    run_ = _Run(graph, recipe, plan, dict(named), progress, place)
     if journal is not None:
         run_.journal = Journal.open(journal, fingerprints(recipe, graph, named, batches))
     try:
@@ -171,8 +180,17 @@ def _signature(value: Any) -> str:
 class _Run:
     """The state of one run of ``compress``: the ``Compressor`` of the sequential pass."""
 
-    def __init__(self, graph: Graph, recipe: Recipe, plan: dict, leaves: dict, progress: bool):
+    def __init__(
+        self,
+        graph: Graph,
+        recipe: Recipe,
+        plan: dict,
+        leaves: dict,
+        progress: bool,
+        place: placing.Here | None = None,
+    ):
         self.graph, self.recipe, self.plan, self.leaves = graph, recipe, plan, leaves
+        self.place = place or placing.Here()
         self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
         self.journal: Journal | None = None
         self.contractions = 0
@@ -208,7 +226,9 @@ class _Run:
         # What the scale was folded into has been evaluated without it: the pass goes on with the
         # scale at the input.
         scale = next((jnp.asarray(fold.vector) for r in records for fold in r.folds), None)
-        results = [_for_evaluation(_input_scaled(r.array, scale)) for r in records]
+        results = [
+            _for_evaluation(self.place.shared(_input_scaled(r.array, scale))) for r in records
+        ]
         # Files that were read on the way: the weights (where the device array shares the file's
         # memory, they were read again after ``_matrix``) and the journal's records.
         for target, record in zip(group, records, strict=True):
@@ -248,7 +268,7 @@ class _Run:
         started = time.perf_counter()
         for target in group:
             self._check_static(program, target.site)
-        layers = tuple(_layer(t, self.graph.layouts[t.site.path], statistics) for t in group)
+        layers = tuple(self._layer(t, statistics) for t in group)
         empty = statistics is not None and not bool(np.asarray(statistics.count).all())
         layers = self._steps(layers)
         targets = self._producers(program, group, layers)
@@ -263,6 +283,7 @@ class _Run:
                     folds = [folding.Fold(t.path, t.kind, t.axis, t.loops, vector) for t in targets]
                 scale = None
             array = _array(layer, scale, self.graph.layouts[target.site.path], target)
+            array = self.place.finished(array)
             check_activation_site(target.site, array)
             metrics = {name: _plain(v) for name, v in layer.metrics.items()}
             notes = []
@@ -274,6 +295,20 @@ class _Run:
             record = Record(array, folds, metrics, seconds)
             records.append(self._keep(target.site.path, target.index, record))
         return records
+
+    def _layer(self, target: Target, statistics: Any) -> Layer:
+        axes = _slice_axes(target, self.graph.layouts[target.site.path])
+        return Layer(
+            target.site.path,
+            self._matrix(target.leaf, axes),
+            statistics=statistics,
+            original_dtype=target.leaf.dtype,
+        )
+
+    def _matrix(self, leaf: Any, axes: tuple) -> jax.Array:
+        matrix = self.place.matrix(leaf, axes)
+        jaxcomp.io.safetensors.release(leaf)
+        return matrix
 
     def _steps(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         for k, step in enumerate(self.recipe.steps):
@@ -332,7 +367,7 @@ class _Run:
                     "one use and contracted whole at another, so its slices have no one input "
                     "each; use a recipe without calibration for it, or exclude this path"
                 )
-        passes = Sequential(self, Dispatcher(), len(batches))
+        passes = Sequential(self, Dispatcher(), len(batches), self.place)
         arrays = [leaf for _, leaf in named if hasattr(leaf, "shape")]
         program = self.graph.program
         leaves = [
@@ -340,7 +375,7 @@ class _Run:
             for i, leaf in zip(program.inputs, arrays, strict=False)
         ]
         columns = [flatten_inputs(batch, {})[0] for batch in batches]
-        inputs = [Many(host.to_device(v) for v in column) for column in zip(*columns, strict=True)]
+        inputs = [Many(map(self.place.inputs, column)) for column in zip(*columns, strict=True)]
         # Nobody asks for the outputs: what comes after the last site is left out.
         program = dataclasses.replace(program, outputs=())
         passes.run(program, [*leaves, *inputs], list(range(len(batches))))
@@ -363,11 +398,12 @@ class _Run:
                 started = time.perf_counter()
                 leaf = self.leaves[path]
                 axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
-                layer = Layer(path, _matrix(leaf, axes), original_dtype=leaf.dtype)
+                layer = Layer(path, self._matrix(leaf, axes), original_dtype=leaf.dtype)
                 (layer,) = self._steps((layer,))
                 array = CompressedArray.from_matrix(
                     _parts(layer, None), leaf.shape, leaf.dtype, *axes
                 )
+                array = self.place.finished(array)
                 for site in self.graph.sites_of(path):
                     check_activation_site(site, array)
                 metrics = {name: _plain(v) for name, v in layer.metrics.items()}
@@ -450,15 +486,6 @@ def _positions(graph: Graph, path: str) -> int:
     return int(np.prod(site.layout.sizes(site.layout.stack_axes[:depth]), dtype=int))
 
 
-def _matrix(leaf: Any, axes: tuple) -> jax.Array:
-    """A leaf as a float32 (or float64) device matrix, read from the host once."""
-    matrix = formats.to_matrix(host.numpy(leaf), *axes)
-    wide = jnp.float64 if matrix.dtype == jnp.float64 else jnp.float32
-    matrix = host.to_device(matrix.astype(wide, copy=False))
-    jaxcomp.io.safetensors.release(leaf)
-    return matrix
-
-
 def _slice_axes(target: Target, layout: Layout) -> tuple:
     """Axes of a leaf without its loop axes: stack (batch axes), out, in."""
     depth = len(target.index)
@@ -468,16 +495,6 @@ def _slice_axes(target: Target, layout: Layout) -> tuple:
         return tuple(a - sum(g < a for g in gone) for a in axes)
 
     return left(layout.stack_axes[depth:]), left(layout.out_axes), left(layout.in_axes)
-
-
-def _layer(target: Target, layout: Layout, statistics: Any) -> Layer:
-    axes = _slice_axes(target, layout)
-    return Layer(
-        target.site.path,
-        _matrix(target.leaf, axes),
-        statistics=statistics,
-        original_dtype=target.leaf.dtype,
-    )
 
 
 def _parts(layer: Layer, scale: jax.Array | None) -> tuple:

@@ -18,7 +18,8 @@ def is_on_host(*arrays: Any) -> bool:
       *arrays: what is computed with; None is passed over.
 
     Returns:
-      True where ``np.asarray`` costs nothing for them.
+      True where ``np.asarray`` costs nothing for them: not for arrays over several devices, whose
+      computations are to stay on these.
     """
     return all(map(_is_on_host, arrays))
 
@@ -28,7 +29,8 @@ def _is_on_host(array: Any) -> bool:
         return True
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return False
-    return all(device.platform == "cpu" for device in array.devices())
+    devices = array.devices()
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def numpy(*arrays: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import calibration, host
+from jaxcomp import calibration, host, placing
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
@@ -81,10 +81,17 @@ class _Leaf:
 class Sequential:
     """One pass; ``run`` makes it."""
 
-    def __init__(self, compressor: Compressor, handler: Handler, batches: int):
+    def __init__(
+        self,
+        compressor: Compressor,
+        handler: Handler,
+        batches: int,
+        place: placing.Here | None = None,
+    ):
         self.compressor = compressor
         self.handler = handler
         self.batches = batches
+        self.place = place or placing.Here()
         self.done: dict[tuple[str, Index], Any] = {}
         self.cache: dict[Any, Callable] = {}
         self.contractions = 0
@@ -122,7 +129,7 @@ class Sequential:
             kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             made = (i for step in steps for i in step.outputs)
             alive = {i for i in (*env, *made) if last.get(i, -1) >= k or i in kept}
-            self.contractions += _execute(steps, env, alive, len(active))
+            self.contractions += _execute(steps, env, alive, len(active), self.place)
             steps.clear()
 
         for k, op in enumerate(program.ops):
@@ -136,7 +143,8 @@ class Sequential:
                 continue
             if done and _quantizes(root):
                 join(k)
-                steps.append(self.site(program, op, env, _fixed(op.site, root.value)))
+                leaf = self.place.shared(_fixed(op.site, root.value))
+                steps.append(self.site(program, op, env, leaf))
                 continue
             if op.kind == "bind" or done:
                 self.contractions += op.kind == "site"
@@ -200,7 +208,8 @@ class Sequential:
 
     def known(self, program, inputs, env) -> dict[int, Any]:
         """Those of a step's inputs that no earlier step has yet to make."""
-        return {i: self.read(program, env, i) for i in inputs if i in env}
+        values = {i: self.read(program, env, i) for i in inputs if i in env}
+        return {i: v if isinstance(v, Many) else self.place.shared(v) for i, v in values.items()}
 
     def compiled(self, ops, inputs, outputs) -> Callable:
         """A jitted function of some equations; one for all that look the same."""
@@ -299,12 +308,17 @@ class Sequential:
             None if j == site.operand else self.read(program, env, i)
             for j, i in enumerate(op.inputs)
         ]
+
+        def load(b):
+            return [self.place.load(v[b]) if isinstance(v, Many) else v for v in operands]
+
         stack = site.layout.sizes(site.batch_axes)
-        state = calibration.init(site.in_size, needs, stack)
-        function = self.updating(op, _at(operands[1 - site.operand], 0))
-        for b in range(count):
-            state = function(state, [v[b] if isinstance(v, Many) else v for v in operands])
-        state = host.to_device(state)
+        state = self.place.shared(calibration.init(site.in_size, needs, stack))
+        function = None
+        for values in placing.ahead(load, count):
+            function = function or self.updating(op, values[1 - site.operand])
+            state = function(state, values)
+        state = self.place.shared(host.to_device(state))
         for name, value in state._asdict().items():
             if value is not None and np.isnan(np.asarray(value)).any():
                 raise DataError(
@@ -334,7 +348,7 @@ class Sequential:
                 return _update_ragged(state, operands[0], operands[2])
             return calibration.update(state, to_tokens(op.eqn, site, operands[1 - site.operand]))
 
-        function = jax.jit(update)
+        function = self.place.jit(update)
         if key is not None:
             self.cache[key] = function
         return function
@@ -532,7 +546,9 @@ class _Step:
         )
 
 
-def _execute(steps: Sequence[_Step], env: dict, alive: Container[int], count: int) -> int:
+def _execute(
+    steps: Sequence[_Step], env: dict, alive: Container[int], count: int, place: placing.Here
+) -> int:
     """Runs steps, one batch after the other through all of them.
 
     So only one batch's intermediate values exist at a time, and an input that nobody reads again
@@ -543,6 +559,7 @@ def _execute(steps: Sequence[_Step], env: dict, alive: Container[int], count: in
       env: values by id, to which the results that are alive are added.
       alive: ids that are read later.
       count: number of batches.
+      place: where batches are computed with, and where results wait.
 
     Returns:
       Number of contractions with weights.
@@ -560,18 +577,27 @@ def _execute(steps: Sequence[_Step], env: dict, alive: Container[int], count: in
     still_read = {id(v) for i, v in env.items() if i in alive}
     read = {id(v): v for step in varying for v in step.known.values() if isinstance(v, Many)}
     spent = [v for key, v in read.items() if key not in still_read]
-    for b in range(count if varying else 0):
+    given = {i: v for step in varying for i, v in step.known.items() if isinstance(v, Many)}
+
+    def load(b):
+        return {i: place.load(v[b]) for i, v in given.items()}
+
+    for b, loaded in enumerate(placing.ahead(load, count if varying else 0)):
         made: dict[int, Any] = {}
         for n, step in enumerate(varying):
-            places = (made, common, step.known)
-            values = [_at(next(p[i] for p in places if i in p), b) for i in step.inputs]
+            places = (made, common, loaded, step.known)
+            values = [next(p[i] for p in places if i in p) for i in step.inputs]
             made.update(zip(step.outputs, step.function(*values), strict=True))
             for i in [i for i in made if last.get(i, -1) <= n and i not in columns]:
                 del made[i]
         for i, column in columns.items():
             column.append(made[i])
+            if b:  # The one before: waiting for this one's values would let the devices idle.
+                column[b - 1] = place.keep(column[b - 1])
         for value in spent:
             value[b] = None
+    for column in columns.values():
+        column[-1] = place.keep(column[-1])
     env.update((i, v) for i, v in common.items() if i in alive)
     env.update(columns)
     return sum(s.is_site for s in steps) + sum(s.is_site for s in varying) * (count - 1)

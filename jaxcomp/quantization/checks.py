@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import host
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.spec import NM, Codebook, Element, Sparse
@@ -23,8 +24,7 @@ def _finite(a: Any) -> bool:
     if isinstance(a, jax.core.Tracer):
         return True
     # NumPy looks at the buffer where it is, without a compilation, when the array lives on the CPU.
-    on_host = isinstance(a, np.ndarray) or all(d.platform == "cpu" for d in a.devices())
-    return bool(np.isfinite(np.asarray(a)).all()) if on_host else bool(jnp.isfinite(a).all())
+    return bool((np if host.is_on_host(a) else jnp).isfinite(host.numpy(a)).all())
 
 
 def check_finite(a: Any, what: str) -> None:
