@@ -108,6 +108,71 @@ def shardings(params: Any, rules: Any, mesh: Mesh) -> Any:
     )
 
 
+def like(tree: Any, params: Any, rules: Any, mesh: Mesh, plan: Sequence[Any] = ()) -> Any:
+    """Shardings of what training keeps beside its weights, each as its weight is split.
+
+    A leaf belongs to a weight if its path ends with the weight's and it has the same shape, as in
+    an optimizer's moments or gradients; or if a key of its path is the weight's whole path, as in
+    what ``jc.qat`` learns about it. All else (counts, keys) is replicated.
+
+    Args:
+      tree: states, arrays or shapes of them: of optimizers, of ``jc.qat``, or a tuple of both.
+      params: the dense weights, arrays or shapes of them.
+      rules: how the mesh splits them; see the head of this file.
+      mesh: concrete or abstract.
+      plan: of the state of ``jc.qat`` (``state.plan``): it says which axes of a weight are outputs.
+        Without it what is learned about a weight is replicated.
+
+    Returns:
+      The tree with a NamedSharding in place of each array.
+
+    Raises:
+      JaxcompError: as ``specs``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones((4, 2))}
+      >>> mesh = jax.sharding.AbstractMesh((2,), ("model",))
+      >>> moments = optax.sgd(0.1, momentum=0.9).init(params)
+      >>> found = like(moments, params, [("w", PartitionSpec("model"))], mesh)
+      >>> tuple(found[0].trace["w"].spec)
+      ('model', None)
+    """
+    weights = dict(leaf_paths(params)[0])
+    wanted = _wanted(list(weights), rules)
+    known = {path: leaf_specs(leaf, wanted.get(path), mesh, path) for path, leaf in weights.items()}
+    layouts = {weight.path: weight.layout for weight in plan}
+    sizes = dict(mesh.shape)
+
+    def of(keys: tuple, leaf: Any) -> NamedSharding:
+        names_ = [jax.tree_util.keystr((k,), simple=True) for k in keys]
+        whole, shape = "/" + "/".join(names_), np.shape(leaf)
+        for path, spec in known.items():
+            if whole.endswith("/" + path) and shape == tuple(weights[path].shape):
+                return NamedSharding(mesh, spec)
+        path = next((n for n in names_ if n in layouts and n in known), None)
+        spec = (
+            PartitionSpec() if path is None else _of_state(shape, layouts[path], known[path], sizes)
+        )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _of_state(
+    shape: tuple[int, ...], layout: Any, spec: PartitionSpec, sizes: dict[str, int]
+) -> PartitionSpec:
+    """How something ``(*stack, outputs, groups of inputs)`` about a weight is split."""
+    entries = (*spec, *(None,) * (len(layout.leaf_shape) - len(spec)))
+    axes = [entries[a] for a in layout.stack_axes]
+    axes += [entries[of[0]] if of else None for of in (layout.out_axes, layout.in_axes)]
+    fits = (
+        axis if size % math.prod(sizes[n] for n in names_of(axis)) == 0 else None
+        for axis, size in zip(axes, shape, strict=False)
+    )
+    return PartitionSpec(*fits)
+
+
 def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
     """Places every array of a parameter tree on a mesh.
 
