@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -281,6 +282,38 @@ def checksums(folder: pathlib.Path) -> dict[str, str]:
     """SHA-256 of each file of a folder, by name; empty without the folder."""
     files = sorted(folder.iterdir()) if folder.is_dir() else ()
     return {file.name: sha256(file) for file in files}
+
+
+def merge(entries: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> None:
+    """Adds to what ``write`` returned to the first process the files of another."""
+    for name, entry in other.items():
+        for file, checksum in entry.get("sha256", {}).items():
+            entries[name]["sha256"].setdefault(file, checksum)
+
+
+def move(other: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves the files of another process's arrays to those of the first, which has what both do."""
+    for file in sorted(other.glob("*/*/*")):
+        if not (target := folder / file.relative_to(other)).exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+
+
+def check_whole(
+    entries: dict[str, dict[str, Any]], sources: collections.abc.Mapping[str, Source]
+) -> None:
+    """Raises a ``CheckpointError`` where no process has written some part of an array."""
+    for name, entry in entries.items():
+        if entry["shard"] is None:
+            continue
+        shape, chunks = entry["shape"], sources[name].chunks
+        wanted = math.prod(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+        if (found := len(entry["sha256"]) - 1) != wanted:
+            raise CheckpointError(
+                f"array {name!r} {tuple(shape)}: {found} of its {wanted} files were written; every "
+                "process that holds a part of it must call save."
+            )
+        entry["sha256"] = dict(sorted(entry["sha256"].items()))
 
 
 def sha256(path: pathlib.Path) -> str:

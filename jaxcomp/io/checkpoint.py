@@ -12,12 +12,12 @@ appears whole, under a temporary name first, or not at all.
 """
 
 import collections.abc
+import contextlib
 import dataclasses
-import errno
 import json
 import os
 import pathlib
-import shutil
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -28,15 +28,15 @@ from jaxcomp import rules as names
 from jaxcomp import sharding
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError
+from jaxcomp.io.folder import METADATA, Contents, locked, publish
+from jaxcomp.io.processes import Together
 from jaxcomp.io.reading import Reader
 from jaxcomp.io.state import describe_state, rebuild_state
 from jaxcomp.io.structure import Arrays, assemble, describe, rebuild
-from jaxcomp.journal import sync, write_atomically
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
 
 FORMAT_VERSION = 1
-METADATA = "jaxcomp.json"
 
 
 class Saved(NamedTuple):
@@ -70,7 +70,8 @@ def save(
     files: collections.abc.Mapping[str, bytes | os.PathLike] | None = None,
     metadata: collections.abc.Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> None:
+    wait: bool = True,
+) -> "Saving | None":
     """Writes a compressed model, the state of its training, or both to a folder.
 
     Args:
@@ -83,54 +84,106 @@ def save(
       files: further files to lay into the folder, by name: their bytes, or a path to copy.
       metadata: JSON-able, given back by ``load``.
       overwrite: replace an earlier checkpoint. A folder that holds anything else is never touched.
+      wait: with False return as soon as all arrays are copied to the host, where donating or
+        changing them is of no matter, and write them in a thread. Read-only NumPy arrays, such as
+        memory-mapped ones, are not copied.
+
+    In a distributed run all processes call it, with a folder that all can reach. Each writes the
+    shards that it holds, the first what it has of arrays that are not spread over devices; an error
+    of one is an error on all.
+
+    Returns:
+      None, or without ``wait`` what to wait for before the program ends.
 
     Raises:
-      CheckpointError: the folder holds something, the disk is full, or the tree has nodes or leaves
-        that cannot be stored.
+      CheckpointError: the folder holds something or another save writes to it, the disk is full, or
+        the tree has nodes or leaves that cannot be stored.
     """
     path = pathlib.Path(os.path.abspath(path))
-    check_output(path, overwrite)
+    together = Together()
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> str:
+            if together.first:
+                check_output(path, overwrite)
+            contents = _contents(result, state, files, metadata)
+            if together.first:
+                stack.enter_context(locked(path))
+            prepared.append(contents if wait else contents.on_host())
+            return contents.layout()
+
+        prepared: list[Contents] = []
+        layouts = together.step("prepare", prepare)
+        if len(set(layouts)) > 1:
+            raise CheckpointError(
+                f"output {path}: the processes save different trees; give arrays of the same "
+                "paths, shapes, dtypes and shardings on all of them."
+            )
+        (contents,) = prepared
+        if wait:
+            publish(path, contents, together)
+            return None
+        return Saving(path, contents, together, stack.pop_all())
+
+
+class Saving:
+    """A save that goes on in a thread of its own, what ``save(.., wait=False)`` returned.
+
+    Attributes:
+      path: the folder, which appears when all of it is on the disk.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        contents: Contents,
+        together: Together,
+        held: contextlib.ExitStack,
+    ) -> None:
+        """Use ``save``."""
+        self.path = path
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(contents, together, held))
+        self._thread.start()
+
+    def _run(self, contents: Contents, together: Together, held: contextlib.ExitStack) -> None:
+        try:
+            with held:
+                publish(self.path, contents, together)
+        except BaseException as error:
+            self._error = error
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Waits for the end.
+
+        Raises:
+          CheckpointError: as ``save``.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _contents(result: Any, state: Any, files: Any, metadata: Any) -> Contents:
     _check_result(result, state)
     held = Arrays()
     tree = describe(None if result is None else result.params, held)
     leaves = None if state is None else describe_state(state, held)
-    sources = {name: storage.source(value) for name, value in held.items()}
     report, recipe = getattr(result, "report", None), getattr(result, "recipe", None)
-    temporary = path.with_name(f".{path.name}.saving")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        arrays = storage.write(temporary / "arrays", sources)
-        for name, content in (files or {}).items():
-            if isinstance(content, bytes):
-                write_atomically(temporary / name, content)
-            else:
-                shutil.copyfile(content, temporary / name)
-        plain = {
-            "format_version": FORMAT_VERSION,
-            "tree": tree,
-            "arrays": arrays,
-            "recipe": None if recipe is None else msgspec.to_builtins(recipe),
-            "report": None if report is None else msgspec.to_builtins(report.without_times()),
-            "metadata": dict(metadata or {}),
-            **({} if leaves is None else {"state": leaves}),
-        }
-        write_atomically(temporary / METADATA, json.dumps(plain, indent=1, sort_keys=True).encode())
-        for folder, _, names in os.walk(temporary):
-            for name in names:  # Whoever deletes a journal now relies on these files.
-                sync(os.path.join(folder, name))
-        if path.exists():  # Checked above: empty, or a checkpoint that may be replaced.
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _unwritable(path, error, sources) from error
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if "No space left on device" in str(error) or "ENOSPC" in str(error):  # From tensorstore.
-            raise _unwritable(path, OSError(errno.ENOSPC, ""), sources) from error
-        raise
+    plain = {
+        "format_version": FORMAT_VERSION,
+        "tree": tree,
+        "recipe": None if recipe is None else msgspec.to_builtins(recipe),
+        "report": None if report is None else msgspec.to_builtins(report.without_times()),
+        "metadata": dict(metadata or {}),
+        **({} if leaves is None else {"state": leaves}),
+    }
+    sources = {name: storage.source(value) for name, value in held.items()}
+    return Contents(sources, dict(files or {}), plain)
 
 
 def _check_result(result: Any, state: Any) -> None:
@@ -324,19 +377,3 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             f"{FORMAT_VERSION}; install a jaxcomp that is as new as the one that wrote it."
         )
     return plain
-
-
-def _unwritable(
-    path: pathlib.Path, error: OSError, sources: dict[str, storage.Source]
-) -> CheckpointError:
-    needed = sum(source.nbytes for source in sources.values())
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        parent = path.parent
-        while not parent.exists():
-            parent = parent.parent
-        return CheckpointError(
-            f"output {path}: no space left on the disk: the arrays take {needed:,} bytes, "
-            f"{shutil.disk_usage(parent).free:,} bytes are free; free some space and run again "
-            "(with the same journal nothing is computed twice)."
-        )
-    return CheckpointError(f"output {path}: cannot be written: {error}.")
