@@ -174,8 +174,12 @@ def write(
             size = 0
     folder.mkdir()
     for number, group in enumerate(groups):
-        if group:
+        if group and jax.process_index() == 0:
             _write_group(folder / f"{number:05d}", group)
+        elif group:  # Only the first process writes orbax's own files beside the chunks.
+            for key, held in group.items():
+                if held.pieces:
+                    _write_chunks(folder / f"{number:05d}" / key, held)
     for entry in entries.values():
         if entry["shard"] is not None:
             entry["sha256"] = checksums(folder / entry["shard"] / entry["key"])

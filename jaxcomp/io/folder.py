@@ -102,6 +102,8 @@ def publish(path: pathlib.Path, contents: Contents, together: Together) -> None:
         together.step("publish", lambda: together.first and _publish(path, contents, together))
     except OSError as error:
         raise _unwritable(path, error, contents) from error
+    except CheckpointError:
+        raise  # Another process's, or one that already says what is wrong.
     except BaseException as error:
         if "No space left on device" in str(error) or "ENOSPC" in str(error):  # From tensorstore.
             raise _unwritable(path, OSError(errno.ENOSPC, ""), contents) from error

@@ -126,7 +126,8 @@ SAVE = """
     expect("save different trees", lambda: jc.save(FOLDER / "bad", state=bad))
     write = folder._write
     def full(*args):
-        raise OSError(28, "No space left on device") if PROCESS else None
+        if PROCESS:
+            raise OSError(28, "No space left on device")
     folder._write = lambda *args: (full(), write(*args))
     expect(
         "no space left on the disk" if PROCESS else "process 1 could not save: OSError",
