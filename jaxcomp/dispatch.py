@@ -15,14 +15,14 @@ Which one runs is decided from shapes and formats alone and can be asked for:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcomp import formats, matmul, packed
+from jaxcomp import formats, matmul, packed, sharding
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
@@ -56,7 +56,13 @@ class Choice:
 class Dispatched:
     """``apply`` with compressed weights at its matmuls; call it like ``apply``."""
 
-    def __init__(self, apply: Callable, implementation: str | None = None):
+    def __init__(
+        self,
+        apply: Callable,
+        implementation: str | None = None,
+        rules: Any = None,
+        mesh: sharding.Mesh | None = None,
+    ):
         if implementation not in (None, *IMPLEMENTATIONS):
             raise JaxcompError(
                 f"implementation {implementation!r} is unknown; use None for the best one, or one "
@@ -64,6 +70,8 @@ class Dispatched:
             )
         self.apply = apply
         self.implementation = implementation
+        self.rules = rules
+        self.mesh = mesh
         functools.update_wrapper(self, apply, updated=())
 
     def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -72,7 +80,7 @@ class Dispatched:
         if not any(is_compressed(leaf) for _, leaf in named):
             return self.apply(params, *inputs, **kwargs)
         graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
-        handler = Dispatcher(self.implementation)
+        handler = Dispatcher(self.implementation, self._splits(named))
         arguments = arrays_of(named, inputs, kwargs)
         results, _ = interpret(graph.program, arguments, handler, {})
         return jax.tree.unflatten(graph.out_tree, results)
@@ -89,11 +97,14 @@ class Dispatched:
           One choice for each use of a compressed weight, in order of evaluation.
         """
         graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
+        splits = self._splits(leaf_paths(params)[0])
         choices = []
         for op, weights in _uses(graph.program):
             for path, is_site in weights:
                 if is_site:
-                    name, reason = choose(op, graph.shapes[path], self.implementation)
+                    leaf = graph.shapes[path]
+                    split = site_split(op.site, leaf, splits.get(path))
+                    name, reason = choose(op, leaf, self.implementation, split)
                     choices.append(Choice(path, op.site.kind, name, reason))
                 else:
                     reason = f"{op.eqn.primitive.name} has no rule for a compressed operand"
@@ -119,21 +130,53 @@ class Dispatched:
             readers.setdefault(choice.path, set()).add(choice.implementation)
         named, treedef = leaf_paths(params)
         leaves = [
-            leaf.replace(parts=tuple(packed.prepared(p, _chip_of(leaf)) for p in leaf.parts))
+            leaf.replace(
+                parts=tuple(packed.prepared(p, _chip_of(leaf, self.mesh)) for p in leaf.parts)
+            )
             if readers.get(path) == {"kernel"}
             else leaf
             for path, leaf in named
         ]
         return jax.tree.unflatten(treedef, leaves)
 
+    def _splits(self, named: Sequence[tuple[str, Any]]) -> dict[str, NamedSharding]:
+        """How the matrix of each compressed leaf is split, where rules have to say it."""
+        if self.rules is None:
+            return {}
+        mesh = self.mesh
+        inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+        if mesh is None or inside:
+            mesh = chips.mesh_of(*jax.tree.leaves([leaf for _, leaf in named]))
+        if mesh is None or mesh.size == 1 or AxisType.Explicit in mesh.axis_types:
+            return {}
+        wanted = sharding.matched([path for path, _ in named], self.rules)
+        splits = {}
+        for path, leaf in named:
+            if is_compressed(leaf):
+                sharding.leaf_specs(leaf, wanted[path], mesh, path)  # Groups and bytes stay whole.
+                split = sharding.leaf_split(leaf, wanted[path], mesh, path)
+                spec = PartitionSpec(*split.stack, split.out, split.inputs)
+                splits[path] = NamedSharding(mesh, spec)
+        return splits
 
-def dispatch(apply: Callable, implementation: str | None = None) -> Dispatched:
+
+def dispatch(
+    apply: Callable,
+    implementation: str | None = None,
+    *,
+    sharding: Any = None,
+    mesh: sharding.Mesh | None = None,
+) -> Dispatched:
     """Makes a model function run on compressed parameters.
 
     Args:
       apply: a pure function ``apply(params, *inputs)``.
       implementation: None for the best implementation at each site, or one of ``IMPLEMENTATIONS``
         to force it; forcing one that does not fit raises an error that says why.
+      sharding: the rules that ``shard`` took, for a mesh of Auto axes, where a traced function
+        cannot see how a weight is split and a kernel must know: each device multiplies what it
+        holds, and no weight is gathered. Axes of Explicit type tell by themselves.
+      mesh: the mesh of these rules; None for the one in use or the arrays' own.
 
     Returns:
       A callable with the signature of ``apply`` that takes compressed and dense leaves alike, and
@@ -149,7 +192,7 @@ def dispatch(apply: Callable, implementation: str | None = None) -> Dispatched:
       >>> fast({"w": w}, jnp.ones((2, 8))).shape
       (2, 4)
     """
-    return Dispatched(apply, implementation)
+    return Dispatched(apply, implementation, sharding, mesh)
 
 
 def arrays_of(named: Sequence[tuple[str, Any]], inputs: tuple, kwargs: dict) -> list:
@@ -173,14 +216,18 @@ def _uses(program: Program):
 class Dispatcher(Plain):
     """The handler that sends sites on compressed weights to implementations."""
 
-    def __init__(self, implementation: str | None = None):
+    def __init__(
+        self, implementation: str | None = None, splits: Mapping[str, NamedSharding] | None = None
+    ):
         self.implementation = implementation
+        self.splits = splits or {}
 
     def site(self, op: Op, operands: Sequence[Any], leaf: Any, state: Any) -> tuple[list, Any]:
         """Evaluates a site."""
         if not is_compressed(leaf):
             return super().site(op, operands, leaf, state)
-        name, _ = choose(op, leaf, self.implementation)
+        split = site_split(op.site, leaf, self.splits.get(op.site.path))
+        name, _ = choose(op, leaf, self.implementation, split)
         if name == "materialize":
             return super().site(op, with_quantized_input(op, operands, leaf), leaf, state)
         site = op.site
@@ -188,7 +235,7 @@ class Dispatcher(Plain):
         if name == "rows":
             return [looked_up(op, operands[1], weight)], state
         x = operands[1 - site.operand]
-        y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name)
+        y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split)
         return [from_tokens(op.eqn, site, y)], state
 
     def dense(self, path, view, leaf):
@@ -196,13 +243,40 @@ class Dispatcher(Plain):
         return view.replay(as_array(leaf))
 
 
-def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> tuple[str, str]:
+def site_split(
+    site: Site, leaf: formats.CompressedArray, split: NamedSharding | None
+) -> NamedSharding | None:
+    """How the matrix that a site reads is split: that of its leaf without loops and fixed indices.
+
+    Args:
+      site: the site.
+      leaf: its weight, sliced by loops or not.
+      split: mesh axes of the whole leaf's ``(*stack, out, in)``, or None.
+
+    Returns:
+      Mesh axes of the site's ``(*stack, out, in)``, or None.
+    """
+    if split is None:
+        return None
+    *stack, outputs, inputs = split.spec
+    axes = leaf.stack_axes[len(leaf.stack_axes) - len(stack) :]
+    kept = [e for axis, e in zip(axes, stack, strict=True) if axis not in site.loop_axes]
+    return NamedSharding(split.mesh, PartitionSpec(*kept, outputs, inputs))
+
+
+def choose(
+    op: Op,
+    leaf: formats.CompressedArray,
+    forced: str | None = None,
+    split: NamedSharding | None = None,
+) -> tuple[str, str]:
     """Which implementation runs at a site.
 
     Args:
       op: the site's operation.
       leaf: its compressed weight, or shapes of one.
       forced: the only implementation that may run, or None.
+      split: from ``site_split``, or None.
 
     Returns:
       Name and reason.
@@ -240,8 +314,8 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
     if quantizers and not any(matmul.float8(p) for p in inner):
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
     # Asked for, the operation runs on any chip, with what it has there.
-    chip = None if forced == "kernel" else _chip_of(leaf)
-    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, inner, chip)
+    chip = None if forced == "kernel" else _chip_of(leaf, split and split.mesh)
+    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, inner, chip, split)
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
@@ -267,24 +341,39 @@ def choose(op: Op, leaf: formats.CompressedArray, forced: str | None = None) -> 
     return "materialize", reasons["parts"] or f"weight-only, no kernel: {reasons['kernel']}"
 
 
-def _chip_of(leaf: formats.CompressedArray) -> chips.Chip:
+def _chip_of(leaf: formats.CompressedArray, mesh: sharding.Mesh | None = None) -> chips.Chip:
     """The chip that a weight is on, or a CPU where no kernel knows it."""
-    return chips.chip_of(*jax.tree.leaves(leaf)) or chips.CPU
+    arrays = jax.tree.leaves(leaf)
+    if mesh is not None:
+        placed = NamedSharding(mesh, PartitionSpec())
+        arrays.insert(0, jax.ShapeDtypeStruct((), jnp.float32, sharding=placed))
+    return chips.chip_of(*arrays) or chips.CPU
 
 
-def _no_kernel(op: Op, leaf: formats.CompressedArray, parts: list, chip: chips.Chip | None) -> str:
+def _no_kernel(
+    op: Op,
+    leaf: formats.CompressedArray,
+    parts: list,
+    chip: chips.Chip | None,
+    split: NamedSharding | None,
+) -> str:
     """Why no kernel reads the weight packed; empty where one does."""
     if matmul.quantizers(leaf):
         return "the input is quantized"
     dtype = op.eqn.invars[1 - op.site.operand].aval.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         return "the input is neither bfloat16 nor float32"
-    problems = [packed.problem(part, chip, dtype) for part in parts]
+    problems = [packed.problem(part, chip, dtype, split) for part in parts]
     if None not in problems:
         return "; ".join(dict.fromkeys(problems))
+    if split is not None:
+        return ""
     mesh = None if chip is None else chips.mesh_of(*jax.tree.leaves(leaf))
     if mesh is not None and AxisType.Explicit not in mesh.axis_types:
-        return "on a mesh of Auto axes a kernel cannot know how the weight is split"
+        return (
+            "on a mesh of Auto axes a kernel cannot know how the weight is split; give dispatch "
+            "the sharding rules"
+        )
     return ""
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxcomp import formats, packed
 from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
@@ -34,7 +35,10 @@ def float8(part: Any) -> bool:
 
 
 def matmul(
-    x: jax.Array, weight: formats.CompressedArray, implementation: str = "parts"
+    x: jax.Array,
+    weight: formats.CompressedArray,
+    implementation: str = "parts",
+    split: NamedSharding | None = None,
 ) -> jax.Array:
     """Product of an input with a compressed weight, part by part.
 
@@ -43,6 +47,7 @@ def matmul(
       weight: with matrices ``(*stack, out, in)``.
       implementation: "int8" or "fp8" multiply codes where a part has them, "kernel" reads packed
         parts where a kernel does; "parts" simulates.
+      split: mesh axes of the weight's stack, out and in, for kernels on a mesh of Auto axes.
 
     Returns:
       ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
@@ -51,19 +56,22 @@ def matmul(
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     total = None
     for part in weight.parts:
-        y = _part_matmul(x, part, implementation)
+        y = _part_matmul(x, part, implementation, split)
         total = y if total is None else total + y
     return total
 
 
-def _part_matmul(x: jax.Array, part: Any, implementation: str) -> jax.Array:
+def _part_matmul(
+    x: jax.Array, part: Any, implementation: str, split: NamedSharding | None
+) -> jax.Array:
     if isinstance(part, formats.InputScale):
-        return _part_matmul(x * part.scale[..., None, :].astype(x.dtype), part.part, implementation)
+        scaled = x * part.scale[..., None, :].astype(x.dtype)
+        return _part_matmul(scaled, part.part, implementation, split)
     if isinstance(part, formats.InputQuant):
         return _quantized_part(x, part, implementation)
     if implementation == "kernel":
         if packed.problem(part) is None and x.dtype != jnp.float64:
-            return packed.matmul(x, part)
+            return packed.matmul(x, part, split)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if isinstance(part, formats.LowRankPart):
         inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
@@ -88,7 +96,7 @@ def _quantized_part(x: jax.Array, part: formats.InputQuant, implementation: str)
     )
     if not codable:
         return _part_matmul(
-            dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation
+            dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation, None
         )
     stack = codes.shape[:-2]
     scale, zero = (

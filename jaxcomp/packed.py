@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxcomp import formats
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import layout, weights
+from jaxcomp.kernels.quantized_matmul import layout, sharding, weights
 
 
 @base.part
@@ -149,13 +150,19 @@ _OPERANDS = {
 }
 
 
-def problem(part: Any, chip: Chip | None = None, dtype: Any = jnp.bfloat16) -> str | None:
+def problem(
+    part: Any,
+    chip: Chip | None = None,
+    dtype: Any = jnp.bfloat16,
+    split: NamedSharding | None = None,
+) -> str | None:
     """Why no kernel reads a part, from shapes alone.
 
     Args:
       part: arrays or shapes of them.
       chip: whose kernel; None asks only whether there is an operation for the format.
       dtype: of the input.
+      split: mesh axes of stack, out and in: each device's share has to suit the kernel.
 
     Returns:
       The reason, or None.
@@ -171,17 +178,20 @@ def problem(part: Any, chip: Chip | None = None, dtype: Any = jnp.bfloat16) -> s
         return f"the chip is {chip.name}, not a TPU"
     from jaxcomp.kernels.quantized_matmul import tpu  # Pallas takes a while to import.
 
+    if split is not None:
+        weight = sharding.local(weight, split)
     return tpu.unfit(weight, chip, x_dtype=dtype)
 
 
-def matmul(x: jax.Array, part: Any) -> jax.Array:
+def matmul(x: jax.Array, part: Any, split: NamedSharding | None = None) -> jax.Array:
     """Product of an input with a part that ``operand`` accepts, by its kernel.
 
     Args:
       x: ``(*stack, tokens, in)``, bfloat16 or float32.
       part: of a weight ``(*stack, out, in)``, without input transforms.
+      split: mesh axes of stack, out and in, on a mesh of Auto axes.
 
     Returns:
       ``(*stack, tokens, out)`` in float32.
     """
-    return kernels.quantized_matmul(x, operand(part), out_dtype=jnp.float32)
+    return kernels.quantized_matmul(x, operand(part), out_dtype=jnp.float32, weight_spec=split)

@@ -55,18 +55,38 @@ def leaf_specs(leaf: Any, spec: PartitionSpec | None, mesh: Mesh, path: str = "w
     """
     if not hasattr(leaf, "shape"):
         return PartitionSpec()
-    shape, sizes = tuple(leaf.shape), dict(mesh.shape)
-    entries = _checked(spec, shape, sizes, path)
     if not is_compressed(leaf):
-        return PartitionSpec(*entries)
+        return PartitionSpec(*_checked(spec, tuple(leaf.shape), dict(mesh.shape), path))
+    split = leaf_split(leaf, spec, mesh, path)
+    return leaf.replace(parts=tuple(part_specs(part, split) for part in leaf.parts))
+
+
+def leaf_split(
+    leaf: CompressedArray, spec: PartitionSpec | None, mesh: Mesh, path: str = "weight"
+) -> Split:
+    """How the matrix ``(*stack, out, in)`` of a compressed leaf is split.
+
+    Args:
+      leaf: arrays or shapes of them.
+      spec: mesh axes of the dense leaf's axes; None replicates.
+      mesh: has the axes that ``spec`` names.
+      path: name of the leaf, for errors.
+
+    Returns:
+      Mesh axes of each stack axis, of out and of in.
+
+    Raises:
+      JaxcompError: as ``leaf_specs``, but groups and bytes are not looked at.
+    """
+    sizes = dict(mesh.shape)
+    entries = _checked(spec, tuple(leaf.shape), sizes, path)
     stack: list[Axes] = [None] * len(leaf.stack)
     dims: list[Axes] = [None] * len(leaf.dims)
     for (kind, index), entry in zip(leaf._layout(), entries, strict=True):
         (stack if kind == "stack" else dims)[index] = entry
     out = _major(leaf, dims, leaf.out_axes, "out", path)
     inputs = _major(leaf, dims, leaf.in_axes, "in", path)
-    split = Split(tuple(stack), out, inputs, sizes, path)
-    return leaf.replace(parts=tuple(part_specs(part, split) for part in leaf.parts))
+    return Split(tuple(stack), out, inputs, sizes, path)
 
 
 def specs(params: Any, rules: Any, mesh: Mesh) -> Any:
@@ -84,7 +104,7 @@ def specs(params: Any, rules: Any, mesh: Mesh) -> Any:
       JaxcompError: a rule matches nothing or does not fit its leaf (see ``leaf_specs``).
     """
     named, treedef = leaf_paths(params)
-    wanted = _wanted([path for path, _ in named], rules)
+    wanted = matched([path for path, _ in named], rules)
     leaves = [leaf_specs(leaf, wanted.get(path), mesh, path) for path, leaf in named]
     return jax.tree.unflatten(treedef, leaves)
 
@@ -217,8 +237,19 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, PartitionSpec)
 
 
-def _wanted(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]:
-    """The spec that the rules give each path; paths that are missing are replicated."""
+def matched(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]:
+    """The spec that rules give each leaf.
+
+    Args:
+      paths: names of all leaves.
+      rules: see the head of this file.
+
+    Returns:
+      Path -> spec of the dense leaf, or None where it is replicated.
+
+    Raises:
+      JaxcompError: a rule matches nothing, or a tree lacks a leaf.
+    """
     if _is_sequence(rules):
         return _matched(paths, rules)
     if isinstance(rules, nnx.State):

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
@@ -33,7 +33,7 @@ def quantized_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
-    weight_spec: PartitionSpec | None = None,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias) with W[n, k] = scale * (value(code) - zero).
@@ -62,7 +62,8 @@ def quantized_matmul(
       implementation: "xla", "mosaic_tpu", "mosaic_gpu" (Hopper; never run on a GPU so far, so only
         where it is asked for), or None for the best one.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
-      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes.
+      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes; a
+        NamedSharding where neither an array nor the mesh in use tells the mesh.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:

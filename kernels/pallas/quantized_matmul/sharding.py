@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.quantized_matmul.layout import LANES
@@ -39,7 +40,7 @@ class Placement:
 def placement(
     x: jax.Array,
     weight: Weight,
-    weight_spec: PartitionSpec | None = None,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
 ) -> Placement | None:
     """How a product is to be split.
@@ -47,7 +48,8 @@ def placement(
     Args:
       x: ``(*stack, .., K)``.
       weight: stored or prepared.
-      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes.
+      weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes; a
+        NamedSharding where no array tells the mesh.
       x_spec: mesh axes of x, for a mesh with Auto axes; None splits the first axis after the stack
         over the mesh axes that the weight leaves, where they divide it.
 
@@ -59,6 +61,8 @@ def placement(
         weight are split in ways that do not belong together.
     """
     mesh = chips.mesh_of(x, weight.codes)
+    if isinstance(weight_spec, NamedSharding):
+        mesh, weight_spec = weight_spec.mesh.abstract_mesh, weight_spec.spec
     if mesh is None:
         return None
     if weight_spec is None and AxisType.Explicit in mesh.axis_types:
@@ -103,6 +107,38 @@ def placement(
             f"which splits groups of {unit}; split K fewer ways, or split N"
         )
     return Placement(mesh, tuple(stack), tuple(rows), outputs, inputs)
+
+
+def local(weight: Weight, split: NamedSharding) -> Weight:
+    """One device's part of a weight, as shapes: what a kernel will be given there.
+
+    Args:
+      weight: stored or prepared, arrays or shapes.
+      split: mesh axes of its stack axes, N and K, which the mesh divides.
+
+    Returns:
+      Shapes of the part.
+    """
+    sizes = dict(split.mesh.shape)
+    *stack, outputs, inputs = (_count(e, sizes) for e in _padded(split.spec, len(weight.stack) + 2))
+    groups = inputs if weight.scales.shape[-2] > 1 else 1
+    by = {"codes": (*stack, outputs, inputs), "scales": (*stack, groups, outputs)}
+    by["zeros"] = by["scales"]
+
+    def part(name):
+        array = getattr(weight, name)
+        if array is None:
+            return None
+        shape = tuple(int(n) for n in np.floor_divide(array.shape, by[name]))
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+
+    n, k = weight.shape
+    return dataclasses.replace(
+        weight,
+        **{name: part(name) for name in by},
+        shape=(n // outputs, k // inputs),
+        group_size=weight.group_size if groups == inputs else k // inputs,
+    )
 
 
 def matmul(
