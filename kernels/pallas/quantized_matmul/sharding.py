@@ -120,7 +120,7 @@ def local(weight: Weight, split: NamedSharding) -> Weight:
       Shapes of the part.
     """
     sizes = dict(split.mesh.shape)
-    *stack, outputs, inputs = (_count(e, sizes) for e in _padded(split.spec, len(weight.stack) + 2))
+    *stack, outputs, inputs = (count(e, sizes) for e in padded(split.spec, len(weight.stack) + 2))
     groups = inputs if weight.scales.shape[-2] > 1 else 1
     by = {"codes": (*stack, outputs, inputs), "scales": (*stack, groups, outputs)}
     by["zeros"] = by["scales"]
