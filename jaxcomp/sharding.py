@@ -159,7 +159,7 @@ def like(tree: Any, params: Any, rules: Any, mesh: Mesh, plan: Sequence[Any] = (
       ('model', None)
     """
     weights = dict(leaf_paths(params)[0])
-    wanted = _wanted(list(weights), rules)
+    wanted = matched(list(weights), rules)
     known = {path: leaf_specs(leaf, wanted.get(path), mesh, path) for path, leaf in weights.items()}
     layouts = {weight.path: weight.layout for weight in plan}
     sizes = dict(mesh.shape)
