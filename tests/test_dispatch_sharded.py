@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxcomp.kernels import chips
 
 import jaxcomp as jc
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import Codebook, Int
-from jaxcomp.kernels import chips
 from jaxcomp.quantization import RTN
 from jaxcomp.recipe import Recipe
 from tests.kernels import aot
