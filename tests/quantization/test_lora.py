@@ -212,8 +212,11 @@ def test_stacked_adapters_are_those_of_the_layers():
         own[path] = dataclasses.replace(adapter, a=whole.a[i], b=whole.b[i])
     want = jax.jit(jc.dispatch(apply))(lora.attach(unrolled, own), x)
     got = jax.jit(jc.dispatch(scanned))(lora.attach(stacked, adapters), x)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(scanned(lora.merge(stacked, adapters), x), want, atol=1e-4)
+    merged = scanned(lora.merge(stacked, adapters), x)
+    # float32 through a whole model, its products in another order each time: against the largest
+    # logit, because a small one is a sum of terms as large.
+    for logits in (got, merged):
+        assert np.abs(logits - want).max() <= 1e-5 * np.abs(want).max()
 
 
 def test_training_recovers_a_low_rank_change_and_resumes(tmp_path):
