@@ -1,0 +1,43 @@
+"""Scanned and unrolled layers give the same compressed bytes on every mesh of eight devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES, KINDS, STEPS = ("1", "2x4", "4x2", "8x1"), ("scanned", "unrolled"), ("RTN", "GPTQ")
+LAYERS, TOKENS, WIDTH = 16, 80, 16
+
+
+@pytest.fixture(scope="module")
+def found():
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mesh_layers"],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {(r["step"], r["kind"], r["mesh"]): r for r in json.loads(done.stdout.splitlines()[-1])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_sixteen_layers_on_every_mesh(found, step):
+    rows = {(kind, mesh): found[step, kind, mesh] for kind in KINDS for mesh in MESHES}
+    # Without calibration nothing is summed over devices, and all bytes are equal. With it the sums
+    # of a layer's statistics, over tokens and then columns, may be rounded in another order, and
+    # so on through the layers: the bound of such sums on scales, and a few codes at ties.
+    rounding = (TOKENS + WIDTH) * LAYERS * float(np.finfo(np.float32).eps)
+    ties, tolerance = (0, 0) if step == "RTN" else (0.01, rounding)
+    assert {k: r["codes"] for k, r in rows.items() if r["codes"] > ties} == {}
+    assert {k: r["scales"] for k, r in rows.items() if r["scales"] > tolerance} == {}
