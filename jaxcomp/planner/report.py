@@ -156,15 +156,16 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
     """One column of the table: of the best split, or of the first that was tried."""
     tried = variant.best or variant.tried[0]
     found = getattr(tried, phase) or {}
+    times = found.get("roofline")
     rows = {
         "data x model, cache by": f"{tried.split.data} x {tried.split.model}, {tried.split.cache}",
-        "weights": _gib(tried.weights),
+        "weights": _gib(found.get("weights", tried.weights)),
+        "of an even share": "-" if times is None else f"{found['weights_to_ideal']:.3f}",
         "cache": _gib(tried.cache),
         "temporaries": _gib(found.get("temporaries")),
         "total": _gib(found.get("total", found.get("needed"))),
         "fits": "-" if not found else "yes" if variant.best is not None else "no",
     }
-    times = found.get("roofline")
     sequences = plan.batch if phase == "decode" else tried.split.data
     tokens = sequences * (1 if phase == "decode" else plan.chunk)
     if times is None:

@@ -115,8 +115,7 @@ def roofline(
             parameters += int(np.prod(leaf.shape))
     if not tied:  # Of the embedding only the rows of the tokens are read.
         weights -= serving.weight_bytes(split, table)
-    cache = serving.cache_bytes(split)
-    cache = cache if phase == "decode" else cache * split.data // work.batch
+    cache = serving.cache_bytes(split, phase)
     attended = 4 * tokens * work.context * config.num_attention_heads * size * layers
     operations = (2 * parameters * tokens + attended) / split.model
     if compiled is None:
@@ -242,8 +241,12 @@ def _compiled(
             "seconds": times.seconds,
             "bound": times.bound,
         }
+        # As the compiler lays them out; the tokens beside weights and cache are a few bytes.
+        found["weights"] = found["arguments"] - serving.cache_bytes(tried.split, phase)
+        found["weights_to_ideal"] = found["weights"] / serving.ideal_bytes(tried.split)
         # The cache of all sequences stays while one prompt is read.
-        needed = tried.weights + tried.cache + found["temporaries"]
+        new = found["outputs"] - found["aliased"]
+        needed = found["weights"] + tried.cache + found["temporaries"] + new
         found["total"] = needed
         if needed > topology.device.memory:
             problem = too_large(phase, needed, topology.device.memory)

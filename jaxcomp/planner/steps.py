@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp import models, sharding
 from jaxcomp.dispatch import dispatch
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import is_compressed
+from jaxcomp.formats import is_compressed, nbits
 from jaxcomp.functional import functional
 from jaxcomp.graph import trace
 from jaxcomp.graph.trace import leaf_paths
@@ -76,13 +76,13 @@ class Serving:
         self.dense_params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
         )
-        self.params, self.apply = self.dense_params, self.dense
+        self.params = self.dense_params
+        self.rules = models.partition_rules(self.config, scan=True)
         if workload.recipe is not None:
             tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
             graph = trace(self.dense, self.dense_params, tokens)
             recipe = Recipe.loads(workload.recipe)
             self.params = compressed_shapes(graph, self.dense_params, recipe)
-            self.apply = dispatch(self.dense)
 
     def specs(self, split: Split, mesh: Any) -> Any:
         """The PartitionSpec of every array of the parameters.
@@ -90,8 +90,7 @@ class Serving:
         Raises:
           JaxcompError: the mesh does not divide a weight or its groups.
         """
-        rules = models.partition_rules(self.config, scan=True)
-        return sharding.specs(self.params, rules, mesh)
+        return sharding.specs(self.params, self.rules, mesh)
 
     def weight_bytes(self, split: Split, only: str | None = None) -> int:
         """Bytes of weights on one device; of one leaf, if its path is given."""
@@ -117,11 +116,18 @@ class Serving:
         )
         return {"k": values, "v": values, "length": jax.ShapeDtypeStruct((), jnp.int32)}
 
-    def cache_bytes(self, split: Split) -> int:
-        """Bytes of the cache on one device."""
-        total = sum(
-            x.size * x.dtype.itemsize for x in jax.tree.leaves(self.cache(self.workload.batch))
-        )
+    def ideal_bytes(self, split: Split) -> float:
+        """Bytes of weights on one device if "model" divided every array of them."""
+        return nbits(self.params) / 8 / split.model
+
+    def sequences(self, split: Split, phase: str) -> int:
+        """Sequences in a step: all that are decoded, or one prompt in each data-parallel group."""
+        return self.workload.batch if phase == "decode" else split.data
+
+    def cache_bytes(self, split: Split, phase: str = "decode") -> int:
+        """Bytes of a step's cache on one device; while decoding that is all of it."""
+        cache = self.cache(self.sequences(split, phase))
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
         return total // (split.data * split.model)
 
     def unfit(self, split: Split) -> str | None:
@@ -163,7 +169,7 @@ class Serving:
           The jitted function, its arguments as shapes with shardings, and the choices of
           implementations for compressed weights.
         """
-        batch = self.workload.batch if phase == "decode" else split.data
+        batch = self.sequences(split, phase)
         length = 1 if phase == "decode" else self.workload.chunk
         by = {
             "heads": PartitionSpec(None, "data", None, "model", None),
@@ -175,7 +181,6 @@ class Serving:
                 shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)
             )
 
-        params = jax.tree.map(placed, self.params, self.specs(split, mesh))
         cache = self.cache(batch)
         cache = {
             name: placed(x, PartitionSpec() if name == "length" else by)
@@ -184,8 +189,14 @@ class Serving:
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
         tokens = placed(tokens, PartitionSpec("data"))
 
+        # What a server would hold: packed weights in the layout that the kernels read.
+        apply = dispatch(self.dense, sharding=self.rules, mesh=mesh)
+        params = jax.tree.map(placed, self.params, self.specs(split, mesh))
+        prepared = jax.eval_shape(lambda p: apply.prepare(p, tokens, None, cache), params)
+        params = jax.tree.map(placed, prepared, sharding.specs(prepared, self.rules, mesh))
+
         def step(params, tokens, cache):
-            logits, cache = self.apply(params, tokens, None, cache)
+            logits, cache = apply(params, tokens, None, cache)
             return jnp.argmax(logits[:, -1], -1).astype(jnp.int32), cache
 
         out = (
@@ -195,5 +206,5 @@ class Serving:
         function = jax.jit(step, donate_argnums=2, out_shardings=out)
         choices = ()
         if any(is_compressed(leaf) for _, leaf in leaf_paths(params)[0]):
-            choices = self.apply.report(params, tokens, None, cache)
+            choices = apply.report(params, tokens, None, cache)
         return function, (params, tokens, cache), choices

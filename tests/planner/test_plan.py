@@ -124,11 +124,15 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
         whole = serving(recipe=recipe)
         ideal = jc.nbits(whole.params) / 8 / tried["split"]["model"]
         assert tried["weights"] == pytest.approx(ideal, rel=0.05)
+        # q, k, v, o, gate, up and down: by their kernel, each device on its own part.
+        ran = {"kernel": 7} if recipe else {}
         for phase in ("decode", "prefill"):
             compiled = tried[phase]
             sequences = 8 if phase == "decode" else tried["split"]["data"]
             expected = ideal + tried["cache"] * sequences / 8
             assert compiled["arguments"] == pytest.approx(expected, rel=0.05)
+            assert compiled["weights_to_ideal"] == pytest.approx(1, abs=0.05)
+            assert compiled["implementations"] == ran
             assert compiled["whole_weight_gathers"] == []
             # Two sums over devices a layer.
             assert compiled["sent"]["all-reduce"] > 0
