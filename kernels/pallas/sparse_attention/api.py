@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.kernels.sparse_attention import decode, reference, sharding, tpu, xla
+from jaxcomp.kernels.sparse_attention import (
+    cache_sharding,
+    decode,
+    reference,
+    sharding,
+    tpu,
+    xla,
+)
 from jaxcomp.kernels.sparse_attention.masks import causal, full
 from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead
 from jaxcomp.kernels.sparse_attention.schedule import schedule
@@ -155,9 +162,12 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     block_k: int | None = None,
+    return_logsumexp: bool = False,
     implementation: str | None = None,
     interpret: Any = False,
-) -> jax.Array:
+    q_spec: PartitionSpec | None = None,
+    kv_spec: PartitionSpec | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of the newest tokens to a cache that is filled up to a length.
 
     Args:
@@ -173,14 +183,23 @@ def decode_attention(
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
       block_k: keys in a block, a multiple of 128; chosen if None.
+      return_logsumexp: also return the log-sum-exps of the scores, by which results of parts of a
+        cache can be merged.
       implementation: "xla", "mosaic_tpu", or None for the best that fits.
       interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+      q_spec: mesh axes of q, on a mesh of Auto axes; Explicit ones are seen. Batch and heads may be
+        split; those of the cache's batch and heads if None.
+      kv_spec: mesh axes of k, v and their scales; those of q if None. The cache may be split along
+        its length: each device attends to its own part, and the results are merged exactly.
+        Heads of k may be whole where those of q are split.
 
     Returns:
-      Outputs (batch, queries, heads, value_dim) of q's dtype. Not differentiable.
+      Outputs (batch, queries, heads, value_dim) of q's dtype. Not differentiable. With
+      ``return_logsumexp`` also float32 (batch, heads, queries), -inf for a query that looks at
+      nothing.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or are split in ways that do not.
       TypeError: dtypes that do not.
       Unsupported: no implementation, or not the one asked for, takes these operands.
 
@@ -202,19 +221,39 @@ def decode_attention(
         )
     if block_k is not None and (block_k < 128 or block_k % 128):
         raise ValueError(f"block_k is {block_k}; it must be a multiple of 128")
+    operands = {"q": q, "k": k, "v": v, "lengths": lengths}
+    if k_scale is not None:
+        operands |= {"k_scale": k_scale, "v_scale": v_scale}
+    run = functools.partial(
+        _decode,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        soft_cap=soft_cap,
+        block_k=block_k,
+        implementation=implementation,
+        interpret=interpret,
+    )
+    place = cache_sharding.placement(q, k, q_spec, kv_spec)
+    if place is None:
+        out, lse = run(operands, 0, q.dtype)
+    else:
+        out, lse = cache_sharding.attention(run, operands, place)
+    return (out, lse) if return_logsumexp else out
+
+
+def _decode(operands, start, out_dtype, *, block_k, implementation, interpret, **options):
+    """Outputs and log-sum-exps from a cache, or the part from ``start`` on, that is at hand."""
+    q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     chosen = implementations.choose(
         f"decode_attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
         {"mosaic_tpu": several or decode.unfit(q, k, v, chip, interpret), "xla": None},
         implementation,
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    operands = {"scale": scale, "soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
+    options |= {"start": start, "out_dtype": out_dtype}
     if chosen == "mosaic_tpu":
-        return decode.mosaic(
-            q, k, v, lengths, mask, **operands, block_k=block_k, interpret=interpret
-        )
-    return decode.plain(q, k, v, lengths, mask, **operands)
+        return decode.mosaic(**operands, **options, block_k=block_k, interpret=interpret)
+    return decode.plain(**operands, **options)
 
 
 def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.Array]:

@@ -125,8 +125,8 @@ def _ring(local, plan, q, trained, rest, fixed):
         out, lse = _pair(local, plan, step, q, moving["trained"], moving["rest"], fixed)
         top, total, summed = sums
         after = jnp.maximum(top, lse)
-        fade, weight = _weight(top, after), _weight(lse, after)
-        summed = summed * _by_query(fade) + out * _by_query(weight)
+        fade, weight = share(top, after), share(lse, after)
+        summed = summed * by_query(fade) + out * by_query(weight)
         return after, total * fade + weight, summed
 
     shape = (q.shape[0], q.shape[2], q.shape[1])
@@ -148,7 +148,7 @@ def _ring(local, plan, q, trained, rest, fixed):
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
-    return (summed / _by_query(safe)).astype(q.dtype), lse
+    return (summed / by_query(safe)).astype(q.dtype), lse
 
 
 def _forward(local, plan, q, trained, rest, fixed):
@@ -166,9 +166,9 @@ def _backward(local, plan, saved, cotangents):
             return _pair(local, plan, step, q, trained, moving["rest"], fixed)
 
         (out_t, lse_t), pullback = jax.vjp(pair, q, moving["trained"])
-        weight = _weight(lse_t, lse)
+        weight = share(lse_t, lse)
         apart = jnp.einsum("bqhd,bqhd->bhq", d_out, out_t - out.astype(jnp.float32))
-        d_pair = d_out * _by_query(weight), weight * (d_lse + apart)
+        d_pair = d_out * by_query(weight), weight * (d_lse + apart)
         more = pullback(d_pair)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), (dq, gradients), more)
 
@@ -208,13 +208,13 @@ def _pair(local, plan, step, q, trained, rest, fixed):
     return jax.lax.switch(which, branches, q, trained)
 
 
-def _weight(lse: jax.Array, of: jax.Array) -> jax.Array:
+def share(lse: jax.Array, of: jax.Array) -> jax.Array:
     """exp(lse - of), and 0 where nothing was allowed: there both may be -inf."""
     none = jnp.isneginf(lse)
     return jnp.where(none, 0.0, jnp.exp(jnp.where(none, 0.0, lse - of)))
 
 
-def _by_query(x: jax.Array) -> jax.Array:
+def by_query(x: jax.Array) -> jax.Array:
     """(batch, heads, queries) beside (batch, queries, heads, dim)."""
     return jnp.moveaxis(x, 1, 2)[..., None]
 

@@ -91,19 +91,17 @@ def placement(
     if len(names(sequence)) > 1:
         raise ValueError(f"{told}: positions can be split over one mesh axis; use one of them")
     sizes = dict(mesh.shape)
-    checked = {
-        "the batch": (q.shape[0], batch),
-        "the queries": (q.shape[1], sequence),
-        "the keys": (k.shape[1], sequence),
-        "the heads of q": (q.shape[2], heads),
-        "the heads of k": (k.shape[2], kv_heads),
-    }
-    for name, (size, axes) in checked.items():
-        if size % count(axes, sizes):
-            raise ValueError(
-                f"{told}: {axes} are {count(axes, sizes)} devices, which do not divide {name}, "
-                f"{size}; split it fewer ways" + (", or not" if "heads of k" in name else "")
-            )
+    check_parts(
+        told,
+        sizes,
+        {
+            "the batch": (q.shape[0], batch),
+            "the queries": (q.shape[1], sequence),
+            "the keys": (k.shape[1], sequence),
+            "the heads of q": (q.shape[2], heads),
+            "the heads of k": (k.shape[2], kv_heads),
+        },
+    )
     parts = count(heads, sizes)
     if not kv_heads and parts % k.shape[2] and k.shape[2] % parts:
         raise ValueError(
@@ -122,6 +120,25 @@ def placement(
             f"{told}: an adaptive span needs whole sequences; split the batch or the heads"
         )
     return Placement(mesh, batch, names(sequence)[0] if sequence else None, heads, kv_heads)
+
+
+def check_parts(told: str, sizes: dict[str, int], axes_of: dict[str, tuple[int, Axes]]) -> None:
+    """Raises unless mesh axes divide what they split.
+
+    Args:
+      told: what is split how, for the error.
+      sizes: of the mesh's axes.
+      axes_of: size and mesh axes of each thing that is split, by its name.
+
+    Raises:
+      ValueError: they do not.
+    """
+    for name, (size, axes) in axes_of.items():
+        if size % count(axes, sizes):
+            raise ValueError(
+                f"{told}: {axes} are {count(axes, sizes)} devices, which do not divide {name}, "
+                f"{size}; split it fewer ways" + (", or not" if "heads of k" in name else "")
+            )
 
 
 def attention(
@@ -158,7 +175,7 @@ def attention(
 
     def body(operands):
         if parts > 1 and not place.kv_heads:
-            operands = _own_key_heads(operands, place.heads, parts)
+            operands = own_key_heads(operands, place.heads, parts)
         moving = {name: x for name, x in operands.items() if name in OF_KEYS}
         fixed = {name: x for name, x in operands.items() if name in OF_QUERIES}
         if plan is None:
@@ -171,7 +188,7 @@ def attention(
     )
 
 
-def _own_key_heads(operands: dict[str, jax.Array], axes: Axes, parts: int) -> dict[str, jax.Array]:
+def own_key_heads(operands: dict[str, jax.Array], axes: Axes, parts: int) -> dict[str, jax.Array]:
     """Of key heads that each device has, those which its query heads look at."""
     heads = operands["k"].shape[2]
     size = max(heads // parts, 1)

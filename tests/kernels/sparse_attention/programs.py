@@ -84,17 +84,27 @@ def decode(
     dim=128,
     dtype="bfloat16",
     cache=None,
+    specs=None,
     **options,
 ):
-    """Decoding, as a function and the shapes of its arguments."""
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """Decoding, as a function and the shapes of its arguments.
 
-    def shape(*sizes, of=dtype):
+    ``specs`` are those of q, or None, and of the cache, as lists.
+    """
+    q_spec, kv_spec = (None if s is None else _spec(s) for s in specs or (None, None))
+    told = {"q_spec": q_spec, "kv_spec": kv_spec} if specs else {}
+    kv_spec = kv_spec or jax.sharding.PartitionSpec()
+    if q_spec is None:
+        q_spec = jax.sharding.PartitionSpec(*kv_spec[:1])
+
+    def shape(*sizes, of=dtype, spec=kv_spec):
+        place = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(of), sharding=place)
 
     kv = shape(batch, capacity, kv_heads, dim, of=cache or dtype)
-    arguments = [shape(batch, queries, heads, dim), kv, kv, shape(batch, of="int32")]
-    run = functools.partial(decode_attention, implementation="mosaic_tpu", **options)
+    query = shape(batch, queries, heads, dim, spec=q_spec)
+    arguments = [query, kv, kv, shape(batch, of="int32", spec=jax.sharding.PartitionSpec())]
+    run = functools.partial(decode_attention, implementation="mosaic_tpu", **told, **options)
     if not cache:
         return run, arguments
     scale = shape(batch, capacity, kv_heads, of="float32")
@@ -103,3 +113,7 @@ def decode(
         return run(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
 
     return quantized, [*arguments, scale, scale]
+
+
+def _spec(axes):
+    return jax.sharding.PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in axes))

@@ -12,9 +12,11 @@ from tests.kernels.sparse_attention import cases
 LENGTHS = (300, 5, 2, 129)
 
 
-def check(run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, **options):
+def check(
+    run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, kv_heads=2, **options
+):
     """Compares each sequence with attention over its own keys; the rest of the cache is NaN."""
-    sizes = {"queries": 3, "keys": capacity, "heads": 4, "kv_heads": 2, "dim": 128}
+    sizes = {"queries": 3, "keys": capacity, "heads": 4, "kv_heads": kv_heads, "dim": 128}
     q, k, v = (x.astype(dtype) for x in cases.operands(1, batch=len(lengths), **sizes))
     scales = {}
     if code:
@@ -23,16 +25,22 @@ def check(run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=
     filled = np.arange(capacity)[None, :, None] < np.array(lengths)[:, None, None]
     held = {n: jnp.where(filled, x, jnp.nan) for n, x in scales.items()}
     cached = [jnp.asarray(x) if code else jnp.where(filled[..., None], x, jnp.nan) for x in (k, v)]
-    out = run(jnp.asarray(q), *cached, jnp.asarray(lengths), mask, **held, **options)
-    assert out.dtype == jnp.dtype(dtype)
+    out, lse = run(
+        jnp.asarray(q), *cached, jnp.asarray(lengths), mask,
+        return_logsumexp=True, **held, **options,
+    )  # fmt: skip
+    assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
+    out, lse = np.asarray(out), np.asarray(lse)
     for b, length in enumerate(lengths):
         rule = Moved(mask or causal(), length - 3)
         part = {n: x[b : b + 1, :length] for n, x in scales.items()}
         rest = (k[b : b + 1, :length], v[b : b + 1, :length])
-        want, _ = cases.expected(q[b : b + 1], *rest, rule, **part, **options)
+        want, want_lse = cases.expected(q[b : b + 1], *rest, rule, **part, **options)
         # A sequence shorter than the queries: those before its start look at nothing.
         want[:, : max(3 - length, 0)] = 0
+        want_lse[:, :, : max(3 - length, 0)] = -np.inf
         cases.assert_close(out[b : b + 1], want, dtype)
+        cases.assert_close(lse[b : b + 1], want_lse, dtype)
 
 
 class Moved(Mask):

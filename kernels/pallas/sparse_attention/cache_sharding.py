@@ -1,0 +1,163 @@
+"""Decoding over several devices: split over sequences, over key heads, and along the cache.
+
+Split along its length, each device attends to its part of the cache, and the results are merged by
+their log-sum-exps:
+
+    lse = log sum_d exp(lse_d),   out = sum_d exp(lse_d - lse) out_d
+
+That is exact, and all that is sent is a maximum and a sum of what is as large as the outputs: the
+cache stays where it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.meshes import Axes, count, names, padded
+from jaxcomp.kernels.sparse_attention.ring import by_query, share
+from jaxcomp.kernels.sparse_attention.sharding import check_parts, own_key_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How decoding is split over a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      batch: mesh axes that split the batch.
+      cache: mesh axes that split the cache along its length.
+      heads: mesh axes that split the query heads.
+      kv_heads: mesh axes that split the key heads: the same, or None where each device has all.
+    """
+
+    mesh: jax.sharding.AbstractMesh
+    batch: Axes
+    cache: Axes
+    heads: Axes
+    kv_heads: Axes
+
+
+def placement(
+    q: jax.Array,
+    k: jax.Array,
+    q_spec: PartitionSpec | None = None,
+    kv_spec: PartitionSpec | None = None,
+) -> Placement | None:
+    """How decoding is to be split.
+
+    Args:
+      q: (batch, queries, heads, head_dim).
+      k: (batch, capacity, kv_heads, head_dim).
+      q_spec: mesh axes of q, on a mesh of Auto axes; those of the cache's batch and heads if None.
+      kv_spec: mesh axes of k and v; those of q if None.
+
+    Returns:
+      The placement; None where one device computes alone, or where the sharding is not known.
+
+    Raises:
+      ValueError: q and k are split in ways that do not belong together, or that the mesh or the
+        shapes do not allow.
+    """
+    mesh = chips.mesh_of(q, k)
+    if mesh is None:
+        return None
+    if q_spec is None and kv_spec is None and AxisType.Explicit in mesh.axis_types:
+        q_spec, kv_spec = (jax.typeof(x).sharding.spec for x in (q, k))
+    if q_spec is None and kv_spec is None:
+        return None
+    if q_spec is None:
+        batch, _, heads, _ = padded(kv_spec, 4)
+        q_spec = PartitionSpec(batch, None, heads)
+    kv_spec = q_spec if kv_spec is None else kv_spec
+    batch, queries, heads, dim = padded(q_spec, 4)
+    kv_batch, cache, kv_heads, kv_dim = padded(kv_spec, 4)
+    told = f"q {q.shape} is split as {q_spec} and the cache {k.shape} as {kv_spec}"
+    if kv_batch != batch or queries or dim or kv_dim or kv_heads not in (None, heads):
+        raise ValueError(
+            f"{told}: the batch must be split alike, heads alike or those of the cache not at all, "
+            "queries and head_dim not at all; jax.reshard q, which is small"
+        )
+    both = sorted({*names(cache)} & {*names(heads)})
+    if both:
+        raise ValueError(
+            f"{told}: {', '.join(both)} would split both the heads of q and the cache's length, so "
+            "no device has all heads for its part; leave the heads of q whole on that axis"
+        )
+    sizes = dict(mesh.shape)
+    check_parts(
+        told,
+        sizes,
+        {
+            "the batch": (q.shape[0], batch),
+            "the cache's length": (k.shape[1], cache),
+            "the heads of q": (q.shape[2], heads),
+            "the heads of k": (k.shape[2], kv_heads),
+        },
+    )
+    parts = count(heads, sizes)
+    if not kv_heads and parts % k.shape[2] and k.shape[2] % parts:
+        raise ValueError(
+            f"{told}: {parts} parts of the query heads are neither a multiple nor a divisor of the "
+            f"{k.shape[2]} key heads; split the heads another way"
+        )
+    return Placement(mesh, batch, cache, heads, kv_heads)
+
+
+def attention(
+    local: Callable[..., tuple[jax.Array, jax.Array]],
+    operands: dict[str, jax.Array],
+    place: Placement,
+) -> tuple[jax.Array, jax.Array]:
+    """Decoding, each device with its part of the cache.
+
+    Args:
+      local: gives one device's outputs and log-sum-exps from its operands, by name, the position
+        where its part of the cache starts, and the dtype that the outputs are to have.
+      operands: "q", "lengths", "k", "v", and the scales that there are.
+      place: from ``placement``.
+
+    Returns:
+      Outputs (batch, queries, heads, value_dim) and log-sum-exps (batch, heads, queries), split as
+      the queries are, the same on all devices along the cache.
+    """
+    sizes = dict(place.mesh.shape)
+    parts, splits = count(place.heads, sizes), count(place.cache, sizes)
+    held = PartitionSpec(place.batch, place.cache, place.kv_heads)
+    specs = dict.fromkeys(operands, held) | {
+        "q": PartitionSpec(place.batch, None, place.heads),
+        "lengths": PartitionSpec(place.batch),
+    }
+    if AxisType.Explicit in place.mesh.axis_types:
+        # Small, and often the same everywhere: its own sharding need not be asked for.
+        lengths = NamedSharding(place.mesh, specs["lengths"])
+        operands = operands | {"lengths": jax.reshard(operands["lengths"], lengths)}
+
+    def body(operands):
+        if parts > 1 and not place.kv_heads:
+            operands = own_key_heads(operands, place.heads, parts)
+        q, capacity = operands["q"], operands["k"].shape[1]
+        if splits == 1:
+            return local(operands, 0, q.dtype)
+        # Rounded once, after the sum.
+        exact = jnp.promote_types(q.dtype, jnp.float32)
+        out, lse = local(operands, jax.lax.axis_index(place.cache) * capacity, exact)
+        return _merged(out, lse, place.cache, q.dtype)
+
+    out = specs["q"], PartitionSpec(place.batch, place.heads)
+    return jax.shard_map(body, mesh=place.mesh, in_specs=(specs,), out_specs=out, check_vma=False)(
+        operands
+    )
+
+
+def _merged(out, lse, axes, dtype):
+    """Results of all parts of the cache from each device's own."""
+    top = jax.lax.pmax(lse, axes)
+    weight = share(lse, top)
+    total, summed = jax.lax.psum((weight, out * by_query(weight)), axes)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    return (summed / by_query(safe)).astype(dtype), lse
