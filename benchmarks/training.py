@@ -22,7 +22,7 @@ from benchmarks import common
 from jaxcomp import data, distillation, evaluation, models, presets
 from jaxcomp.formats import Codebook, Int
 from jaxcomp.quantization import FakeQuant, lora
-from jaxcomp.recipe import HEADS, Recipe
+from jaxcomp.recipe import KEPT, Recipe
 
 BATCH = 8
 
@@ -140,7 +140,7 @@ def dense_row(bench: Bench, seed: int) -> float:
 
 def qat_row(bench: Bench, fmt: Int, scale: str, seed: int) -> float:
     """Quantization-aware training, distilled from the dense model."""
-    step = FakeQuant(format=fmt, scale=scale, exclude=HEADS)
+    step = FakeQuant(format=fmt, scale=scale, exclude=KEPT)
     qat = jc.qat(bench.apply, Recipe(steps=(step,)))
     state = qat.init(bench.params, bench.calibration[0][0])
 
@@ -207,12 +207,12 @@ def cost(bench: Bench, output) -> None:
     """Time of a QAT step against the plain step, in pairs."""
     tx = optax.adam(1e-4)
     recipe = {
-        "W4 g128, STE": FakeQuant(format=Int(4, 128), exclude=HEADS),
-        "W4 g128, LSQ": FakeQuant(format=Int(4, 128), scale="learned", exclude=HEADS),
+        "W4 g128, STE": FakeQuant(format=Int(4, 128), exclude=KEPT),
+        "W4 g128, LSQ": FakeQuant(format=Int(4, 128), scale="learned", exclude=KEPT),
         "W4A8": FakeQuant(
-            format=Int(4, 128, full_range=False), activation=jc.step.Activation(), exclude=HEADS
+            format=Int(4, 128, full_range=False), activation=jc.step.Activation(), exclude=KEPT
         ),
-        "NF4": FakeQuant(format=Codebook("nf4", group_size=64), exclude=HEADS),
+        "NF4": FakeQuant(format=Codebook("nf4", group_size=64), exclude=KEPT),
     }
 
     def stepper(apply, trained):

@@ -25,7 +25,7 @@ from jaxcomp import data, demo, distillation, evaluation
 from jaxcomp.diagnostics import check_finite
 from jaxcomp.formats import Int
 from jaxcomp.quantization import FakeQuant
-from jaxcomp.recipe import HEADS
+from jaxcomp.recipe import KEPT
 from jaxcomp.settings import read_settings
 
 s = read_settings("configs/examples/qat.yaml")
@@ -82,7 +82,7 @@ def gptq(bits):
 # %%
 def trainer(fmt):
     """The transform, what is trained at the start, and a jitted step."""
-    step = FakeQuant(format=fmt, scale=s.scale, exclude=HEADS)
+    step = FakeQuant(format=fmt, scale=s.scale, exclude=KEPT)
     qat = jc.qat(model.apply, jc.Recipe(steps=(step,)))
     schedule = optax.warmup_cosine_decay_schedule(
         0, s.learning_rate, max(1, s.steps // 10), s.steps, 0.05 * s.learning_rate

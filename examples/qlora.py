@@ -26,7 +26,7 @@ from jaxcomp import data, demo, distillation, evaluation
 from jaxcomp.diagnostics import check_finite
 from jaxcomp.formats import Codebook
 from jaxcomp.quantization import RTN, lora
-from jaxcomp.recipe import HEADS
+from jaxcomp.recipe import KEPT
 from jaxcomp.settings import read_settings
 
 s = read_settings("configs/examples/qlora.yaml")
@@ -57,7 +57,7 @@ print(f"perplexity: dense {evaluation.perplexity(model.apply, dense, held_out):.
 
 # %%
 nf4 = Codebook("nf4", group_size=s.group_size, double_quantization=True)
-recipe = jc.Recipe(steps=(RTN(format=nf4, exclude=HEADS),))
+recipe = jc.Recipe(steps=(RTN(format=nf4, exclude=KEPT),))
 result = jc.compress(model.apply, dense, recipe, held_out[:1], progress=False)
 base = result.params
 run = jc.dispatch(model.apply)

@@ -237,29 +237,44 @@ def evaluate(
 def inspect(
     output: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
     /,
+    verify: Annotated[bool, tyro.conf.arg(help="compare every file with its checksum")] = False,
     json: JSON = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Show what a compressed model holds.
+    """Show what a compressed model holds; its arrays are not loaded.
 
     Args:
       output: folder that compress wrote.
+      verify: compare every file with its checksum.
       json: print one line of JSON.
       debug: show tracebacks of errors.
     """
-    saved = checkpoint.load(output)
+    plain = checkpoint.read_metadata(output)
+    saved = checkpoint.load(output, include=())
     report = saved.report
     if report is None:
         raise JaxcompError(f"checkpoint {output}: was saved without a report.")
-    if not json:
-        if saved.recipe is not None:
-            show(f"recipe:\n{saved.recipe.dumps()}")
-        show(report.table())
-    return {
+    values = {
         "output": str(output),
+        "format_version": plain["format_version"],
         "metadata": saved.metadata,
         **jsonlib.loads(report.to_json()),
     }
+    if not json:
+        show(f"format version: {plain['format_version']}")
+        if saved.recipe is not None:
+            show(f"recipe:\n{saved.recipe.dumps()}")
+        show(report.table())
+    if verify:
+        progress = Progress("verify", len(plain["arrays"]), sys.stderr.isatty() and not json)
+        try:
+            found = checkpoint.verify(output, progress.advance)
+        finally:
+            progress.close()
+        values["verified"] = {"arrays": len(found), "bytes": sum(found.values())}
+        if not json:
+            show(f"verified: {len(found)} arrays, {sum(found.values())} bytes as written.")
+    return values
 
 
 def export(
@@ -485,3 +500,7 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> None:
         sys.exit(130)
     if json:
         print(jsonlib.dumps(values))
+
+
+if __name__ == "__main__":
+    main()

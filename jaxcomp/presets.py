@@ -1,7 +1,8 @@
 """Recipes by name: the usual ways to compress a model, each a function that returns a ``Recipe``.
 
-All leave the output head dense where it has its usual name (``exclude=("*lm_head*",)``), as the
-papers do; embeddings are compressed only by a recipe that names them.
+All leave the output head dense where it has its usual name, as the papers do, and the routers of
+experts, which are small and decide much (``exclude=("*lm_head*", "*router*")``); embeddings are
+compressed only by a recipe that names them.
 """
 
 import collections.abc
@@ -13,7 +14,7 @@ from jaxcomp.errors import RecipeError
 from jaxcomp.formats.spec import Codebook, Float, Int
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
 from jaxcomp.quantization import AWQ, GPTQ, RTN, FakeQuant, LLMInt8, SmoothQuant
-from jaxcomp.recipe import HEADS, Recipe
+from jaxcomp.recipe import KEPT, Recipe
 from jaxcomp.step import Activation
 
 Rules = tuple[str, ...]
@@ -31,7 +32,7 @@ def w4a16_rtn(
     symmetric: bool = True,
     clipping: Literal["minmax", "mse", "percentile"] = "minmax",
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """4-bit weights, rounded to nearest; needs no calibration data.
 
@@ -57,7 +58,7 @@ def w3a16_rtn(
     symmetric: bool = False,
     clipping: Literal["minmax", "mse", "percentile"] = "minmax",
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """3-bit weights, rounded to nearest, with zero points; arguments as in ``w4a16_rtn``."""
     return _rtn(3, group_size, symmetric, clipping, include, exclude)
@@ -68,7 +69,7 @@ def w2a16_rtn(
     symmetric: bool = False,
     clipping: Literal["minmax", "mse", "percentile"] = "minmax",
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """2-bit weights, rounded to nearest, with zero points; arguments as in ``w4a16_rtn``."""
     return _rtn(2, group_size, symmetric, clipping, include, exclude)
@@ -91,7 +92,7 @@ def w4a16_gptq(
     static_groups: bool | None = None,
     damping: float = 0.01,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """4-bit weights, each rounding error corrected by the weights not yet rounded (GPTQ).
 
@@ -117,7 +118,7 @@ def w3a16_gptq(
     static_groups: bool | None = True,
     damping: float = 0.01,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """3-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``.
 
@@ -134,7 +135,7 @@ def w2a16_gptq(
     static_groups: bool | None = True,
     damping: float = 0.01,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """2-bit weights with GPTQ and zero points; arguments as in ``w4a16_gptq``.
 
@@ -160,7 +161,7 @@ def w4a16_awq(
     group_size: int | None = 128,
     symmetric: bool = False,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """4-bit weights, salient inputs scaled up before they are rounded (AWQ), with zero points.
 
@@ -180,7 +181,7 @@ def w3a16_awq(
     group_size: int | None = 128,
     symmetric: bool = False,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """3-bit weights with AWQ and zero points; arguments as in ``w4a16_awq``."""
     return _awq(3, group_size, symmetric, include, exclude)
@@ -199,7 +200,7 @@ def w8a8_smoothquant(
     granularity: Literal["token", "tensor"] = "token",
     dynamic: bool = True,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """8-bit weights and activations, outliers smoothed into the weights first (SmoothQuant).
 
@@ -223,13 +224,13 @@ def w8a8_smoothquant(
     )
 
 
-def w8a8_dynamic(include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+def w8a8_dynamic(include: Rules = ALL, exclude: Rules = KEPT) -> Recipe:
     """8-bit weights, one scale a row, and 8-bit activations, one scale a token; needs no data."""
     step = RTN(format=_INT8, activation=Activation(), include=include, exclude=exclude)
     return Recipe(steps=(step,))
 
 
-def fp8_dynamic(include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+def fp8_dynamic(include: Rules = ALL, exclude: Rules = KEPT) -> Recipe:
     """fp8 (e4m3) weights, one scale a row, and activations, one scale a token; needs no data."""
     step = RTN(
         format=Float(kind="e4m3"),
@@ -240,7 +241,7 @@ def fp8_dynamic(include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
     return Recipe(steps=(step,))
 
 
-def llm_int8(threshold: float = 6.0, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+def llm_int8(threshold: float = 6.0, include: Rules = ALL, exclude: Rules = KEPT) -> Recipe:
     """8-bit weights and activations, inputs beyond ``threshold`` kept in float (LLM.int8())."""
     return Recipe(steps=(LLMInt8(threshold=threshold, include=include, exclude=exclude),))
 
@@ -249,7 +250,7 @@ def nf4(
     group_size: int | None = 64,
     double_quantization: bool = False,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """4-bit weights on the NormalFloat grid of QLoRA, absmax scales; needs no data.
 
@@ -271,14 +272,14 @@ def nf4(
     return Recipe(steps=(RTN(format=format, include=include, exclude=exclude),))
 
 
-def w2a16_qat(group_size: int | None = 64, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+def w2a16_qat(group_size: int | None = 64, include: Rules = ALL, exclude: Rules = KEPT) -> Recipe:
     """For ``jc.qat``: 2-bit weights whose step sizes are trained (LSQ)."""
     format = Int(bits=2, group_size=group_size, scale_dtype="bfloat16")
     step = FakeQuant(format=format, scale="learned", include=include, exclude=exclude)
     return Recipe(steps=(step,))
 
 
-def w4a8_qat(group_size: int | None = 128, include: Rules = ALL, exclude: Rules = HEADS) -> Recipe:
+def w4a8_qat(group_size: int | None = 128, include: Rules = ALL, exclude: Rules = KEPT) -> Recipe:
     """For ``jc.qat``: 4-bit weights, 8-bit inputs with one dynamic scale a token."""
     format = Int(bits=4, group_size=group_size, full_range=False, scale_dtype="bfloat16")
     step = FakeQuant(format=format, activation=Activation(), include=include, exclude=exclude)
@@ -290,7 +291,7 @@ def magnitude(
     n: int | None = None,
     m: int | None = None,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """The smallest weights dropped; needs no data.
 
@@ -313,7 +314,7 @@ def wanda(
     n: int | None = None,
     m: int | None = None,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """Weights with the smallest |w| * ‖x‖ dropped (Wanda); arguments as in ``magnitude``."""
     pattern = _pattern(sparsity, n, m)
@@ -325,7 +326,7 @@ def sparsegpt(
     n: int | None = None,
     m: int | None = None,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """Weights dropped, the others corrected for it (SparseGPT); arguments as in ``magnitude``."""
     pattern = _pattern(sparsity, n, m)
@@ -338,7 +339,7 @@ def sparsegpt_int4(
     group_size: int | None = 128,
     symmetric: bool = True,
     include: Rules = ALL,
-    exclude: Rules = HEADS,
+    exclude: Rules = KEPT,
 ) -> Recipe:
     """N of every M weights kept and those quantized to 4 bits, in one solve (SparseGPT, joint).
 

@@ -39,8 +39,10 @@ AnyStep = (
     | FakeQuantValues
 )
 
-HEADS = ("*lm_head*",)
-"""What presets exclude: the usual name of a head. Alone among rules it may match nothing."""
+KEPT = ("*lm_head*", "*router*")
+"""What presets exclude: the usual names of a head, and of what sends tokens to experts.
+
+Alone among rules these may match nothing."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -158,7 +160,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 if not any(fits(rule, p) for p in (paths if rule == "*" else everything)):
                     raise RecipeError(_unmatched(index, step, "include", rule, everything))
             for rule in step.exclude:
-                if rule not in HEADS and not any(fits(rule, p) for p in everything):
+                if rule not in KEPT and not any(fits(rule, p) for p in everything):
                     raise RecipeError(_unmatched(index, step, "exclude", rule, everything))
             chosen = [p for p in paths if matches(step, p)]
             chosen += [p for p in on_request if _any(named, p) and not _any(step.exclude, p)]

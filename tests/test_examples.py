@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 
+import jaxcomp as jc
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMON = "batch_size=2 length=32 training_text=20000 held_out=4"
@@ -22,6 +24,7 @@ SMALL = {
     "qat": f"{COMMON} steps=2 bits=[3] calibration=4",
     "distill": f"{COMMON} steps=4",
     "qlora": f"{COMMON} steps=2",
+    "scale": "recipe=w4a16_rtn length=32 batch_size=2 calibration=2 held_out=4",
     "prune_minilm": "steps=2 sentences=64 candidates=16 batch_size=8 length=16",
 }
 
@@ -78,7 +81,20 @@ def test_an_example_runs(name, run, capsys):
         pytest.skip(out.strip())
     if name != "prune_minilm":
         assert "perplexity: dense" in out and out.count("perplexity:") > 1
-    assert "step" in out and "loss" in out
+    if name == "scale":
+        assert "4 x cpu: data 2 x model 2" in out and "-> (256, 192)" in out
+    else:
+        assert "step" in out and "loss" in out
+
+
+def test_a_model_on_a_mesh_says_what_one_device_says(run):
+    names = run("scale")
+    alone = names["evaluation"].perplexity(
+        jc.dispatch(names["model"].apply), names["result"].params, names["held_out"]
+    )
+    meshed = names["evaluation"].perplexity(names["run"], names["loaded"], names["held_out"])
+    np.testing.assert_allclose(meshed, alone, rtol=1e-4)
+    assert names["apart"] < 1e-3
 
 
 def test_qat_stores_what_it_says(run):

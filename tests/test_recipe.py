@@ -9,7 +9,7 @@ from jaxcomp.errors import JaxcompError, RecipeError
 from jaxcomp.formats.spec import Codebook, Float, Int
 from jaxcomp.pruning import Magnitude, SparseGPT, Wanda
 from jaxcomp.quantization import AWQ, GPTQ, RTN, LLMInt8, SmoothQuant
-from jaxcomp.recipe import HEADS, Recipe
+from jaxcomp.recipe import KEPT, Recipe
 from jaxcomp.step import Activation
 
 PATHS = [
@@ -135,11 +135,12 @@ def test_a_rule_that_matches_nothing_is_an_error(include, exclude, said):
         assert part in str(caught.value)
 
 
-def test_the_usual_head_may_be_absent_and_is_left_alone_when_present():
+def test_head_and_routers_may_be_absent_and_are_left_alone_when_present():
     recipe = presets.w4a16_rtn()
-    assert recipe.steps[0].exclude == HEADS
+    assert recipe.steps[0].exclude == KEPT
     assert list(recipe.resolve(PATHS[1:])) == PATHS[1:]
-    assert list(recipe.resolve([*PATHS[1:], "lm_head/kernel"])) == PATHS[1:]
+    present = [*PATHS[1:], "lm_head/kernel", "layers/0/mlp/router/kernel"]
+    assert list(recipe.resolve(present)) == PATHS[1:]
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,39 @@ def load(
     return Saved(params, report or None, recipe or None, plain["metadata"], like)
 
 
+def verify(
+    path: str | os.PathLike, each: collections.abc.Callable[[str], None] | None = None
+) -> dict[str, int]:
+    """Reads every file of a checkpoint and compares it with its checksum; loads nothing.
+
+    Args:
+      path: the folder.
+      each: called with the name of an array after its files were found whole.
+
+    Returns:
+      By name of an array the bytes of its files.
+
+    Raises:
+      CheckpointError: no checkpoint, a newer version's, or a damaged one; the message names the
+        array and the file.
+
+    Example:
+      >>> import tempfile, types
+      >>> folder = tempfile.mkdtemp()
+      >>> save(folder, types.SimpleNamespace(params={"w": np.ones(3)}))
+      >>> list(verify(folder))
+      ['w']
+    """
+    path = pathlib.Path(path)
+    reader = Reader(path / "arrays", read_metadata(path)["arrays"])
+    found = {}
+    for name in reader.entries:
+        found[name] = reader.verify(name)
+        if each is not None:
+            each(name)
+    return found
+
+
 def _chosen(
     path: pathlib.Path, tree: dict[str, Any], include: collections.abc.Sequence[str]
 ) -> set[str]:

@@ -5,7 +5,7 @@ a router, in float32, chooses the ``num_experts_per_tok`` likeliest of ``num_exp
 token. No token is dropped: tokens are sorted by expert, and ``jax.lax.ragged_dot`` multiplies each
 run of them by its own expert's matrix, of weights stacked ``(experts, in, out)``.
 
-Routers are small and decide much: keep them dense with ``exclude=("*lm_head*", "*mlp/router*")``.
+Routers are small and decide much: the presets keep them dense (``*router*`` in ``exclude``).
 
 Source: https://arxiv.org/abs/2401.04088, https://arxiv.org/abs/2505.09388.
 """

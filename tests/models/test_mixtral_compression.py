@@ -117,7 +117,7 @@ def test_command_line(tmp_path, capsys):
     )
     text = tiny.text(tmp_path / "text.txt", words=300)
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
-    jc.presets.w4a16_gptq(group_size=16, exclude=ROUTERS).dump(recipe)
+    jc.presets.w4a16_gptq(group_size=16).dump(recipe)
     arguments = ["compress", folder, "--recipe", recipe, "--output", output]
     _json(capsys, *arguments, "--calibration", text, *SMALL)
     rows = _json(capsys, "inspect", output)["rows"]
