@@ -200,7 +200,7 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
     devices hold. Meshes with Auto and with Explicit axes are served alike.
 
     Args:
-      value: parameters, or what ``compress`` returned.
+      value: parameters, or what ``compress`` or ``load`` returned.
       mesh: devices, of one or several processes.
       rules: see the head of ``jaxcomp.sharding``.
 
@@ -217,7 +217,10 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
       ('model', None)
     """
     from jaxcomp.compress import Result
+    from jaxcomp.io.checkpoint import Saved
 
+    if isinstance(value, Saved):
+        return value._replace(params=shard(value.params, mesh, rules))
     if isinstance(value, Result):
         return dataclasses.replace(value, params=shard(value.params, mesh, rules))
     return jax.tree.map(_place, value, shardings(value, rules, mesh))
@@ -227,7 +230,11 @@ def _place(array: Any, sharding: NamedSharding) -> Any:
     if not hasattr(array, "shape"):
         return array
     if isinstance(array, jax.Array):
-        return jax.device_put(array, sharding)
+        if sharding.is_fully_addressable or not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        # Of this process alone, onto devices of several: device_put makes arrays there whose
+        # shards cannot be read.
+        array = np.asarray(array)
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.asarray(array[index], order="C")
     )

@@ -156,3 +156,44 @@ def test_two_processes_save_and_one_loads(tmp_path):
         assert loaded.state["step"] == 5
         np.testing.assert_array_equal(loaded.state["local"], np.arange(3.0))
         assert (loaded.state["key"] == jax.random.key(3)).all()
+
+
+LOAD = """
+    import numpy as np, jax
+    from jax.sharding import PartitionSpec as P
+    import jaxcomp as jc
+    from jaxcomp.io import reading
+
+    opened = []
+    check = reading.Reader._check
+    def noted(reader, name, file):
+        opened.append((name, file))
+        check(reader, name, file)
+    reading.Reader._check = noted
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    rules = [("w", P("a", "b")), ("embed", P("b"))]
+    saved = jc.load(FOLDER / "one", mesh=mesh, rules=rules)
+    assert len(jax.tree.leaves(saved.params)[0].addressable_shards) == 1
+    # Files of the split array that lie in another process's part are not opened.
+    print(sorted(file for name, file in opened if name == "w/0/values" and file[0] != "."))
+    jc.save(FOLDER / "four", saved)
+    dense = jc.shard(jc.load(FOLDER / "one"), mesh, rules)
+    jc.save(FOLDER / "placed", dense)
+"""
+
+
+def test_one_process_saves_and_four_load(tmp_path):
+    """Written again, by four processes, the bytes are those of one with four devices."""
+    w = np.arange(64, dtype=np.float32).reshape(8, 8)
+    part = jc.formats.quantize(jc.formats.Int(4, group_size=4), w)
+    leaf = jc.CompressedArray.from_matrix((part,), w.shape, jnp.float32)
+    tree = {"w": leaf, "embed": w[:, :4], "norm": np.ones(3, np.float32)}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    rules = [("w", P("a", "b")), ("embed", P("b"))]
+    placed = SimpleNamespace(params=jc.shard(tree, mesh, rules))
+    jc.save(tmp_path / "one", placed)
+    with processes.start(LOAD, 4, tmp_path, devices=1) as group:
+        printed = group.wait()
+    assert sorted(p.split()[-1] for p in printed) == [f"['{i}.{j}']" for i in "01" for j in "01"]
+    expected = contents(tmp_path / "one")
+    assert contents(tmp_path / "placed") == contents(tmp_path / "four") == expected
