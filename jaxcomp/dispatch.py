@@ -300,6 +300,9 @@ def choose(
     quantizers = matmul.quantizers(leaf)
     kinds = {q.spec.format for q in quantizers}
     inner = [matmul.wrappers(p)[1] for p in leaf.parts]
+    whole_rows = all(
+        not matmul.integer(p) or (p.bits == 8 and p.scale.shape[-2] == 1) for p in inner
+    )
     if not quantizers:
         reasons["int8"] = (
             reasons["int8"] or "the input is not quantized (no activation in the recipe)"
@@ -315,7 +318,7 @@ def choose(
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
     # Asked for, the operation runs on any chip, with what it has there.
     chip = None if forced == "kernel" else _chip_of(leaf, split and split.mesh)
-    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, inner, chip, split)
+    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, chip, split)
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
@@ -325,9 +328,10 @@ def choose(
                 "leave implementation out to let each site choose"
             )
         return forced, "asked for"
-    if not reasons["int8"]:
+    # XLA itself fuses the scales of whole rows of int8; others it multiplies out in memory.
+    if not reasons["int8"] and (reasons["kernel"] or whole_rows):
         return "int8", "integer codes of input and weight, summed in int32"
-    if not reasons["fp8"]:
+    if not reasons["fp8"] and reasons["kernel"]:
         return "fp8", "float8 values of input and weight"
     if not reasons["kernel"]:
         return "kernel", f"decoded next to the matrix unit of a {chip.name}"
@@ -353,17 +357,17 @@ def _chip_of(leaf: formats.CompressedArray, mesh: sharding.Mesh | None = None) -
 def _no_kernel(
     op: Op,
     leaf: formats.CompressedArray,
-    parts: list,
     chip: chips.Chip | None,
     split: NamedSharding | None,
 ) -> str:
     """Why no kernel reads the weight packed; empty where one does."""
-    if matmul.quantizers(leaf):
-        return "the input is quantized"
     dtype = op.eqn.invars[1 - op.site.operand].aval.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         return "the input is neither bfloat16 nor float32"
-    problems = [packed.problem(part, chip, dtype, split) for part in parts]
+    problems = [
+        packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p))
+        for p in leaf.parts
+    ]
     if None not in problems:
         return "; ".join(dict.fromkeys(problems))
     if split is not None:

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxcomp import formats, packed
-from jaxcomp.quantization.activation import dequantize_input, quantize_input, quantized_matmul
+from jaxcomp.quantization.activation import (
+    dequantize_input,
+    input_scales,
+    quantize_input,
+    quantized_matmul,
+)
+from jaxcomp.step import Activation
 
 
 def wrappers(part: Any) -> tuple[list[Any], Any]:
@@ -22,6 +28,12 @@ def wrappers(part: Any) -> tuple[list[Any], Any]:
 def quantizers(leaf: formats.CompressedArray) -> list[Any]:
     """The input quantizations of all parts."""
     return [w for p in leaf.parts for w in wrappers(p)[0] if isinstance(w, formats.InputQuant)]
+
+
+def activation(part: Any) -> Activation | None:
+    """How a part's input is quantized, or None."""
+    found = [w.spec for w in wrappers(part)[0] if isinstance(w, formats.InputQuant)]
+    return found[-1] if found else None
 
 
 def integer(part: Any) -> bool:
@@ -65,10 +77,12 @@ def _part_matmul(
     x: jax.Array, part: Any, implementation: str, split: NamedSharding | None
 ) -> jax.Array:
     if isinstance(part, formats.InputScale):
+        if activation(part) is not None:  # A rounded product could be another code.
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scaled = x * part.scale[..., None, :].astype(x.dtype)
         return _part_matmul(scaled, part.part, implementation, split)
     if isinstance(part, formats.InputQuant):
-        return _quantized_part(x, part, implementation)
+        return _quantized_part(x, part, implementation, split)
     if implementation == "kernel":
         if packed.problem(part) is None and x.dtype != jnp.float64:
             return packed.matmul(x, part, split)
@@ -84,13 +98,21 @@ def _part_matmul(
     return jnp.matmul(x, jnp.swapaxes(part.materialize(x.dtype), -1, -2))
 
 
-def _quantized_part(x: jax.Array, part: formats.InputQuant, implementation: str) -> jax.Array:
+def _quantized_part(
+    x: jax.Array, part: formats.InputQuant, implementation: str, split: NamedSharding | None
+) -> jax.Array:
     scale, zero = part.scale, part.zero_point
     if scale is not None:
         scale = scale[..., None, None]
         zero = None if zero is None else zero[..., None, None]
-    codes, scale, zero = quantize_input(x, part.spec, scale, zero)
-    inner = part.part
+    inner, spec = part.part, part.spec
+    if implementation == "kernel":
+        if packed.problem(inner, activation=spec) is None and x.dtype != jnp.float64:
+            # The scale is that of the whole row, also where devices hold a part of it each.
+            scale = input_scales(x, spec)[0] if scale is None else scale
+            return packed.matmul(x, inner, split, spec, scale.astype(jnp.float32))
+        implementation = "int8" if spec.format in ("int8", "int4") else "fp8"
+    codes, scale, zero = quantize_input(x, spec, scale, zero)
     codable = (implementation == "int8" and integer(inner)) or (
         implementation == "fp8" and float8(inner)
     )

@@ -11,7 +11,10 @@ from jaxcomp import formats
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import layout, sharding, weights
+from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
+from jaxcomp.step import Activation
+
+_ACTIVATION_DTYPES = {"int8": "int8", "e4m3": "float8_e4m3fn"}
 
 
 @base.part
@@ -64,19 +67,22 @@ def operand(part: Any) -> weights.Weight | str:
     return _OPERANDS.get(type(part), _other)(part)
 
 
-def prepared(part: Any, chip: Chip) -> Any:
+def prepared(part: Any, chip: Chip, activation: Activation | None = None) -> Any:
     """A part, also inside of input transforms, in the layout of a chip's kernels if it has one.
 
     Args:
       part: arrays.
       chip: from ``chip_of``.
+      activation: how the part's input is quantized, or None.
 
     Returns:
       The part with a ``Prepared`` in its place, or as it is where no kernel reads it.
     """
-    if isinstance(part, (formats.InputScale, formats.InputQuant)):
-        return part.replace(part=prepared(part.part, chip))
-    if problem(part, chip) is not None or isinstance(part, Prepared):
+    if isinstance(part, formats.InputScale):
+        return part.replace(part=prepared(part.part, chip, activation))
+    if isinstance(part, formats.InputQuant):
+        return part.replace(part=prepared(part.part, chip, part.spec))
+    if problem(part, chip, activation=activation) is not None or isinstance(part, Prepared):
         return part
     return Prepared.of(operand(part))
 
@@ -155,6 +161,7 @@ def problem(
     chip: Chip | None = None,
     dtype: Any = jnp.bfloat16,
     split: NamedSharding | None = None,
+    activation: Activation | None = None,
 ) -> str | None:
     """Why no kernel reads a part, from shapes alone.
 
@@ -163,6 +170,7 @@ def problem(
       chip: whose kernel; None asks only whether there is an operation for the format.
       dtype: of the input.
       split: mesh axes of stack, out and in: each device's share has to suit the kernel.
+      activation: how the input is quantized, or None.
 
     Returns:
       The reason, or None.
@@ -172,6 +180,13 @@ def problem(
     (weight,) = found
     if isinstance(weight, str):
         return weight
+    quantized = None
+    if activation is not None:
+        quantized = _ACTIVATION_DTYPES.get(activation.format)
+        if quantized not in reference.activation_dtypes(weight.format):
+            return f"no kernel multiplies inputs of {activation.format} with {weight.format}"
+        if not activation.symmetric:
+            return "the quantized input has zero points"
     if chip is None:
         return None
     if chip.platform != "tpu":
@@ -180,18 +195,33 @@ def problem(
 
     if split is not None:
         weight = sharding.local(weight, split)
-    return tpu.unfit(weight, chip, x_dtype=dtype)
+    return tpu.unfit(weight, chip, reference.Options(None, quantized, "float32"), dtype)
 
 
-def matmul(x: jax.Array, part: Any, split: NamedSharding | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    part: Any,
+    split: NamedSharding | None = None,
+    activation: Activation | None = None,
+    scale: jax.Array | None = None,
+) -> jax.Array:
     """Product of an input with a part that ``operand`` accepts, by its kernel.
 
     Args:
       x: ``(*stack, tokens, in)``, bfloat16 or float32.
       part: of a weight ``(*stack, out, in)``, without input transforms.
       split: mesh axes of stack, out and in, on a mesh of Auto axes.
+      activation: how the input is quantized on its way, or None.
+      scale: of the quantized input, broadcasts against ``(*stack, tokens, 1)``.
 
     Returns:
       ``(*stack, tokens, out)`` in float32.
     """
-    return kernels.quantized_matmul(x, operand(part), out_dtype=jnp.float32, weight_spec=split)
+    return kernels.quantized_matmul(
+        x,
+        operand(part),
+        activation_dtype=activation and _ACTIVATION_DTYPES[activation.format],
+        x_scales=scale,
+        out_dtype=jnp.float32,
+        weight_spec=split,
+    )

@@ -107,6 +107,21 @@ def static_scales(
     return activation_scales(low, high, activation)
 
 
+def input_scales(x: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of a matmul's input at hand.
+
+    Args:
+      x: ``(..., in)``, any float dtype.
+      activation: what to quantize to.
+
+    Returns:
+      Scale and zero point, both ``(..., 1)`` or, for one a tensor, ``(1, .., 1)``; the zero point
+      is None for a symmetric grid.
+    """
+    axes = -1 if activation.granularity == "token" else None
+    return activation_scales(x.min(axes, keepdims=True), x.max(axes, keepdims=True), activation)
+
+
 def quantize_input(
     x: jax.Array,
     activation: Activation,
@@ -138,9 +153,7 @@ def quantize_input(
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     x = x.astype(dtype)
     if scale is None:
-        axes = -1 if activation.granularity == "token" else None
-        low, high = x.min(axes, keepdims=True), x.max(axes, keepdims=True)
-        scale, zero_point = activation_scales(low, high, activation)
+        scale, zero_point = input_scales(x, activation)
     largest = _LARGEST[activation.format]
     scaled = divided(x, scale)
     if activation.format in _FLOAT8:

@@ -13,9 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
-from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
-
-_ACTIVATION_DTYPES = {"int": ("int8", "float8_e4m3fn"), "float": ("float8_e4m3fn",), "codebook": ()}
+from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 
 def quantized_matmul(
@@ -30,6 +28,7 @@ def quantized_matmul(
     bias: jax.Array | None = None,
     activation: str | None = None,
     activation_dtype: str | None = None,
+    x_scales: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
@@ -38,13 +37,14 @@ def quantized_matmul(
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias) with W[n, k] = scale * (value(code) - zero).
 
-    With ``activation_dtype`` each row of x is first quantized by its largest entry, and the product
-    is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. Gradients go to x
-    (straight through that quantization), scales, zeros, bias and table.
+    With ``activation_dtype`` rows of x are first quantized, by ``x_scales`` or their largest entry,
+    and the product is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. Gradients
+    go to x (straight through that quantization), scales, zeros, bias and table.
 
     On a mesh of several devices each multiplies its own part of the weight (and quantizes its own
-    part of a row): sums are exchanged where K is split, weights never. Axes of Explicit type say
-    how arrays are split; on Auto axes ``weight_spec`` has to, and without it XLA does the product.
+    part of a row, where K is split and no ``x_scales`` are given by that part's largest entry):
+    sums are exchanged where K is split, weights never. Axes of Explicit type say how arrays are
+    split; on Auto axes ``weight_spec`` has to, and without it XLA does the product.
 
     Args:
       x: ``(*stack, .., K)``, bf16 or f32.
@@ -58,6 +58,8 @@ def quantized_matmul(
       bias: ``(*stack, N)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       activation_dtype: None, "int8" (integer codes) or "float8_e4m3fn" (int4, int2 and fp8 codes).
+      x_scales: f32, broadcasts against ``(*stack, .., 1)``: what rows are divided by before they
+        are rounded, static scales for instance; None for each row's largest entry.
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", "mosaic_gpu" (Hopper; never run on a GPU so far, so only
         where it is asked for), or None for the best one.
@@ -89,9 +91,10 @@ def quantized_matmul(
     options = _options(x, weight, bias, activation, activation_dtype, out_dtype)
     _check_rows(x, weight)
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
+    x_scales = _row_scales(x, x_scales, options)
     place = sharding.placement(x, weight, weight_spec, x_spec)
     if place is None:
-        return _stacked(run, options, x, weight, bias)
+        return _stacked(run, options, x, weight, bias, x_scales)
     whole = options
     if place.inputs:  # What is fused needs the sum over devices.
         options = dataclasses.replace(options, activation=None, out_dtype="float32")
@@ -103,16 +106,19 @@ def quantized_matmul(
         return reference.finish(y, bias, whole)
 
     call = functools.partial(_stacked, run, options)
-    return sharding.matmul(call, finish, x, weight, bias, place)
+    return sharding.matmul(call, finish, x, weight, bias, x_scales, place)
 
 
-def _stacked(run, options, x, weight, bias) -> jax.Array:
+def _stacked(run, options, x, weight, bias, x_scales) -> jax.Array:
     """The product of ``(*stack, .., K)`` with a weight that may have stack axes."""
     call = functools.partial(_differentiable, run, options)
     shared = dataclasses.replace(weight.map(lambda _: 0), table=None)
     for _ in weight.stack:
-        call = jax.vmap(call, in_axes=(0, shared, None if bias is None else 0))
-    y = call(x.reshape(*weight.stack, -1, x.shape[-1]), weight, bias)
+        fused = (None if a is None else 0 for a in (bias, x_scales))
+        call = jax.vmap(call, in_axes=(0, shared, *fused))
+    if x_scales is not None:
+        x_scales = x_scales.reshape(*weight.stack, -1, 1)
+    y = call(x.reshape(*weight.stack, -1, x.shape[-1]), weight, bias, x_scales)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -188,8 +194,8 @@ def grouped_quantized_matmul(
     )
     del interpret  # of a kernel that is not there
 
-    def dense(options, x, weight, bias):
-        return reference.matmul(x, layout.restore(weight), bias, options)
+    def dense(options, x, weight, bias, x_scales):
+        return reference.matmul(x, layout.restore(weight), bias, options, x_scales)
 
     multiply = functools.partial(_differentiable, dense, options)
     return reference.grouped_matmul(x, group_sizes, weight, bias, multiply)
@@ -262,9 +268,7 @@ def _options(x, weight, bias, activation, activation_dtype, out_dtype) -> Option
         raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
-    allowed = _ACTIVATION_DTYPES[FORMATS[weight.format].kind]
-    if weight.format == "int8":
-        allowed = ("int8",)  # e4m3 has too few digits for its codes
+    allowed = reference.activation_dtypes(weight.format)
     name = None if activation_dtype is None else jnp.dtype(activation_dtype).name
     if name is not None and name not in allowed:
         raise ValueError(
@@ -278,6 +282,26 @@ def _options(x, weight, bias, activation, activation_dtype, out_dtype) -> Option
             f"{weight.scales.shape} say"
         )
     return Options(activation, name, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+
+
+def _row_scales(x, x_scales, options) -> jax.Array | None:
+    """Scales of rows, one for each."""
+    if x_scales is None:
+        return None
+    if options.activation_dtype is None:
+        raise ValueError(
+            f"x_scales {x_scales.shape} are to quantize x {x.shape}: give activation_dtype as well"
+        )
+    shape = (*x.shape[:-1], 1)
+    if x_scales.dtype != jnp.float32:
+        raise TypeError(f"x_scales {x_scales.shape} are {x_scales.dtype}; use float32")
+    try:
+        return jnp.broadcast_to(x_scales, shape)
+    except ValueError:
+        raise ValueError(
+            f"x_scales {x_scales.shape} do not broadcast to {shape}, one for each row of x "
+            f"{x.shape}"
+        ) from None
 
 
 def _check_rows(x: jax.Array, weight: Weight) -> None:
@@ -294,11 +318,11 @@ def _check_rows(x: jax.Array, weight: Weight) -> None:
         )
 
 
-def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
+def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) -> jax.Array:
     """The product of rows ``(M, K)`` by the implementation that fits best."""
     chip = chips.chip_of(x)
     if implementation is None and not interpret and (chip is None or chip.platform == "cpu"):
-        return reference.matmul(x, _restored(weight), bias, options)
+        return reference.matmul(x, _restored(weight), bias, options, x_scales)
     from jaxcomp.kernels.quantized_matmul import gpu, tpu
 
     if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
@@ -319,10 +343,10 @@ def _run(options, x, weight, bias, *, implementation, interpret) -> jax.Array:
         implementation,
     )
     if chosen == "xla":
-        return reference.matmul(x, _restored(weight), bias, options)
+        return reference.matmul(x, _restored(weight), bias, options, x_scales)
     if chosen == "mosaic_gpu":
-        return gpu.run(x, weight, bias, options, interpret=interpret)
-    return tpu.matmul(x, weight, bias, options, chip, interpret)
+        return gpu.run(x, weight, bias, options, interpret=interpret, x_scales=x_scales)
+    return tpu.matmul(x, weight, bias, options, chip, interpret, x_scales=x_scales)
 
 
 def _restored(weight: Weight) -> Weight:
@@ -335,22 +359,22 @@ def _restored(weight: Weight) -> Weight:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(run, options, x, weight, bias):
-    return run(options, x, weight, bias)
+def _differentiable(run, options, x, weight, bias, x_scales=None):
+    return run(options, x, weight, bias, x_scales)
 
 
-def _forward(run, options, x, weight, bias):
+def _forward(run, options, x, weight, bias, x_scales):
     # The activation's gradient needs what it was applied to.
     linear = dataclasses.replace(options, activation=None)
     if options.activation is not None:
         linear = dataclasses.replace(linear, out_dtype="float32")
-    z = run(linear, x, weight, bias)
+    z = run(linear, x, weight, bias, x_scales)
     y = reference.finish(z, None, options)
-    return y, (x, weight, bias, z if options.activation is not None else None)
+    return y, (x, weight, bias, x_scales, z if options.activation is not None else None)
 
 
 def _backward(run, options, saved, dy):
-    x, weight, bias, z = saved
+    x, weight, bias, x_scales, z = saved
     dz = dy.astype(jnp.float32)
     if z is not None:
         dz = jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
@@ -362,7 +386,7 @@ def _backward(run, options, saved, dy):
         dcodes = np.zeros(weight.codes.shape, jax.dtypes.float0)
     dweight = dataclasses.replace(weight, codes=dcodes, scales=dscales, zeros=dzeros, table=dtable)
     dbias = None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)
-    return dx, dweight, dbias
+    return dx, dweight, dbias, None if x_scales is None else jnp.zeros_like(x_scales)
 
 
 _differentiable.defvjp(_forward, _backward)

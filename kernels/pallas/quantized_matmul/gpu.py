@@ -100,6 +100,7 @@ def run(
     *,
     interpret=False,
     tiles: "Tiles | None" = None,
+    x_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Computes y = activation(x Wᵀ + bias), for operands for which ``reason`` is None.
 
@@ -110,13 +111,14 @@ def run(
       options: what is fused.
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
       tiles: how the product is divided; None for the table's choice.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       ``(M, N)``.
     """
     row_scales = None
     if options.activation_dtype is not None:
-        x, row_scales = reference.quantize_rows(x, options.activation_dtype)
+        x, row_scales = reference.quantize_rows(x, options.activation_dtype, x_scales)
         row_scales = row_scales[:, 0]
     if tiles is None:
         tiles = choose_tiles(x, weight)

@@ -31,15 +31,27 @@ class Options:
     out_dtype: str
 
 
-def quantize_rows(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Scales each row so that its largest entry is the largest of a dtype, and rounds.
+def activation_dtypes(format: str) -> tuple[str, ...]:
+    """The dtypes of rows whose products with the codes of a format are exact."""
+    if format == "int8":
+        return ("int8",)  # e4m3 has too few digits for its codes
+    kinds = {"int": ("int8", "float8_e4m3fn"), "float": ("float8_e4m3fn",), "codebook": ()}
+    return kinds[FORMATS[format].kind]
+
+
+def quantize_rows(
+    x: jax.Array, dtype: str, scales: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Divides each row by its scale, and rounds.
 
     Args:
       x: ``(M, K)``.
       dtype: "int8" or "float8_e4m3fn".
+      scales: f32 ``(M, 1)``; None makes a row's largest entry the largest of the dtype.
 
     Returns:
-      ``(M, K)`` of the dtype and f32 scales ``(M, 1)``; a row of zeros has the scale 1.
+      ``(M, K)`` of the dtype, what is beyond its ends at its ends, and f32 scales ``(M, 1)``; a row
+      of zeros has the scale 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,15 +61,16 @@ def quantize_rows(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.float32)
     top = 127.0 if dtype == "int8" else 448.0
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / top, 1.0)
-    # Integers have no infinity and no NaN: the scale carries them. The largest may not, as a CPU's
-    # maximum can lose a NaN.
-    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-    scale = jnp.where(finite, scale, jnp.nan)
-    scaled = x / scale
-    scaled = jnp.round(scaled) if dtype == "int8" else jnp.clip(scaled, -top, top)
-    return scaled.astype(dtype), scale
+    if scales is None:
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        scales = jnp.where(largest > 0, largest / top, 1.0)
+    # The maximum changes nothing: it keeps XLA from multiplying with a rounded reciprocal.
+    scaled = x / jnp.maximum(scales, -jnp.abs(x))
+    # Integers have no NaN (and no infinity, which its own scale makes one): the scale carries it.
+    undefined = jnp.any(jnp.isnan(scaled), axis=-1, keepdims=True)
+    scales = jnp.where(undefined, jnp.nan, scales)
+    scaled = jnp.round(scaled) if dtype == "int8" else scaled
+    return jnp.clip(scaled, -top, top).astype(dtype), scales
 
 
 def finish(y: jax.Array, bias: jax.Array | None, options: Options) -> jax.Array:
@@ -67,7 +80,13 @@ def finish(y: jax.Array, bias: jax.Array | None, options: Options) -> jax.Array:
     return ACTIVATIONS[options.activation](y).astype(options.out_dtype)
 
 
-def matmul(x: jax.Array, weight: Weight, bias: jax.Array | None, options: Options) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    options: Options,
+    x_scales: jax.Array | None = None,
+) -> jax.Array:
     """Y = activation(x Wᵀ + bias).
 
     Args:
@@ -75,12 +94,14 @@ def matmul(x: jax.Array, weight: Weight, bias: jax.Array | None, options: Option
       weight: stored, without stack axes.
       bias: ``(N,)`` or None.
       options: what is fused.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       ``(M, N)``.
     """
     if options.activation_dtype is not None:
-        return finish(_quantized_product(x, weight, options.activation_dtype), bias, options)
+        xq, row_scales = quantize_rows(x, options.activation_dtype, x_scales)
+        return finish(_quantized_product(xq, weight) * row_scales, bias, options)
     w = weights.dequantize(weight).astype(x.dtype)
     return finish(_dot(x, w, ((1,), (1,))), bias, options)
 
@@ -93,13 +114,12 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax
     )
 
 
-def _quantized_product(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
-    """f32 x Wᵀ with quantized rows of x: one exact product a group, then its scale."""
-    xq, row_scales = quantize_rows(x, dtype)
-    codes = weights.unpack(weight.codes, weight.format).astype(dtype)
+def _quantized_product(xq: jax.Array, weight: Weight) -> jax.Array:
+    """f32 x Wᵀ of quantized x: one exact product a group, then its scale."""
+    codes = weights.unpack(weight.codes, weight.format).astype(xq.dtype)
     xq = jnp.moveaxis(weights.grouped(xq, weight), 1, 0)
     codes = jnp.moveaxis(weights.grouped(codes, weight), 1, 0)
-    sums = jnp.int32 if dtype == "int8" else jnp.float32
+    sums = jnp.int32 if xq.dtype == jnp.int8 else jnp.float32
     scales = weight.scales.astype(jnp.float32)
     zeros = None if weight.zeros is None else weight.zeros.astype(jnp.float32)
 
@@ -113,8 +133,8 @@ def _quantized_product(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
             product = product - total * zero[None]
         return y + product * scale[None], None
 
-    y = jnp.zeros((x.shape[0], weight.shape[0]), jnp.float32)
-    return jax.lax.scan(step, y, (xq, codes, scales, zeros))[0] * row_scales
+    y = jnp.zeros((xq.shape[1], weight.shape[0]), jnp.float32)
+    return jax.lax.scan(step, y, (xq, codes, scales, zeros))[0]
 
 
 def gradients(

@@ -142,22 +142,24 @@ def local(weight: Weight, split: NamedSharding) -> Weight:
 
 
 def matmul(
-    call: Callable[[jax.Array, Weight, jax.Array | None], jax.Array],
+    call: Callable[[jax.Array, Weight, jax.Array | None, jax.Array | None], jax.Array],
     finish: Callable[[jax.Array, jax.Array | None], jax.Array],
     x: jax.Array,
     weight: Weight,
     bias: jax.Array | None,
+    x_scales: jax.Array | None,
     place: Placement,
 ) -> jax.Array:
     """The product, each device on its own part.
 
     Args:
-      call: gives one device's result from its rows, weight and bias.
+      call: gives one device's result from its rows, weight, bias and scales of rows.
       finish: gives the result from the sum of unfinished float32 products and the bias, where K is
         split; ``call`` is then given no bias and must leave its result unfinished.
       x: ``(*stack, .., K)``.
       weight: stored or prepared.
       bias: ``(*stack, N)`` or None.
+      x_scales: ``(*stack, .., 1)`` that rows are quantized with, or None.
       place: from ``placement``.
 
     Returns:
@@ -178,11 +180,11 @@ def matmul(
     part = n // count(outputs, sizes), k // count(inputs, sizes)
     group_size = weight.group_size if groups or not inputs else part[1]
 
-    def body(x, weight, bias):
+    def body(x, weight, bias, x_scales):
         weight = dataclasses.replace(weight, shape=part, group_size=group_size)
         if not inputs:
-            return call(x, weight, bias)
-        return finish(jax.lax.psum(call(x, weight, None), inputs), bias)
+            return call(x, weight, bias, x_scales)
+        return finish(jax.lax.psum(call(x, weight, None, x_scales), inputs), bias)
 
     return jax.shard_map(
         body,
@@ -191,7 +193,8 @@ def matmul(
             PartitionSpec(*stack, *place.rows, inputs),
             specs,
             PartitionSpec(*stack, outputs),
+            PartitionSpec(*stack, *place.rows, None),
         ),
         out_specs=PartitionSpec(*stack, *place.rows, outputs),
         check_vma=False,
-    )(x, weight, bias)
+    )(x, weight, bias, x_scales)

@@ -112,6 +112,7 @@ def matmul(
     chip: Chip = V5E,
     interpret=False,
     tile: tpu_tiles.Tile | None = None,
+    x_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies: y = activation(x Wᵀ + bias).
 
@@ -123,6 +124,7 @@ def matmul(
       chip: whose arithmetic to use.
       interpret: False, or ``pltpu.InterpretParams(..)``.
       tile: of the kernel of few rows; None for a good one.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       ``(M, N)``.
@@ -137,9 +139,10 @@ def matmul(
     pieces = how.pieces * how.copies
     tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)
     padded = -(-m // tile.m) * tile.m
-    rows, row_scales, sums = _pieces(
-        jnp.pad(x, ((0, padded - m), (0, 0))), weight, how, options, tile
-    )
+    more = ((0, padded - m), (0, 0))
+    if x_scales is not None:
+        x_scales = jnp.pad(x_scales, more, constant_values=1.0)
+    rows, row_scales, sums = _pieces(jnp.pad(x, more), x_scales, weight, how, options, tile)
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
     body = functools.partial(
@@ -203,7 +206,7 @@ def _static(weight: Weight) -> Weight:
     )
 
 
-def _pieces(x, weight, how, options, tile):
+def _pieces(x, x_scales, weight, how, options, tile):
     """Rows of x as the kernel takes them, and what is left of their scales.
 
     Returns:
@@ -213,7 +216,7 @@ def _pieces(x, weight, how, options, tile):
     m, k = x.shape
     row_scales = None
     if options.activation_dtype is not None:
-        x, row_scales = reference.quantize_rows(x, options.activation_dtype)
+        x, row_scales = reference.quantize_rows(x, options.activation_dtype, x_scales)
         total, parts = x.astype(jnp.float32), [x]
     elif how.x == "int8":
         total, parts, row_scales = _digits(x, how.pieces)

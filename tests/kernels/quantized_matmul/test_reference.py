@@ -81,6 +81,17 @@ class TestXla:
         expected = cases.product(cases.quantized_rows(x, dtype), case)
         cases.assert_close(y, expected, "float32")
 
+    def test_given_scales_of_rows(self, rng):
+        case = self.case(rng, "int4", zeros=True)
+        x = cases.rows(rng, (self.shape[0], self.shape[2]), "bfloat16")
+        each = jnp.asarray(rng.uniform(0.01, 0.1, (self.shape[0], 1)), jnp.float32)
+        for scale in (each, each[0, 0]):  # One for all rows, too; both cut the outliers off.
+            y = self.run(x, case, activation_dtype="int8", x_scales=scale, out_dtype=jnp.float32)
+            codes = np.asarray(x, np.float32) / np.asarray(scale)
+            assert np.abs(codes).max() > 128
+            rounded = np.clip(np.round(codes), -127, 127).astype(np.float64) * np.asarray(scale)
+            cases.assert_close(y, cases.product(rounded, case), "float32")
+
     @pytest.mark.parametrize("activation_dtype", [None, "int8"])
     def test_rows_that_are_not_finite(self, rng, activation_dtype):
         case = self.case(rng, "int4")
@@ -219,6 +230,12 @@ class TestErrors:
             ({"format": "int5"}, ValueError, ["int5", "int4"]),
             ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
             ({"activation_dtype": "int4"}, ValueError, ["int4", "int8"]),
+            ({"x_scales": jnp.ones(())}, ValueError, ["()", "activation_dtype"]),
+            (
+                {"x_scales": jnp.ones((7, 1)), "activation_dtype": "int8"},
+                ValueError,
+                ["(7, 1)", "(3, 1)", "(3, 64)"],
+            ),
             ({"implementation": "cuda"}, ValueError, ["cuda", "xla"]),
             ({"table": jnp.ones((16,))}, ValueError, ["codebook"]),
         ],

@@ -90,6 +90,29 @@ def test_gradients_are_those_of_one_device(split, rng):
         cases.assert_close(np.ravel(b), np.ravel(np.asarray(a, np.float64)), "float32")
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_quantized_alike_on_all_devices(kind, rng):
+    """Given the scale of a whole row, its parts become the codes that one device would make."""
+    mesh, split = mesh_of(kind), P(None, "model")
+    case = cases.make(rng, "int4", (24, 256), 32)
+    x = cases.rows(rng, (4, 3, 256), "float32")
+    options = case.options | {"activation_dtype": "int8"}
+    if kind is AxisType.Auto:
+        options["weight_spec"] = split
+    operands = (
+        put(mesh, x, P("data", None, "model")),
+        put(mesh, case.codes, split),
+        put(mesh, case.scales, P("model", None)),
+    )
+
+    def apply(x, codes, scales):
+        rows = jnp.abs(x).max(-1, keepdims=True) / 127
+        return quantized_matmul(x, codes, scales, x_scales=rows, **options)
+
+    expected = cases.product(cases.quantized_rows(x, "int8").reshape(12, 256), case)
+    cases.assert_close(jax.jit(apply)(*operands), expected.reshape(4, 3, 24), "float32")
+
+
 def test_one_group_a_row_split_over_inputs(rng):
     mesh = mesh_of(AxisType.Explicit)
     case = cases.make(rng, "int8", (24, 256), 256)
