@@ -40,12 +40,20 @@ def attend(
     segments=False,
     span=False,
     soft_cap=None,
+    specs=None,
     **options,
 ):
-    """Attention, or its gradients, as a function and the shapes of its arguments."""
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """Attention, or its gradients, as a function and the shapes of its arguments.
+
+    ``specs`` are those of q and of k and v, as lists.
+    """
+    q_spec, kv_spec = (_spec(s) for s in specs or ((), ()))
+    if specs:
+        options = {**options, "q_spec": q_spec, "kv_spec": kv_spec}
 
     def shape(*sizes, of=dtype):
+        spec = q_spec if sizes[2:3] == (heads,) else kv_spec
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec[: len(sizes)]))
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(of), sharding=place)
 
     operands = {

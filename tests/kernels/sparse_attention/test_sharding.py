@@ -27,6 +27,9 @@ P = PartitionSpec
 COLLECTIVES = r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 HEADS = per_head([causal(), window(9)] * 2)
 RANDOM = window(5) | global_(3) | random(1, block_size=16)
+WINDOW = window(20, causal=True)
+# What the kernel for TPUs does on a device, interpreted.
+KERNEL = {"implementation": "mosaic_tpu", "interpret": True, "block_q": 128, "block_k": 128}
 # Kind of mesh, shape of it, specs of q and of k, mask, key heads, options.
 CASES = {
     "batch and heads": ("Auto", (2, 2), P("x", None, "y"), None, causal(), 2, {}),
@@ -40,6 +43,10 @@ CASES = {
         {"soft_cap": 5.0},
     ),
     "ring of codes": ("Auto", (1, 4), P(None, "y"), None, strided(7), 2, {"cache": "int8"}),
+    "ring of kernels": ("Auto", (1, 2), P(None, "y"), None, causal(), 1, {"kernel": True}),
+    "ring of kernels, heads": (
+        "Explicit", (2, 2), P(None, "y", "x"), None, WINDOW, 2, {"kernel": True, "segments": True},
+    ),
 }  # fmt: skip
 
 
@@ -55,6 +62,7 @@ def test_same_numbers_and_gradients(name, rng):
     batch, length, heads = 2, 64, 4
     q, k, v = cases.operands(3, batch, length, length, heads, kv_heads, 16, 8)
     told = {"q_spec": q_spec, "kv_spec": kv_spec} if kind is AxisType.Auto else {}
+    told |= KERNEL if options.get("kernel") else {}
     b, s, h = (*q_spec, None, None)[:3]
     of_keys = q_spec if kv_spec is None else kv_spec
     extras, extra_specs = {}, {}
