@@ -1,8 +1,10 @@
 """Attention of the newest tokens to a long cache: a kernel for TPUs, and plain JAX.
 
-The queries are few, so reading the cache is the work. The kernel goes over blocks of positions with
-all key heads in each, as the cache lies in memory; which blocks hold anything that a query may look
-at depends on the sequence's length, and the others are neither read nor computed.
+The queries are few, so reading the cache is the work, and arithmetic is idle. The kernel goes over
+blocks of the cache as it lies in memory, all key heads of a position beside each other: all queries
+are multiplied with all of it, and of the products those with a query's own key head are kept. To
+pick out one head's keys the whole cache would have to be copied. Which blocks hold anything that a
+query may look at depends on the sequence's length; the others are neither read nor computed.
 
 Both take a part of a cache as well, which begins at position ``start`` of every sequence: with the
 log-sum-exps that they return, results of all parts are merged exactly (``cache_sharding``).
@@ -24,6 +26,8 @@ from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
 ROWS = 8
 # Bytes of keys in a block: enough that starting a step costs little beside reading it.
 BLOCK_BYTES = 1 << 20
+# Scores that are computed at once: about as many as there are registers for.
+SCORES = 1 << 15
 
 
 def unfit(
@@ -123,15 +127,11 @@ def mosaic(
     """The kernel: arguments and results are those of ``plain``; ``block_k`` keys are in a block."""
     batch, queries, heads, dim = q.shape
     capacity, kv_heads, out_dim = k.shape[1], k.shape[2], v.shape[-1]
-    group = heads // kv_heads
     block = block_k or _block(capacity, kv_heads * dim * k.dtype.itemsize)
-    count = -(-capacity // block)
-    rows = -(-queries * group // ROWS) * ROWS
+    count, columns = -(-capacity // block), block * kv_heads
+    rows = -(-queries * heads // ROWS) * ROWS
+    width = _width(rows, columns)
     factor = scale / soft_cap if soft_cap else scale * LOG2_E
-    # A key head's queries beside each other, as the rows of one product.
-    grouped = jnp.moveaxis(q.reshape(batch, queries, kv_heads, group, dim), 2, 1)
-    grouped = grouped.reshape(batch, kv_heads, queries * group, dim)
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - queries * group), (0, 0)))
     reach = mask.reach()
 
     def bounds(lengths, begin, sequence):
@@ -148,26 +148,31 @@ def mosaic(
         # Past the last block it stays there, and nothing is fetched.
         return jnp.maximum(jnp.minimum(first + step, last), 0)
 
-    def cached(width):
-        return pl.BlockSpec((None, block, width), lambda b, s, *n: (b, at(b, s, *n), 0))
-
     def whole(width):
-        return pl.BlockSpec((None, kv_heads, rows, width), lambda b, s, *n: (b, 0, 0, 0))
+        return pl.BlockSpec((None, rows, width), lambda b, s, *n: (b, 0, 0))
 
-    operands = [grouped, *(x.reshape(batch, capacity, -1) for x in (k, v))]
-    specs = [whole(dim), cached(kv_heads * dim), cached(kv_heads * out_dim)]
+    def cached(width):
+        return pl.BlockSpec((None, columns, width), lambda b, s, *n: (b, at(b, s, *n), 0))
+
+    # Positions and heads side by side: the same bytes, in the tiles of every TPU.
+    flat = [x.reshape(batch, capacity * kv_heads, -1) for x in (k, v)]
+    stacked = q.reshape(batch, queries * heads, dim)
+    operands = [jnp.pad(stacked, ((0, 0), (0, rows - queries * heads), (0, 0))), *flat]
+    specs = [whole(dim), cached(dim), cached(out_dim)]
     for x in (k_scale, v_scale):
         if x is not None:
             operands.append(jnp.moveaxis(x.astype(jnp.float32), 1, 2))
             specs.append(
                 pl.BlockSpec((None, kv_heads, block), lambda b, s, *n: (b, 0, at(b, s, *n)))
             )
+    scale_rows = [pltpu.VMEM((1, columns), jnp.float32) for _ in operands[3:]]
 
     def body(lengths, begin, q, k, v, *rest):
-        scales, (out, lse, top, total, summed) = rest[:-5], rest[-5:]
+        stored, rest = rest[: len(scale_rows)], rest[len(scale_rows) :]
+        out, lse, top, total, summed, *scales = rest
         sequence, step = pl.program_id(0), pl.program_id(1)
         filled, first, last = bounds(lengths, begin, sequence)
-        length = lengths[sequence]
+        here = (first + step) * block
 
         @pl.when(step == 0)
         def _():
@@ -176,51 +181,60 @@ def mosaic(
             summed[...] = jnp.zeros_like(summed)
 
         def add(edge):
-            here = (first + step) * block
-            row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-            q_position = length - queries + (row if group == 1 else jax.lax.div(row, group))
-            k_index = here + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
-            allowed = mask.allowed(q_position, begin[0] + k_index)
-            allowed = allowed & (k_index < filled) & (q_position >= 0)
-            for head in range(kv_heads):
-                keys = k[:, head * dim : (head + 1) * dim].astype(q.dtype)
-                values = v[:, head * out_dim : (head + 1) * out_dim].astype(q.dtype)
+            for by_head, along in zip(stored, scales, strict=True):
+                _spread(by_head, along)
+            query, head = _divided(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), heads)
+            q_position = lengths[sequence] - queries + query
+            # No key has the head of a row that is none, nor a row that of a key that is none.
+            q_head = _divided(head, heads // kv_heads)[0]
+            q_head = jnp.where((q_position >= 0) & (query < queries), q_head, -1)
+
+            def part(number, _):
+                start = pl.multiple_of(number * width, LANES)
+                place = pl.ds(start, width)
+                column = start + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
+                k_index, k_head = _divided(column, kv_heads)
+                k_index = here + k_index
+                values = v[place, :].astype(q.dtype)
                 if edge:
+                    k_head = jnp.where(k_index < filled, k_head, -2)
                     # What lies past the cache's end may be anything, and not a number times zero
                     # is not zero.
-                    held = here + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < filled
+                    held = start + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+                    held = held < (filled - here) * kv_heads
                     values = jnp.where(held, values, jnp.zeros_like(values))
-                scores = dot(q[head], keys, transposed=True) * factor
+                scores = dot(q[...], k[place, :].astype(q.dtype), transposed=True) * factor
                 if scales:
-                    scores *= scales[0][head : head + 1]
+                    scores *= scales[0][:, place]
                 if soft_cap:
                     scores = jnp.tanh(scores) * (soft_cap * LOG2_E)
+                allowed = (q_head == k_head) & mask.allowed(q_position, begin[0] + k_index)
                 scores = jnp.where(allowed, scores, MASKED)
-                before = top[head]
+                before = top[...]
                 after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-                weights = jnp.exp2(scores - lanes(after, block))
+                weights = jnp.exp2(scores - lanes(after, width))
                 fade = jnp.exp2(before - after)
-                top[head] = after
-                total[head] = fade * total[head] + folded(weights)
+                top[...] = after
+                total[...] = fade * total[...] + folded(weights)
                 if scales:
-                    scaled = weights * scales[1][head : head + 1]
+                    scaled = weights * scales[1][:, place]
                     weights = jnp.where(allowed, scaled, 0.0) if edge else scaled
                 added = dot(weights.astype(q.dtype), values, transposed=False)
-                summed[head] = lanes(fade, out_dim) * summed[head] + added
+                summed[...] = lanes(fade, out_dim) * summed[...] + added
 
-        here = first + step
-        inside = (here + 1) * block <= filled
-        pl.when((here <= last) & inside)(functools.partial(add, False))
-        pl.when((here <= last) & ~inside)(functools.partial(add, True))
+            jax.lax.fori_loop(0, columns // width, part, None)
+
+        inside = here + block <= filled
+        pl.when((first + step <= last) & inside)(functools.partial(add, False))
+        pl.when((first + step <= last) & ~inside)(functools.partial(add, True))
 
         @pl.when(step == count - 1)
         def _():
-            for head in range(kv_heads):
-                sums = total[head].sum(axis=1, keepdims=True)
-                safe = jnp.where(sums > 0, sums, 1.0)
-                out[head] = (summed[head] * jnp.where(sums > 0, 1.0 / safe, 0.0)).astype(out.dtype)
-                exponent = (top[head] + jnp.log2(safe)) / LOG2_E
-                lse[head] = jnp.where(sums > 0, exponent, -jnp.inf)
+            sums = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
+            safe = jnp.where(sums > 0, sums, 1.0)
+            share = lanes(jnp.where(sums > 0, 1.0 / safe, 0.0), out_dim)
+            out[...] = (summed[...] * share).astype(out.dtype)
+            lse[...] = jnp.where(sums > 0, (top[...] + jnp.log2(safe)) / LOG2_E, -jnp.inf)
 
     out, lse = pl.pallas_call(
         body,
@@ -230,25 +244,64 @@ def mosaic(
             in_specs=specs,
             out_specs=[whole(out_dim), whole(LANES)],
             scratch_shapes=[
-                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, out_dim), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, out_dim), jnp.float32),
+                *scale_rows,
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, kv_heads, rows, out_dim), out_dtype or q.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, rows, LANES), jnp.float32),
+            jax.ShapeDtypeStruct((batch, rows, out_dim), out_dtype or q.dtype),
+            jax.ShapeDtypeStruct((batch, rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="sparse_attention_decode",
     )(lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1), *operands)
-    out = out[:, :, : queries * group].reshape(batch, kv_heads, queries, group, out_dim)
-    lse = lse[:, :, : queries * group, 0].reshape(batch, kv_heads, queries, group)
-    lse = jnp.moveaxis(lse, 2, 3).reshape(batch, heads, queries)
-    return jnp.moveaxis(out, 1, 2).reshape(batch, queries, heads, out_dim), lse
+    out = out[:, : queries * heads].reshape(batch, queries, heads, out_dim)
+    lse = lse[:, : queries * heads, 0].reshape(batch, queries, heads)
+    return out, jnp.moveaxis(lse, 2, 1)
 
 
 def _block(capacity: int, row_bytes: int) -> int:
     wanted = max(BLOCK_BYTES // row_bytes // LANES * LANES, LANES)
     return min(wanted, 1024, -(-capacity // LANES) * LANES)
+
+
+def _width(rows: int, columns: int) -> int:
+    """Columns whose scores are computed at once: a divisor of all, of whole lanes."""
+    width = columns
+    while width * rows > SCORES and width % (2 * LANES) == 0:
+        width //= 2
+    return width
+
+
+def _spread(by_head, along) -> None:
+    """Writes numbers (heads, positions) in the order of columns, (1, positions * heads).
+
+    XLA would do it by way of an array whose last axis, heads, is padded to whole lanes.
+    """
+    heads = by_head.shape[0]
+    shape = heads, LANES
+    if heads == 1:
+        along[...] = by_head[...]
+        return
+
+    def group(number, _):
+        held = by_head[:, pl.ds(pl.multiple_of(number * LANES, LANES), LANES)]
+        for part in range(heads):
+            column = part * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            position, head = _divided(column, heads)
+            picked = jnp.take_along_axis(held, position, axis=1, mode="promise_in_bounds")
+            own = head == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            place = pl.multiple_of((number * heads + part) * LANES, LANES)
+            along[:, pl.ds(place, LANES)] = jnp.where(own, picked, 0.0).sum(0, keepdims=True)
+
+    jax.lax.fori_loop(0, by_head.shape[1] // LANES, group, None)
+
+
+def _divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of numbers that are not negative."""
+    if by & (by - 1) == 0:
+        return x >> (by.bit_length() - 1), x & (by - 1)
+    return jax.lax.div(x, by), jax.lax.rem(x, by)

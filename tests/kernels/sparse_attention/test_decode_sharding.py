@@ -98,7 +98,8 @@ def test_compiles_on_a_slice_without_a_gather(cache):
     specs = [
         [None, [None, ["data", "model"]]],
         [None, ["data", "model"]],
-        [[None, None, "model"], [None, "data", "model"]],
+        # Of less than four heads a device, XLA may store int8 head by head, and copy them.
+        [[None, None, "data"], [None, "model", "data"]],
     ]
     requests = [(program, options | {"specs": spec}) for spec in specs]
     results = aot.compile_cases("v5e", requests)
@@ -107,4 +108,6 @@ def test_compiles_on_a_slice_without_a_gather(cache):
     for result in results:
         assert "tpu_custom_call" in result["hlo"]
         assert set(re.findall(COLLECTIVES, result["hlo"])) == {"all-reduce"}
+        # Each device is given one eighth, and reads it where it is.
         assert result["memory"]["arguments"] < 1.01 * whole / 8 + (1 << 20)
+        assert result["memory"]["temporaries"] < whole / 8 / 50
