@@ -11,6 +11,7 @@ from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.sparse_attention import (
     cache_sharding,
     decode,
+    gpu,
     reference,
     sharding,
     tpu,
@@ -68,8 +69,10 @@ def attention(
       block_q: queries in a block, a multiple of 128; the implementation's choice if None.
       block_k: keys in a block, likewise.
       return_logsumexp: also return the log-sum-exps of the scores, which have a gradient too.
-      implementation: "xla", "mosaic_tpu", or None for the best that fits.
-      interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best that fits. The kernel
+        for GPUs was never run on one: it is chosen by its name only.
+      interpret: run the kernel interpreted: False, ``pltpu.InterpretParams(..)``, or
+        ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       q_spec: mesh axes of q, on a mesh of Auto axes; Explicit ones are seen. Batch and heads may be
         split over any, positions over one: keys and values then go round in a ring.
       kv_spec: mesh axes of k and v; those of q if None. Heads of k may be whole where those of q
@@ -133,14 +136,21 @@ def _run(operands, mask, *, blocks, implementation, interpret, **options):
     """Outputs and log-sum-exps from operands that are at hand, by what fits them best."""
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
-    problem, tiles = several or tpu.unfit(q, k, v, chip, interpret), None
-    if not problem and implementation != "xla":
-        tiles, problem = tpu.fitting_blocks(q, k, mask, *blocks)
+    on_tpu, tiles = several or tpu.unfit(q, k, v, chip, interpret), None
+    if not on_tpu and implementation not in ("xla", "mosaic_gpu"):
+        tiles, on_tpu = tpu.fitting_blocks(q, k, mask, *blocks)
+    on_gpu = several or gpu.unfit(
+        q, k, v, chips.H100 if interpret else chip, blocks, operands.get("span")
+    )
+    if implementation is None:
+        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": problem, "xla": None},
+        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
         implementation,
     )
+    if chosen == "mosaic_gpu":
+        return gpu.attention(**operands, **options, mask=mask, interpret=interpret)
     if chosen == "mosaic_tpu":
         return tpu.attention(**operands, **options, mask=mask, blocks=tiles, interpret=interpret)
     block_q, block_k = (block or 128 for block in blocks)

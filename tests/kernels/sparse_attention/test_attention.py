@@ -53,6 +53,8 @@ class TestReference:
     """The plain implementation."""
 
     masks = tuple(cases.MASKS)
+    dtype = "float32"
+    sizes = {}  # noqa: RUF012 - of operands, where an implementation takes no others
 
     def run(self, q, k, v, mask, scale=None, segment_ids=None, kv_segment_ids=None, **options):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -62,9 +64,9 @@ class TestReference:
         return reference.attention(q, k, v, mask, scale=scale, **segments, **options)
 
     def test_masks(self):
-        q, k, v = cases.operands(0)
+        q, k, v = cases.operands(0, **self.sizes)
         for name in self.masks:
-            check(self.run, q, k, v, cases.MASKS[name])
+            check(self.run, q, k, v, cases.MASKS[name], self.dtype)
 
     def test_bfloat16(self):
         check(self.run, *cases.operands(1, dim=128, heads=2, kv_heads=1), causal(), "bfloat16")
@@ -90,11 +92,11 @@ class TestReference:
         check(self.run, q, k, v, causal(40), k_scale=k_scale, v_scale=v_scale)
 
     def test_rows_that_look_at_nothing_are_zero(self):
-        q, k, v = cases.operands(5, queries=130, keys=130, heads=2)
+        q, k, v = cases.operands(5, queries=130, keys=130, heads=2, **self.sizes)
         mask = ~window(400) | (global_(130) & causal(-3))
         _, lse = cases.expected(q, k, v, mask)
         assert np.isneginf(lse[:, :, :3]).all()
-        check(self.run, q, k, v, mask)
+        check(self.run, q, k, v, mask, self.dtype)
 
     def gradients(self, mask, dtype="float32", lse_too=True, **sizes):
         """Against autodiff of the reference, in float32 on the same rounded operands."""

@@ -1,0 +1,178 @@
+"""The kernel for Hopper GPUs: interpreted against float64, and through CUDA's assembler."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.implementations import Unsupported
+from jaxcomp.kernels.sparse_attention import (
+    attention,
+    causal,
+    full,
+    global_,
+    gpu,
+    gpu_lists,
+    random,
+)
+from jaxcomp.kernels.sparse_attention.schedule import SKIP, schedule
+
+from tests.kernels import aot_gpu
+from tests.kernels.sparse_attention import cases, programs
+from tests.kernels.sparse_attention.test_attention import TestReference as Reference
+from tests.kernels.sparse_attention.test_attention import check
+
+OLD = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
+needs_mosaic = pytest.mark.skipif(OLD, reason="Mosaic GPU kernels need jax 0.11")
+
+
+def interpreted(q, k, v, mask, **options):
+    """The kernel on a simulated GPU whose shared memory is watched for races."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    options |= {"implementation": "mosaic_gpu", "interpret": interpret, "return_logsumexp": True}
+    return attention(q, k, v, mask, **options)
+
+
+@needs_mosaic
+class TestInterpreted(Reference):
+    """Full blocks, rules, bitmaps, lists of each head, rows and heads with nothing to look at."""
+
+    masks = ("bigbird", "per head")
+    dtype = "bfloat16"
+    sizes = {"dim": 64}  # noqa: RUF012
+    run = staticmethod(interpreted)
+
+    # These need other dtypes or widths, or an adaptive span, and are refused (``TestRefused``);
+    # gradients are XLA's over the same blocks, and one test of them is enough.
+    test_lengths_and_widths_that_differ = None
+    test_all_options_together = None
+    test_quantized_keys_and_values = None
+    test_gradients = None
+    test_gradients_of_all_options = None
+    test_gradients_of_heads_with_masks_of_their_own = None
+    test_the_spans_gradient_is_its_definition = None
+    test_quantized_operands_are_constants = None
+
+    def test_segments_and_a_cap_in_float16(self):
+        q, k, v = cases.operands(3, 2, queries=150, keys=270, heads=2, kv_heads=1, dim=64)
+        rng = np.random.default_rng(3)
+        check(
+            self.run, q, k, v, global_(4) | causal(70), "float16", scale=-0.2, soft_cap=2.5,
+            segment_ids=np.sort(rng.integers(-1, 3, (2, 150)), 1).astype(np.int32),
+            kv_segment_ids=np.sort(rng.integers(-1, 3, (2, 270)), 1).astype(np.int32),
+        )  # fmt: skip
+
+
+class TestLists:
+    """What the kernel reads is the schedule's list, each row's by kind."""
+
+    @pytest.mark.parametrize("name", [*cases.MASKS, "nothing"])
+    def test_all_steps_are_there_once(self, name):
+        mask = cases.MASKS.get(name, ~full())
+        listed = schedule(mask, 4, 500, 700, 128, 128)
+        found, kinds = gpu_lists.arrays(listed), gpu_lists.codes(listed)
+        rows, columns = found["rows"], found["columns"]
+        for i in range(listed.rows.lists):
+            assert sorted(rows[i, :, 0]) == list(range(listed.row_blocks))
+            lengths = rows[i, :, -1] - rows[i, :, 1]
+            assert (np.diff(lengths) <= 0).all()
+            got = {
+                (row[0], columns[i, at], code)
+                for row in rows[i]
+                for code, first, last in zip(kinds, row[1:-1], row[2:], strict=True)
+                for at in range(first, last)
+            }
+            steps = (listed.rows.major[i], listed.rows.minor[i], listed.rows.code[i])
+            want = {step for step in zip(*steps, strict=True) if step[2] != SKIP}
+            assert got == want and lengths.sum() == len(want)
+
+    def test_bits_are_the_bitmaps(self):
+        listed = schedule(random(1, block_size=64), 1, 300, 300, 128, 128)
+        bits = gpu_lists.arrays(listed)["bits"]
+        key = np.arange(128)
+        for bitmap, words in zip(listed.bitmaps, bits, strict=True):
+            np.testing.assert_array_equal(bitmap, words[key // 32].T >> key % 32 & 1)
+
+
+class TestRefused:
+    def operands(self, dim=64, dtype="bfloat16", value_dim=None, cache=None):
+        q = jnp.ones((1, 8, 2, dim), dtype)
+        k = jnp.ones((1, 8, 1, dim), cache or dtype)
+        return q, k, jnp.ones((1, 8, 1, value_dim or dim), cache or dtype)
+
+    @needs_mosaic
+    @pytest.mark.parametrize(
+        ("change", "options", "words"),
+        [
+            ({"dtype": "float32"}, {}, "bfloat16 and float16, not float32"),
+            ({"cache": "int8"}, {}, "of q's dtype, not int8"),
+            ({"dim": 32}, {}, "64 or 128, .* not 32 and 32"),
+            ({"value_dim": 128}, {}, "not 64 and 128"),
+            ({}, {"chip": chips.V5E}, "Hopper GPUs, not on v5e"),
+            ({}, {"chip": None}, "an unknown chip"),
+            ({}, {"blocks": (256, None)}, "128 by 128, not 256"),
+            ({}, {"span": jnp.ones(2)}, "no adaptive span"),
+        ],
+    )
+    def test_reasons(self, change, options, words):
+        told = gpu.unfit(*self.operands(**change), **{"chip": chips.H100, **options})
+        assert re.search(words, told)
+
+    def test_versions(self):
+        told = gpu.unfit(*self.operands(), chips.H100)
+        assert "jax 0.11" in told if OLD else told is None
+
+    def test_where_it_cannot_run(self):
+        q, k, v = self.operands()
+        with pytest.raises(Unsupported, match="mosaic_gpu: it runs on Hopper GPUs, not on cpu"):
+            attention(q, k, v, implementation="mosaic_gpu")
+
+
+def compiled(mask="causal", queries=2048, heads=32, kv_heads=8, dim=128, dtype="bfloat16",
+             segments=False, **options):  # fmt: skip
+    """Attention and the shapes of its arguments, for the compiler."""
+    struct = jax.ShapeDtypeStruct
+    arguments = [struct((1, queries, heads, dim), dtype)]
+    arguments += [struct((1, queries, kv_heads, dim), dtype)] * 2
+    arguments += [struct((1, queries), jnp.int32)] if segments else []
+
+    def function(q, k, v, ids=None):
+        return attention(
+            q, k, v, programs.MASKS[mask], segment_ids=ids, implementation="mosaic_gpu",
+            return_logsumexp=True, **options,
+        )  # fmt: skip
+
+    return function, tuple(arguments)
+
+
+PROGRAMS = [
+    {"mask": "causal", "queries": 16384},
+    {"mask": "full", "dtype": "float16", "dim": 64},
+    {"mask": "heads", "dim": 64},
+    {"mask": "strided", "segments": True},
+    {"mask": "bigbird", "queries": 2000, "segments": True, "soft_cap": 30.0},
+]
+
+
+@functools.cache
+def built() -> list[dict]:
+    return aot_gpu.compile_cases([(f"{__name__}:compiled", options) for options in PROGRAMS])
+
+
+@pytest.mark.skipif(OLD or not aot_gpu.available(), reason="needs JAX's CUDA plugin and a toolkit")
+@pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=lambda index: str(PROGRAMS[index]))
+def test_compiles_for_h100(index):
+    results = built()
+    assert index < len(results), results[-1]["error"]
+    result = results[index]
+    assert result["error"] is None, result["error"]
+    [kernel] = result["kernels"]
+    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+    assert not kernel["warnings"]
+    # Segments and sums in whole blocks, and nothing of the size of keys or scores.
+    assert result["memory"]["temporaries"] < 1 << 19
