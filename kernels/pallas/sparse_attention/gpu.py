@@ -104,7 +104,7 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _attention(listed, scale, soft_cap, interpret, q, k, v, segments):
     gpu_kernel = _kernels()
-    operands = {"q": q, "k": k, "v": v}
+    operands = {name: _aligned(x) for name, x in (("q", q), ("k", k), ("v", v))}
     operands |= {name: jnp.asarray(array) for name, array in gpu_lists.arrays(listed).items()}
     if segments is not None:
         names, sizes = ("segments", "kv_segments"), (listed.row_blocks, listed.column_blocks)
@@ -119,7 +119,14 @@ def _attention(listed, scale, soft_cap, interpret, q, k, v, segments):
         staged=bool(interpret),
     )
     out, lse = gpu_kernel.forward(operands, problem, interpret)
-    return out, lse[:, :, : q.shape[1]]
+    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
+
+
+def _aligned(x: jax.Array) -> jax.Array:
+    """Positions up to a multiple of 8, the rows that tiles of shared memory have."""
+    length = x.shape[1]
+    rows = -length % 8 if length > 8 else 0
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0)))
 
 
 def _forward(listed, scale, soft_cap, interpret, q, k, v, segments):

@@ -60,11 +60,11 @@ def forward(
 
     Args:
       operands: "q" (batch, queries, heads, dim), "k" and "v" (batch, keys, kv_heads, dim), bf16 or
-        f16, with dim 64 or 128; the schedule as int32 "rows" (lists, row blocks, 2 + codes): a
-        block of queries, then where each code's part of its list starts and the last one ends, and
-        "columns" (lists, steps), blocks of keys; where codes have TABLE, int32 "tables" (lists,
-        steps) and "bits" (bitmaps, WORDS, BLOCK), 32 keys a word; and, or not, int32 "segments"
-        and "kv_segments", (batch, whole blocks).
+        f16, with dim 64 or 128 and lengths up to 8 or multiples of it; the schedule as int32
+        "rows" (lists, row blocks, 2 + codes): a block of queries, then where each code's part of
+        its list starts and the last one ends, and "columns" (lists, steps), blocks of keys; where
+        codes have TABLE, int32 "tables" (lists, steps) and "bits" (bitmaps, WORDS, BLOCK), 32 keys
+        a word; and, or not, int32 "segments" and "kv_segments", (batch, whole blocks).
       problem: what is computed.
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
 

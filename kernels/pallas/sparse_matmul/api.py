@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
-from jaxcomp.kernels.sparse_matmul import blocks, nm, reference, sharding, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul import blocks, gpu, nm, reference, sharding, tpu, tpu_nm
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -38,8 +38,10 @@ def block_sparse_matmul(
       bias: ``(N,)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       out_dtype: dtype of y; None for x's.
-      implementation: "xla", "mosaic_tpu", or None for the best one.
-      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernels for
+        GPUs were never run on one: they are chosen by their name only.
+      interpret: of a Pallas kernel: False, or to run it on a CPU ``pltpu.InterpretParams(..)``, or
+        ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       weight_spec: mesh axes of N and K, on a mesh of Auto axes.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
@@ -197,18 +199,25 @@ def _no_rows(x) -> str | None:
 def _chosen(implementation, interpret, x, weight) -> str:
     """The implementation that runs a product with a block-sparse weight, and its gradients."""
     problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
+    on_tpu = problem or tpu.unfit(x.dtype, weight, _chip(x, interpret))
+    chip = chips.H100 if interpret else chips.chip_of(x)
+    on_gpu = problem or gpu.unfit(x.dtype, weight, chip)
+    if implementation is None:
+        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
     return implementations.choose(
         f"block_sparse_matmul of x {x.shape} {x.dtype} and {len(weight.values)} "
         f"{weight.values.dtype} blocks of {weight.block} of {weight.shape}",
-        {"mosaic_tpu": problem or tpu.unfit(x.dtype, weight, _chip(x, interpret)), "xla": None},
+        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
         implementation,
     )
 
 
 def _run_blocks(implementation, interpret, x, weight, bias, options):
-    if _chosen(implementation, interpret, x, weight) == "xla":
+    chosen = _chosen(implementation, interpret, x, weight)
+    if chosen == "xla":
         return reference.block_matmul(x, weight, bias, options)
-    return tpu.matmul(x, weight, bias, options, interpret)
+    kernels = gpu if chosen == "mosaic_gpu" else tpu
+    return kernels.matmul(x, weight, bias, options, interpret)
 
 
 def _run_nm(implementation, interpret, x, weight, bias, options):
@@ -254,10 +263,12 @@ def _block_backward(run, options, saved, dy):
     x, weight, bias, z = saved
     dz = _before_activation(options, z, dy)
     implementation, interpret = run.args
-    if _chosen(implementation, interpret, x, weight) == "xla":
+    chosen = _chosen(implementation, interpret, x, weight)
+    if chosen == "xla":
         dx, dvalues = reference.block_gradients(x, weight, dz.astype(x.dtype))
     else:
-        dx, dvalues = tpu.gradients(x, weight, dz.astype(x.dtype), interpret)
+        kernels = gpu if chosen == "mosaic_gpu" else tpu
+        dx, dvalues = kernels.gradients(x, weight, dz.astype(x.dtype), interpret)
     dscales = None
     if weight.scales is not None:
         dscales = jnp.sum(dvalues * weight.values.astype(jnp.float32), axis=-1)
