@@ -1,13 +1,14 @@
-"""Quantized matmuls on a Hopper GPU: right first, then how fast, against XLA.
+"""Kernels on a Hopper GPU: right first, then how fast, against XLA and cuDNN.
 
     python -m benchmarks.gpu [--save FILE] [--budget SECONDS] [--sweep] [--only WORD] [--rehearse]
 
-First every kernel is compared with a float64 product, at sizes that do not divide the tiles, and
-run three times: an answer that changes is a race. Then medians: each sample times many calls at
-once, over distinct weights that together exceed the second-level cache several times, and the
-variants of a table take turns. ``--sweep`` also tries other tiles, for the table in
-``gpu_tiles.json``. All of it runs in child processes: what fails or hangs is told, and the rest
-goes on. ``--rehearse`` runs a small part on a CPU, with the kernels interpreted, to try the script.
+Quantized matmuls are here, sparse attention and products in ``gpu_sparse``. First every kernel is
+compared with float64, at sizes that do not divide the tiles, and run three times: an answer that
+changes is a race. Then medians: each sample times many calls at once, over distinct weights that
+together exceed the second-level cache several times, and the variants of a table take turns.
+``--sweep`` also tries other tiles, for the table in ``gpu_tiles.json``. All of it runs in child
+processes: what fails or hangs is told, and the rest goes on. ``--rehearse`` runs a small part on a
+CPU, with the kernels interpreted, to try the script.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import itertools
 import json
 import pathlib
 import queue
-import statistics
 import subprocess
 import sys
 import threading
@@ -33,14 +33,12 @@ from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import gpu, reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 
-from benchmarks import common
+from benchmarks import common, gpu_sparse
+from benchmarks.gpu_timing import MARK, Variants, copies, reply
 
 SHAPES = {"up": (14336, 4096), "down": (4096, 14336)}
 ROWS = (1, 16, 256, 2048, 64)
 GROUP = 128
-MARK = "reply: "
-CACHE = 60e6  # bytes: the second-level cache of an H100 or H200, and a little more
-SAMPLES = 15
 # ||error|| / ||y||, by what y is rounded to or what x was rounded to.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 4e-3}
 # (variant, rows, least ratio to XLA's bf16 matmul, name of the shape)
@@ -154,13 +152,17 @@ def check_one(check: Check, interpret) -> tuple[float, bool]:
     return float(error), all(np.array_equal(answers[0], other) for other in answers)
 
 
-def check_all(checks: list[Check], start: int, interpret) -> None:
-    """Checks products from one on, a reply each."""
+def check_all(checks: list, start: int, interpret) -> None:
+    """Checks kernels from one on, a reply each."""
     for index, check in enumerate(checks[start:], start):
         try:
-            error, stable = check_one(check, interpret)
-            exact = check.out_dtype == "float32" and check.activation_dtype is None
-            limit = TOLERANCE["float32" if exact else "bfloat16"]
+            if isinstance(check, Check):
+                error, stable = check_one(check, interpret)
+                exact = check.out_dtype == "float32" and check.activation_dtype is None
+                limit = TOLERANCE["float32" if exact else "bfloat16"]
+            else:
+                error, stable = gpu_sparse.check_one(check, interpret)
+                limit = gpu_sparse.TOLERANCE[check.dtype]
             verdict = "ok" if error <= limit else "WRONG"  # also where it is not a number
             verdict = verdict if stable else "CHANGES FROM RUN TO RUN"
             row = (f"{error:.1e}", f"{limit:.0e}", verdict)
@@ -170,55 +172,11 @@ def check_all(checks: list[Check], start: int, interpret) -> None:
         reply({"index": index, "row": row})
 
 
-class Variants:
-    """Functions of (list of x, list of weights) that take turns in being timed."""
-
-    def __init__(self, deadline: float) -> None:
-        self.calls: dict[str, tuple] = {}
-        self.failures: dict[str, str] = {}
-        self.deadline = deadline
-
-    def add(self, name: str, function, xs: list, operands: list) -> None:
-        """Compiles the products of all x with the weights in turn, and tries them."""
-        if time.perf_counter() > self.deadline:
-            self.failures[name] = "no time left"
-            return
-        try:
-            once = jax.jit(function)  # lowered once, called often
-            every = jax.jit(
-                lambda xs, operands: [
-                    once(x, operands[i % len(operands)]) for i, x in enumerate(xs)
-                ]
-            )
-            call = functools.partial(every, xs, operands)
-            jax.block_until_ready(call())
-            jax.block_until_ready(call())
-            started = time.perf_counter()
-            jax.block_until_ready([call() for _ in range(3)])
-            seconds = (time.perf_counter() - started) / 3
-            self.calls[name] = (call, len(xs), max(1, min(50, round(10e-3 / seconds))))
-        except Exception as failure:
-            self.failures[name] = f"{type(failure).__name__}: {str(failure)[:160]}"
-            traceback.print_exc(file=sys.stderr)
-
-    def measure(self) -> dict[str, tuple[float, float]]:
-        """Median and spread (half the distance between quartiles) of seconds a product."""
-        samples: dict[str, list[float]] = {name: [] for name in self.calls}
-        for _ in range(SAMPLES):
-            for name, (call, products, repeats) in self.calls.items():
-                started = time.perf_counter()
-                jax.block_until_ready([call() for _ in range(repeats)][-1])
-                samples[name].append((time.perf_counter() - started) / repeats / products)
-        medians = {}
-        for name, seconds in samples.items():
-            low, middle, high = statistics.quantiles(seconds, n=4)
-            medians[name] = (middle, (high - low) / 2)
-        return medians
-
-
-def copies(weight_bytes: float) -> int:
-    """Distinct weights that exceed the cache four times."""
-    return max(2, min(16, int(4 * CACHE / weight_bytes) + 1))
+def checks_of(arguments: argparse.Namespace) -> list:
+    """What is checked: with ``--only sparse`` only sparse kernels."""
+    if arguments.rehearse:
+        return [*REHEARSED, *gpu_sparse.REHEARSED]
+    return [*([] if "sparse" in arguments.only else CHECKS), *gpu_sparse.CHECKS]
 
 
 def batch(rng: np.random.Generator, m: int, n: int, k: int, weight_bytes: float) -> list:
@@ -336,15 +294,12 @@ def neighbours(chosen: gpu.Tiles, m: int) -> list:
     return [tiles for tiles in tried if tiles != chosen and shared(tiles) < 205_000]
 
 
-def reply(message: dict) -> None:
-    print(MARK + json.dumps(message), flush=True)
-
-
 def child(part: list[str], arguments: argparse.Namespace, silence: float) -> Iterator[dict]:
     """Replies of a part of this script in a new process, until it has been silent for too long."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", *part]
     command += ["--rehearse"] if arguments.rehearse else []
     command += ["--sweep"] if arguments.sweep else []
+    command += ["--only", arguments.only] if arguments.only else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=common.ROOT)
     lines: queue.Queue = queue.Queue()
 
@@ -377,21 +332,22 @@ def run_part(arguments: argparse.Namespace) -> None:
             from jax.experimental.pallas import mosaic_gpu as plgpu
 
             interpret = plgpu.InterpretGPUParams()
-        check_all(REHEARSED if arguments.rehearse else CHECKS, int(options[0]), interpret)
+        check_all(checks_of(arguments), int(options[0]), interpret)
     else:
-        deadline = time.perf_counter() + float(options[2])
-        rows, ratios = table_of(
-            options[0], int(options[1]), arguments.sweep, deadline, arguments.rehearse
-        )
+        name, m, deadline = options[0], int(options[1]), time.perf_counter() + float(options[2])
+        if part == "sparse":
+            rows, ratios = gpu_sparse.table_of(name, m, deadline, arguments.rehearse)
+        else:
+            rows, ratios = table_of(name, m, arguments.sweep, deadline, arguments.rehearse)
         reply({"rows": rows, "ratios": ratios})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=pathlib.Path, help="a file for what is printed")
-    parser.add_argument("--budget", type=float, default=440.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
     parser.add_argument("--sweep", action="store_true", help="also try other tiles")
-    parser.add_argument("--only", default="", help="a shape, rows or both: 'up 16'")
+    parser.add_argument("--only", default="", help="a shape, rows or both: 'up 16'; sparse")
     parser.add_argument("--rehearse", action="store_true", help="a small part, on a CPU")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -417,7 +373,7 @@ def main() -> int:
         out("no Hopper GPU here: nothing measured")
         return 2
 
-    checks = REHEARSED if arguments.rehearse else CHECKS
+    checks = checks_of(arguments)
     rows: list[tuple] = []
     while len(rows) < len(checks) and left() > 0:
         for message in child(["numerics", str(len(rows))], arguments, min(90.0, max(1.0, left()))):
@@ -434,30 +390,39 @@ def main() -> int:
     good = len(rows) == len(checks) and all(row[-1] == "ok" for row in rows)
 
     ratios: dict[tuple, dict] = {}
-    columns = ("product", "us", "+-", "GB/s", "TFLOP/s", "times bf16")
-    cases = [(shape, m) for shape in SHAPES for m in ROWS]
+    columns = {
+        "table": ("product", "us", "+-", "GB/s", "TFLOP/s", "times bf16"),
+        "sparse": ("computed", "us", "+-", "% of blocks", "TFLOP/s", "times dense"),
+    }
+    cases = [("table", shape, m) for shape in SHAPES for m in ROWS]
+    cases += [("sparse", *case) for case in gpu_sparse.tables()]
     if arguments.only:
         wanted = set(arguments.only.split())
-        cases = [(shape, m) for shape, m in cases if wanted <= {shape, str(m)}]
-    for shape, m in cases[:1] if arguments.rehearse else cases:
-        seconds = left()
+        cases = [(part, n, m) for part, n, m in cases if wanted <= {part, n, str(m)}]
+    if arguments.rehearse:
+        cases = [next(case for case in cases if case[0] == part) for part in columns]
+    for part, name, m in cases:
+        seconds, title = left(), f"{part} of {name}, {m} rows"
         if seconds < 20:
-            out(f"{shape}, {m} rows: no time left")
+            out(f"{title}: no time left")
             continue
-        part = ["table", shape, str(m), str(seconds - 15)]
         silence = min(seconds, 600.0 if arguments.sweep else 150.0)
-        message = next(child(part, arguments, silence), {"failed": True})
+        command = [part, name, str(m), str(seconds - 15)]
+        message = next(child(command, arguments, silence), {"failed": True})
         if "rows" in message:
-            ratios[shape, m] = message["ratios"]
-            out(common.table(columns, message["rows"]))
+            ratios[part, name, m] = message["ratios"]
+            out(common.table(columns[part], message["rows"]))
         else:
-            out(f"{shape}, {m} rows: {'hangs' if 'hangs' in message else 'ended its process'}")
+            out(f"{title}: {'hangs' if 'hangs' in message else 'ended its process'}")
         out()
         save()
 
-    for name, m, least, shape in REQUIRED:
-        ratio = ratios.get((shape, m), {}).get(name)
-        text = f"{name} at {m} rows, {shape}: at least {least} times bf16"
+    required = [("table", shape, m, name, least) for name, m, least, shape in REQUIRED]
+    required += [("sparse", *each) for each in gpu_sparse.REQUIRED]
+    for part, shape, m, name, least in required:
+        ratio = ratios.get((part, shape, m), {}).get(name)
+        dense = "bf16" if part == "table" else "the dense kernel"
+        text = f"{name} at {m} rows, {shape}: at least {least} times {dense}"
         if ratio is None:
             out(f"not measured: {text}")
             good = False
