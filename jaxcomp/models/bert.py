@@ -176,8 +176,8 @@ class Bert(nnx.Module):
         x = self.embeddings_norm(x + self.token_type_embeddings(types, self.dtype))
         mask = None if attention_mask is None else (attention_mask != 0)[:, None, :]
 
-        def body(layer, x, item):
-            del item
+        def body(layer, x, item, cache):
+            del item, cache
             return layer(x, mask), None
 
         x, _ = blocks.run_layers(self.layers, body, x, None, remat=self.remat)

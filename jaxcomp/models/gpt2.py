@@ -117,14 +117,11 @@ class Attention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(self, x, mask, cache=None):
-        """Attends; returns the output and the layer's updated (k, v) cache, None without one."""
+        """Attends; returns the output and the updated cache, None without one."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = blocks.named(*(a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1)))
         if cache is not None:
-            old_k, old_v, length = cache
-            own = k.shape[2]  # A cache has room for the layer with the most heads.
-            cache = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
-            k, v = (a[:, :, :own].astype(q.dtype) for a in cache)
+            k, v, cache = cache.append(k, v)
         return self.c_proj(blocks.attention(q, k, v, mask)), cache
 
 
@@ -206,20 +203,19 @@ class GPT2(nnx.Module):
         keys = tokens.shape[1] if cache is None else cache["k"].shape[2]
         blocks.check_length(keys, self.config.n_positions)
         mask = blocks.causal_mask(order, keys)
-        inputs = {} if cache is None else {"k": cache["k"], "v": cache["v"]}
 
-        def body(layer, x, item):
-            kv = None if cache is None else (item["k"], item["v"], cache["length"])
-            return layer(x, mask, kv)
+        def body(layer, x, item, cache):
+            del item
+            return layer(x, mask, cache)
 
         x = self.wte(tokens, self.dtype) + self.wpe(positions, self.dtype)
-        x, kv = blocks.run_layers(self.h, body, x, inputs, remat=self.remat)
+        x, cache = blocks.run_layers(self.h, body, x, None, cache, remat=self.remat)
         x = self.ln_f(x)
         logits = self.wte.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if cache is None:
             return logits
-        return logits, {"k": kv[0], "v": kv[1], "length": cache["length"] + tokens.shape[1]}
+        return logits, cache | {"length": cache["length"] + tokens.shape[1]}
 
 
 def read_config(fields: Fields, model_type: str) -> GPT2Config:

@@ -1,5 +1,7 @@
 """Building blocks shared by the reference models: plain modules with plain parameter paths."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,10 +229,50 @@ def init_cache(
     }
 
 
-def append(cached: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-    """Writes ``new (batch, tokens, ..)`` into ``cached (batch, length, ..)`` at ``length``."""
-    start = (0, length) + (0,) * (cached.ndim - 2)
-    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
+class LayerCache(NamedTuple):
+    """A key-value cache as one layer gets it: whole, so that it can be written in place.
+
+    Attributes:
+      k: ``(layers, batch, length, kv_heads, head_dim)``.
+      v: as ``k``.
+      length: positions that are filled.
+      layer: which layer's it is.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+    layer: jax.Array | int
+
+    def append(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, "LayerCache"]:
+        """Writes new keys and values ``(batch, tokens, heads, head_dim)`` behind those there.
+
+        Returns:
+          All keys and values of the layer, ``(batch, length, heads, head_dim)`` in the new ones'
+          dtype, and the cache.
+        """
+        heads = k.shape[2]  # A cache has room for the layer with the most heads.
+        full, found = [], []
+        for cached, new in ((self.k, k), (self.v, v)):
+            cached = self._write(cached, new.astype(cached.dtype))
+            own = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)
+            full.append(cached)
+            found.append(own[:, :, :heads].astype(new.dtype))
+        return *found, self._replace(k=full[0], v=full[1])
+
+    def _write(self, cached: jax.Array, new: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if new.shape[1] == 1 or mesh.empty or jax.sharding.AxisType.Auto not in mesh.axis_types:
+            start = (self.layer, 0, self.length, 0, 0)
+            return jax.lax.dynamic_update_slice(cached, new[None], start)
+        # Several positions may lie on several devices. Each takes those that are its own, where an
+        # update of a slice would bring the whole cache together.
+        heads, (tokens, room) = new.shape[2], (new.shape[1], cached.shape[2])
+        row = jnp.arange(room, dtype=jnp.int32) - self.length
+        inside = ((row >= 0) & (row < tokens))[None, :, None, None]
+        old = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)[:, :, :heads]
+        own = jnp.where(inside, jnp.take(new, row, axis=1, mode="clip"), old)
+        return jax.lax.dynamic_update_slice(cached, own[None], (self.layer, 0, 0, 0, 0))
 
 
 def stack_layers(make, layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -248,46 +290,53 @@ def stack_layers(make, layers: int, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def run_layers(layers, body, x: jax.Array, inputs, *, remat: bool = False):
-    """Runs ``x, output = body(layer, x, input)`` over layers that are a list or stacked.
+def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = False):
+    """Runs ``x, cache = body(layer, x, input, cache)`` over layers that are a list or stacked.
 
     Args:
       layers: ``nnx.List`` of layers, or one module with stacked parameters.
-      body: function of (layer, x, one layer's inputs) that returns (x, one layer's output); the x
-        that it returns is named "hidden".
+      body: function of (layer, x, one layer's inputs, ``LayerCache`` or None) that returns x and
+        the cache; the x that it returns is named "hidden".
       x: what flows through the layers.
       inputs: pytree whose leaves have a leading layer axis, or None.
+      cache: key-value cache of all layers, as of ``init_cache``; or None.
       remat: recompute each layer in the backward pass.
 
     Returns:
-      x after the last layer, and the outputs stacked over layers.
+      x after the last layer, and the cache with the keys and values that the layers wrote.
     """
 
-    def run(layer, x, item):
-        x, output = body(layer, x, item)
-        return checkpoint_name(x, "hidden"), output
+    def run(layer, x, item, kv, index):
+        if kv is not None:
+            kv = LayerCache(*kv, cache["length"], index)
+        x, kv = body(layer, x, item, kv)
+        return checkpoint_name(x, "hidden"), None if kv is None else (kv.k, kv.v)
 
+    # Carried from layer to layer: what is read from one array and written to another would be
+    # there twice.
+    kv = None if cache is None else (cache["k"], cache["v"])
     if isinstance(layers, nnx.List):
-        outputs = []
         for i, layer in enumerate(layers):
             item = jax.tree.map(lambda a, i=i: a[i], inputs)
             if remat:
                 graph, state = nnx.split(layer)
 
-                def step(state, x, item, graph=graph):
-                    return run(nnx.merge(graph, state), x, item)
+                def step(state, x, item, kv, graph=graph, i=i):
+                    return run(nnx.merge(graph, state), x, item, kv, i)
 
-                x, output = jax.checkpoint(step)(state, x, item)
+                x, kv = jax.checkpoint(step)(state, x, item, kv)
             else:
-                x, output = run(layer, x, item)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-    graph, state = nnx.split(layers)
+                x, kv = run(layer, x, item, kv, i)
+    else:
+        graph, state = nnx.split(layers)
+        count = jax.tree.leaves(state)[0].shape[0]
 
-    def scanned(x, scanned_in):
-        state, item = scanned_in
-        return run(nnx.merge(graph, state), x, item)
+        def scanned(carry, scanned_in):
+            state, item, index = scanned_in
+            return run(nnx.merge(graph, state), carry[0], item, carry[1], index), None
 
-    if remat:
-        scanned = jax.checkpoint(scanned, prevent_cse=False)
-    return jax.lax.scan(scanned, x, (state, inputs))
+        if remat:
+            scanned = jax.checkpoint(scanned, prevent_cse=False)
+        index = None if cache is None else jnp.arange(count, dtype=jnp.int32)
+        (x, kv), _ = jax.lax.scan(scanned, (x, kv), (state, inputs, index))
+    return x, None if kv is None else cache | {"k": kv[0], "v": kv[1]}

@@ -167,7 +167,7 @@ class Attention(nnx.Module):
         self.config = c
 
     def __call__(self, x, rope, mask, cache=None):
-        """Attends; returns the output and the layer's updated (k, v) cache, None without one."""
+        """Attends; returns the output and the updated cache, None without one."""
         c = self.config
         heads = (*x.shape[:-1], -1, c.head_dim)
         q, k, v = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -175,10 +175,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = blocks.named(blocks.rotate(q, *rope), blocks.rotate(k, *rope), v)
         if cache is not None:
-            old_k, old_v, length = cache
-            own = k.shape[2]  # A cache has room for the layer with the most heads.
-            cache = blocks.append(old_k, k, length), blocks.append(old_v, v, length)
-            k, v = (a[:, :, :own].astype(q.dtype) for a in cache)
+            k, v, cache = cache.append(k, v)
         return self.o_proj(blocks.attention(q, k, v, mask)), cache
 
 
@@ -289,8 +286,6 @@ class Llama(nnx.Module):
         windows = c.sliding_windows or (None,) * c.num_hidden_layers
         rope = blocks.rotary(positions, rope_frequencies(c))
         inputs = {}
-        if cache is not None:
-            inputs |= {"k": cache["k"], "v": cache["v"]}
         if any(w is not None for w in windows):
             no_limit = np.iinfo(np.int32).max
             limits = [no_limit if w is None else w for w in windows]
@@ -299,19 +294,18 @@ class Llama(nnx.Module):
         order = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         order = order if cache is None else order + cache["length"]
 
-        def body(layer, x, item):
+        def body(layer, x, item, cache):
             mask = blocks.causal_mask(order, keys, item.get("window"))
-            kv = None if cache is None else (item["k"], item["v"], cache["length"])
-            return layer(x, rope, mask, kv)
+            return layer(x, rope, mask, cache)
 
         x = self.embed_tokens(tokens, self.dtype)
-        x, kv = blocks.run_layers(self.layers, body, x, inputs, remat=self.remat)
+        x, cache = blocks.run_layers(self.layers, body, x, inputs, cache, remat=self.remat)
         x = self.norm(x)
         logits = self.embed_tokens.attend(x) if c.tie_word_embeddings else self.lm_head(x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if cache is None:
             return logits
-        return logits, {"k": kv[0], "v": kv[1], "length": cache["length"] + tokens.shape[1]}
+        return logits, cache | {"length": cache["length"] + tokens.shape[1]}
 
 
 def read_config(fields: Fields, model_type: str) -> LlamaConfig:

@@ -167,8 +167,7 @@ def candidates(serving: Serving, topology: Topology) -> tuple[list[Tried], dict[
         found.append(Tried(split, *sizes, roofline(serving, topology, split, "decode")))
 
     def order(tried: Tried) -> tuple[bool, float]:
-        # A scanned step holds its cache twice.
-        fits = tried.weights + 2 * tried.cache <= topology.device.memory
+        fits = tried.weights + tried.cache <= topology.device.memory
         return (not fits, tried.estimate.seconds if fits else tried.weights + tried.cache)
 
     return sorted(found, key=order), refused

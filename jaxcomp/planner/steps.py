@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcomp import models, sharding
@@ -199,11 +200,14 @@ class Serving:
             logits, cache = apply(params, tokens, None, cache)
             return jnp.argmax(logits[:, -1], -1).astype(jnp.int32), cache
 
-        out = (
-            NamedSharding(mesh, PartitionSpec("data")),
-            jax.tree.map(lambda x: x.sharding, cache),
+        # The cache stays on the device from step to step: in the order that suits the program.
+        kept = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), cache)
+        function = jax.jit(
+            step,
+            donate_argnums=2,
+            in_shardings=(None, None, kept),
+            out_shardings=(NamedSharding(mesh, PartitionSpec("data")), kept),
         )
-        function = jax.jit(step, donate_argnums=2, out_shardings=out)
         choices = ()
         if any(is_compressed(leaf) for _, leaf in leaf_paths(params)[0]):
             choices = apply.report(params, tokens, None, cache)

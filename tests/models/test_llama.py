@@ -66,6 +66,47 @@ def test_cached_logits_equal_uncached_ones(scan):
     np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_donated_cache_is_written_in_place(scan):
+    config = dataclasses.replace(TINY, num_hidden_layers=8, sliding_windows=())
+    model = Llama(config, scan=scan, rngs=nnx.Rngs(0))
+    apply, params = functional(model)
+    cache = jax.eval_shape(lambda: model.init_cache(1, 8192))
+    step = jax.jit(lambda p, x, cache: apply(p, x, None, cache), donate_argnums=2)
+    x = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    memory = step.lower(params, x, cache).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= size
+    # What one layer reads, and scores of every query: not a copy of the cache.
+    assert memory.temp_size_in_bytes < size / 2
+
+
+def test_positions_on_several_devices_are_written_where_they_are():
+    """A cache that is split along its length, under a mesh; a piece crosses a device's border."""
+    model = Llama(TINY, scan=True, rngs=nnx.Rngs(2))
+    x = tokens(2, 10)
+    apply, params = functional(model)
+    want = jax.jit(apply)(params, x)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding
+    spec = jax.sharding.PartitionSpec
+    cache = model.init_cache(2, 16)
+    cache = {
+        name: jax.device_put(a, place(mesh, spec(None, None, "model") if a.ndim else spec()))
+        for name, a in cache.items()
+    }
+    params, x = jax.device_put((params, x), place(mesh, spec()))
+    step, got = jax.jit(lambda p, x, cache: apply(p, x, None, cache)), []
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for part in (x[:, :6], x[:, 6:7], x[:, 7:]):
+            logits, cache = step(params, part, cache)
+            got.append(logits)
+        text = step.lower(params, x[:, :6], cache).compile().as_text()
+    np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
+    layers, heads, size = TINY.cache_shape
+    assert f"f32[{layers},2,16,{heads},{size}]" not in text  # the cache of all devices
+
+
 def test_a_token_sees_neither_later_ones_nor_those_beyond_the_window():
     config = dataclasses.replace(TINY, sliding_windows=(3,), num_hidden_layers=1)
     apply, params = jitted(Llama(config, rngs=nnx.Rngs(3)))
