@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcomp import formats, matmul, packed, sharding
+from jaxcomp import formats, matmul, packed, packed_sparse, sharding
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
@@ -114,8 +114,9 @@ class Dispatched:
     def prepare(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
         """Rearranges packed weights once for the kernels of the chip at hand.
 
-        Without it the kernels do so on every call. Weights that no kernel reads, or that are also
-        read otherwise, stay as they are. The result is for running: save ``params``.
+        Without it the kernels do so on every call, and values under a bit mask that lie in blocks
+        are not found. Weights that no kernel reads, or that are also read otherwise, stay as they
+        are. The result is for running: save ``params``.
 
         Args:
           params: as for the call.
@@ -125,19 +126,28 @@ class Dispatched:
         Returns:
           Parameters to call this with in place of ``params``.
         """
-        readers: dict[str, set[str]] = {}
-        for choice in self.report(params, *inputs, **kwargs):
-            readers.setdefault(choice.path, set()).add(choice.implementation)
         named, treedef = leaf_paths(params)
+        blocks = [self._listed(leaf) for _, leaf in named]
+        readers: dict[str, set[str]] = {}
+        for choice in self.report(jax.tree.unflatten(treedef, blocks), *inputs, **kwargs):
+            readers.setdefault(choice.path, set()).add(choice.implementation)
         leaves = [
-            leaf.replace(
-                parts=tuple(packed.prepared(p, _chip_of(leaf, self.mesh)) for p in leaf.parts)
+            listed.replace(
+                parts=tuple(packed.prepared(p, _chip_of(leaf, self.mesh)) for p in listed.parts)
             )
             if readers.get(path) == {"kernel"}
             else leaf
-            for path, leaf in named
+            for (path, leaf), listed in zip(named, blocks, strict=True)
         ]
         return jax.tree.unflatten(treedef, leaves)
+
+    def _listed(self, leaf: Any) -> Any:
+        """A leaf with its blocks listed, if a kernel may run that reads them so."""
+        if not is_compressed(leaf):
+            return leaf
+        if self.implementation != "kernel" and _chip_of(leaf, self.mesh).platform != "tpu":
+            return leaf
+        return leaf.replace(parts=tuple(packed_sparse.listed(p) for p in leaf.parts))
 
     def _splits(self, named: Sequence[tuple[str, Any]]) -> dict[str, NamedSharding]:
         """How the matrix of each compressed leaf is split, where rules have to say it."""
@@ -364,8 +374,9 @@ def _no_kernel(
     dtype = op.eqn.invars[1 - op.site.operand].aval.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         return "the input is neither bfloat16 nor float32"
+    batched = bool(op.site.batch_axes)
     problems = [
-        packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p))
+        packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p), batched)
         for p in leaf.parts
     ]
     if None not in problems:

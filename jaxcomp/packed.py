@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxcomp import formats
+from jaxcomp import formats, packed_sparse
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels.chips import Chip
@@ -82,6 +82,8 @@ def prepared(part: Any, chip: Chip, activation: Activation | None = None) -> Any
         return part.replace(part=prepared(part.part, chip, activation))
     if isinstance(part, formats.InputQuant):
         return part.replace(part=prepared(part.part, chip, part.spec))
+    if isinstance(part, packed_sparse.PARTS):
+        return part if activation is not None else packed_sparse.prepared(part, chip)
     if problem(part, chip, activation=activation) is not None or isinstance(part, Prepared):
         return part
     return Prepared.of(operand(part))
@@ -162,6 +164,7 @@ def problem(
     dtype: Any = jnp.bfloat16,
     split: NamedSharding | None = None,
     activation: Activation | None = None,
+    batched: bool = False,
 ) -> str | None:
     """Why no kernel reads a part, from shapes alone.
 
@@ -171,10 +174,15 @@ def problem(
       dtype: of the input.
       split: mesh axes of stack, out and in: each device's share has to suit the kernel.
       activation: how the input is quantized, or None.
+      batched: whether one product takes several matrices of the part.
 
     Returns:
       The reason, or None.
     """
+    if isinstance(part, packed_sparse.PARTS):
+        if activation is not None:
+            return "no kernel multiplies quantized inputs with sparse weights"
+        return packed_sparse.problem(part, chip, dtype, split, batched)
     found: list[Any] = []
     jax.eval_shape(lambda part: found.append(operand(part)), part)
     (weight,) = found
@@ -217,6 +225,8 @@ def matmul(
     Returns:
       ``(*stack, tokens, out)`` in float32.
     """
+    if isinstance(part, packed_sparse.PARTS):
+        return packed_sparse.matmul(x, part, split)
     return kernels.quantized_matmul(
         x,
         operand(part),

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcomp import packed
+from jaxcomp import packed, packed_sparse
 from jaxcomp import rules as names
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import CompressedArray, is_compressed
@@ -368,3 +368,29 @@ def _(part: packed.Prepared, split: Split) -> packed.Prepared:
         ),
         table=None if part.table is None else split.spec(None),
     )
+
+
+@part_specs.register
+def _(part: packed_sparse.PreparedNM, split: Split) -> packed_sparse.PreparedNM:
+    k, scales = part.shape[-1], part.scales
+    inputs = split.along("in", k, 4, part.shape, "blocks")
+    if scales is not None:
+        count = scales.shape[-1]
+        groups = split.along("in", k, k // count, part.shape, "groups") if count > 1 else None
+        scales = split.spec(split.out, groups)
+    return part.replace(
+        values=split.spec(None, split.out, inputs),
+        positions=split.spec(split.out, inputs),
+        scales=scales,
+    )
+
+
+@part_specs.register
+def _(part: packed_sparse.BlockPart, split: Split) -> packed_sparse.BlockPart:
+    if split.count(split.out) * split.count(split.inputs) > 1:
+        raise JaxcompError(
+            f"{split.path} {part.shape}: a list of blocks has no axis of outputs or inputs to "
+            "split; replicate this weight, or shard it before dispatch(..).prepare lists its blocks"
+        )
+    one = split.spec(None)
+    return part.replace(values=one, rows=one, columns=one)

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 from jaxcomp.kernels.sparse_matmul import blocks, gpu, nm, reference, sharding, tpu, tpu_nm
@@ -23,7 +23,7 @@ def block_sparse_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
-    weight_spec: PartitionSpec | None = None,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias), computed for the blocks of W that are listed.
@@ -42,7 +42,8 @@ def block_sparse_matmul(
         GPUs were never run on one: they are chosen by their name only.
       interpret: of a Pallas kernel: False, or to run it on a CPU ``pltpu.InterpretParams(..)``, or
         ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
-      weight_spec: mesh axes of N and K, on a mesh of Auto axes.
+      weight_spec: mesh axes of N and K, on a mesh of Auto axes; a NamedSharding where neither an
+        array nor the mesh in use tells the mesh.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:
@@ -78,7 +79,7 @@ def nm_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
-    weight_spec: PartitionSpec | None = None,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias) with N of every M inputs of W stored.
@@ -97,7 +98,8 @@ def nm_matmul(
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", or None for the best one.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
-      weight_spec: mesh axes of N and K, on a mesh of Auto axes.
+      weight_spec: mesh axes of N and K, on a mesh of Auto axes; a NamedSharding where neither an
+        array nor the mesh in use tells the mesh.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:

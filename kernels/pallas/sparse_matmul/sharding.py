@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
@@ -47,7 +47,7 @@ class Placement:
 def placement(
     x: jax.Array,
     weight: Weight,
-    weight_spec: PartitionSpec | None = None,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
 ) -> Placement | None:
     """How a product is to be split.
@@ -55,7 +55,8 @@ def placement(
     Args:
       x: ``(.., K)``.
       weight: block-sparse or N:M sparse.
-      weight_spec: mesh axes of N and K, on a mesh of Auto axes.
+      weight_spec: mesh axes of N and K, on a mesh of Auto axes; a NamedSharding where no array
+        tells the mesh.
       x_spec: mesh axes of x, for a mesh with Auto axes; None splits the first axis over the mesh
         axes that the weight leaves, where they divide it.
 
@@ -67,6 +68,8 @@ def placement(
         are split in ways that do not belong together.
     """
     mesh = chips.mesh_of(x, weight.values)
+    if isinstance(weight_spec, NamedSharding):
+        mesh, weight_spec = weight_spec.mesh.abstract_mesh, weight_spec.spec
     if mesh is None:
         return None
     if weight_spec is None and AxisType.Explicit in mesh.axis_types:

@@ -1,0 +1,287 @@
+"""Sparse weights as operands of the kernels that read them so: 2:4 values, and listed blocks.
+
+An ``NMPart`` has the kernel's layout already. Kept values under a bit mask (``SparsePart``) have to
+be listed block by block, which needs the mask itself: ``dispatch(..).prepare`` does it once.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxcomp import formats
+from jaxcomp.formats import base
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.chips import Chip
+
+# Sides of the blocks that are looked for, and the share of blocks from which on a dense product
+# costs no more.
+_SIDES = (512, 256, 128)
+_DENSEST = 0.75
+
+
+@base.part
+class PreparedNM(base.Part):
+    """A 2:4 part as the kernel of a chip reads it, for running and not for storing.
+
+    Attributes:
+      values: ``(*stack, 2, out, in / 4)``, the first and the second of each four inputs.
+      positions: int4 ``(*stack, out, in / 4)``.
+      scales: float32 ``(*stack, out, groups)`` of int4 values, or None.
+    """
+
+    values: jax.Array
+    positions: jax.Array
+    scales: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*stack, out, in)``."""
+        *lead, quarter = self.positions.shape
+        return (*lead, 4 * quarter)
+
+    def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
+        from jaxcomp.kernels.sparse_matmul import nm
+
+        return _stacked(nm.dense, len(self.stack))(operand(self)).astype(dtype)
+
+
+@base.part
+class BlockPart(base.Part):
+    """A part that is zero outside of some blocks, for running and not for storing.
+
+    Matrices of a stack list as many blocks each: those with fewer list blocks of zeros as well.
+
+    Attributes:
+      values: bfloat16 or float32 ``(*stack, blocks, side, side)``.
+      rows: int32 ``(*stack, blocks)``, which block of outputs each is, ascending.
+      columns: int32 ``(*stack, blocks)``, which block of inputs.
+      out: outputs of a matrix.
+      size: inputs of a matrix.
+    """
+
+    values: jax.Array
+    rows: jax.Array
+    columns: jax.Array
+    out: int = base.static(default=0)
+    size: int = base.static(default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*stack, out, in)``."""
+        return (*self.rows.shape[:-1], self.out, self.size)
+
+    def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
+        side = self.values.shape[-1]
+        grid = -(-self.out // side), -(-self.size // side)
+
+        def one(values, rows, columns):
+            tiles = jnp.zeros((*grid, side, side), dtype).at[rows, columns].set(values)
+            return jnp.swapaxes(tiles, 1, 2).reshape(grid[0] * side, grid[1] * side)
+
+        whole = _stacked(one, len(self.stack))(self.values.astype(dtype), self.rows, self.columns)
+        return whole[..., : self.out, : self.size]
+
+
+PARTS = (formats.NMPart, formats.SparsePart, PreparedNM, BlockPart)
+
+
+def operand(part: Any) -> Any:
+    """A sparse part as the kernels take it, but for its stack axes.
+
+    Args:
+      part: one of ``PARTS``, without input transforms.
+
+    Returns:
+      ``NMSparse`` or ``BlockSparse`` made of the part's own arrays, which keep their stack axes; or
+      a string: why there is no kernel for it.
+    """
+    if isinstance(part, formats.SparsePart):
+        return (
+            "its values are kept by a bit mask; dispatch(..).prepare lists them by blocks where "
+            f"blocks of {_SIDES[-1]} are empty"
+        )
+    from jaxcomp.kernels.sparse_matmul import BlockSparse, nm
+
+    shape = part.shape[-2:]
+    if isinstance(part, BlockPart):
+        return BlockSparse(part.values, part.rows, part.columns, None, shape)
+    if isinstance(part, PreparedNM):
+        group = None if part.scales is None else shape[1] // part.scales.shape[-1]
+        return nm.NMSparse(part.values, part.positions, part.scales, 2, 4, group, shape, nm.LAYOUT)
+    values, kept = part.values, f"no kernel reads {part.n}:{part.m} values"
+    if isinstance(values, formats.Dense):
+        if values.values.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{kept} in {values.values.dtype}"
+        return nm.NMSparse(values.values, part.indices, None, part.n, part.m, None, shape)
+    if not isinstance(values, formats.Affine) or values.bits != 4:
+        return f"{kept} that are neither plain nor int4"
+    if values.zero_point is not None:
+        return f"{kept} with zero points"
+    if values.scale.shape[-1] != shape[0] or values.padding:
+        return f"{kept} in groups of several outputs or of a broken byte"
+    scale = values.scale
+    if scale.dtype not in (jnp.bfloat16, jnp.float32):
+        scale = scale.astype(jnp.float32)
+    group = shape[1] // scale.shape[-2]
+    return nm.NMSparse(values.values, part.indices, scale, part.n, part.m, group, shape)
+
+
+def problem(
+    part: Any,
+    chip: Chip | None,
+    dtype: Any = jnp.bfloat16,
+    split: NamedSharding | None = None,
+    batched: bool = False,
+) -> str | None:
+    """Why no kernel reads a sparse part, from shapes alone.
+
+    Args:
+      part: one of ``PARTS``, arrays or shapes of them.
+      chip: whose kernel; None asks only whether there is an operation for the format.
+      dtype: of the input.
+      split: mesh axes of stack, out and in: each device's share has to suit the kernel.
+      batched: whether one product takes several matrices of the part.
+
+    Returns:
+      The reason, or None.
+    """
+    found: list[Any] = []
+    jax.eval_shape(lambda part: found.append(operand(part)), part)
+    (weight,) = found
+    if isinstance(weight, str):
+        return weight
+    mesh = split.mesh if split is not None else chips.mesh_of(*jax.tree.leaves(part))
+    alone = mesh is None or mesh.size == 1
+    if batched and not alone:
+        return "on a mesh no sparse kernel takes a stack of weights at once"
+    if isinstance(part, BlockPart) and not alone and not _replicated(part, split):
+        return "lists of blocks are not split over a mesh; replicate the weight"
+    if chip is None:
+        return None
+    if chip.platform != "tpu":
+        return f"the chip is {chip.name}, not a TPU"
+    from jaxcomp.kernels.sparse_matmul import tpu, tpu_nm  # Pallas takes a while to import.
+
+    if isinstance(part, BlockPart):
+        first = jax.ShapeDtypeStruct(part.values.shape[len(part.stack) :], part.values.dtype)
+        return tpu.unfit(dtype, dataclasses.replace(weight, values=first), chip)
+    if split is not None:
+        outputs, inputs = (_count(e, split) for e in split.spec[-2:])
+        n, k = weight.shape
+        one = weight.group_size == k
+        weight = dataclasses.replace(
+            weight,
+            shape=(n // outputs, k // inputs),
+            group_size=k // inputs if one else weight.group_size,
+        )
+    return tpu_nm.unfit(weight, chip, dtype)
+
+
+def prepared(part: Any, chip: Chip) -> Any:
+    """A 2:4 part in the layout of a chip's kernel, or a part as it is where there is none."""
+    if not isinstance(part, formats.NMPart) or problem(part, chip) is not None:
+        return part
+    from jaxcomp.kernels.sparse_matmul import nm
+
+    ready = _stacked(nm.prepare, len(part.stack))(operand(part))
+    return PreparedNM(ready.values, ready.positions, ready.scales)
+
+
+def listed(part: Any) -> Any:
+    """Lists the blocks of a part under a bit mask, where enough of them are empty.
+
+    Runs on the host. Blocks are as large as they can be without storing more.
+
+    Args:
+      part: ``SparsePart`` of arrays, also inside of input scales; others are left alone.
+
+    Returns:
+      A ``BlockPart`` of the same matrix, or the part as it is.
+    """
+    if isinstance(part, formats.InputScale):
+        return part.replace(part=listed(part.part))
+    if not isinstance(part, formats.SparsePart) or part.element is not None:
+        return part
+    if part.values.dtype not in (jnp.bfloat16, jnp.float32):
+        return part
+    mask = np.asarray(part.kept_mask())
+    *stack, out, size = mask.shape
+    mask = mask.reshape(-1, out, size)
+    best = None
+    for side in reversed(_SIDES):
+        used = _tiles(mask, side).any((-1, -2))
+        blocks = max(int(used.sum((-1, -2)).max()), 1)
+        if best is None or blocks * side**2 <= best[0]:
+            best = blocks * side**2, side, used, blocks
+    stored, side, used, blocks = best
+    if stored > _DENSEST * out * size:
+        return part
+    # The blocks with values first, then as many empty ones as the fullest matrix has more.
+    order = np.argsort(~used.reshape(len(used), -1), axis=-1, kind="stable")[:, :blocks]
+    order = np.sort(order, axis=-1)
+    rows, columns = np.divmod(order, used.shape[-1])
+    dense = np.asarray(part.materialize(part.values.dtype)).reshape(mask.shape)
+    each = [_tiles(w, side)[r, c] for w, r, c in zip(dense, rows, columns, strict=True)]
+    return BlockPart(
+        jnp.asarray(np.stack(each).reshape(*stack, blocks, side, side)),
+        jnp.asarray(rows.reshape(*stack, blocks), jnp.int32),
+        jnp.asarray(columns.reshape(*stack, blocks), jnp.int32),
+        out=out,
+        size=size,
+    )
+
+
+def matmul(x: jax.Array, part: Any, split: NamedSharding | None = None) -> jax.Array:
+    """Product of an input with a sparse part that ``operand`` accepts, by its kernel.
+
+    Args:
+      x: ``(*stack, tokens, in)``, bfloat16 or float32.
+      part: of a weight ``(*stack, out, in)``, without input transforms.
+      split: mesh axes of stack, out and in, on a mesh of Auto axes.
+
+    Returns:
+      ``(*stack, tokens, out)`` in float32.
+    """
+    from jaxcomp.kernels import sparse_matmul as kernels
+
+    call = kernels.block_sparse_matmul if isinstance(part, BlockPart) else kernels.nm_matmul
+
+    def one(x, weight):
+        return call(x, weight, out_dtype=jnp.float32, weight_spec=split)
+
+    return _stacked(one, len(part.stack))(x, operand(part))
+
+
+def _tiles(array: np.ndarray, side: int) -> np.ndarray:
+    """``(.., out, in)`` as blocks ``(.., rows, columns, side, side)``, with zeros at the edges."""
+    pad = [(0, 0)] * (array.ndim - 2) + [(0, -n % side) for n in array.shape[-2:]]
+    whole = np.pad(array, pad)
+    *lead, out, size = whole.shape
+    return whole.reshape(*lead, out // side, side, size // side, side).swapaxes(-2, -3)
+
+
+def _stacked(function: Any, depth: int) -> Any:
+    """A function of one matrix for matrices with leading stack axes."""
+    for _ in range(depth):
+        function = jax.vmap(function)
+    return function
+
+
+def _count(entry: Any, split: NamedSharding) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return int(np.prod([split.mesh.shape[name] for name in names]))
+
+
+def _replicated(part: BlockPart, split: NamedSharding | None) -> bool:
+    if split is not None:
+        return all(_count(entry, split) == 1 for entry in split.spec)
+    sharding = jax.typeof(part.values).sharding if hasattr(part.values, "aval") else None
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return True  # On Auto axes there is nothing to see, and dispatch asks for the rules.
+    return sharding.spec == PartitionSpec(*(None,) * part.values.ndim)
