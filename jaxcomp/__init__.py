@@ -18,7 +18,13 @@ from jaxcomp import (
 )
 from jaxcomp.compress import Result, compress
 from jaxcomp.dispatch import dispatch
-from jaxcomp.errors import DataError, JaxcompError, ModelError, RecipeError
+from jaxcomp.errors import (
+    DataError,
+    JaxcompError,
+    ModelError,
+    OutOfMemoryError,
+    RecipeError,
+)
 from jaxcomp.formats import CompressedArray, materialize, nbits
 from jaxcomp.functional import functional
 from jaxcomp.graph import Graph, Site, trace
@@ -35,6 +41,7 @@ __all__ = [
     "Graph",
     "JaxcompError",
     "ModelError",
+    "OutOfMemoryError",
     "Recipe",
     "RecipeError",
     "Report",

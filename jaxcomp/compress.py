@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import folding, formats, placing
+from jaxcomp import folding, formats, out_of_memory, placing
 from jaxcomp.dispatch import Dispatcher, check_activation_site
-from jaxcomp.errors import DataError, JaxcompError
+from jaxcomp.errors import DataError, JaxcompError, OutOfMemoryError
 from jaxcomp.fingerprint import fingerprints
 from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.formats.assemble import describe, stack_arrays
@@ -104,6 +104,8 @@ def compress(
     Raises:
       RecipeError: the recipe does not fit the model; nothing was computed.
       DataError: no batches, inputs that differ in structure, NaN on the way.
+      OutOfMemoryError: on the host or a device; the message names the weight, what was asked for
+        and what to change.
       JaxcompError: a format that does not fit a weight; the message names path, shape, rule and
         fix.
 
@@ -138,6 +140,8 @@ def _compress(apply, params, recipe, batches, journal, place, progress) -> Resul
         else:
             run_.data_free()
         leaves = run_.assemble(named)
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error}; {run_.kept()}") from error.__cause__
     finally:
         run_.close()
     report = run_.report(dict(named), leaves, time.perf_counter() - started)
@@ -398,8 +402,9 @@ class _Run:
                 started = time.perf_counter()
                 leaf = self.leaves[path]
                 axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
-                layer = Layer(path, self._matrix(leaf, axes), original_dtype=leaf.dtype)
-                (layer,) = self._steps((layer,))
+                with out_of_memory.compressing([path], [leaf.shape]):
+                    layer = Layer(path, self._matrix(leaf, axes), original_dtype=leaf.dtype)
+                    (layer,) = self._steps((layer,))
                 array = CompressedArray.from_matrix(
                     _parts(layer, None), leaf.shape, leaf.dtype, *axes
                 )
@@ -413,6 +418,16 @@ class _Run:
                 jaxcomp.io.safetensors.release(leaf)
             self.records[path][()] = record
             self.progress.advance(path)
+
+    def kept(self) -> str:
+        """What becomes of the weights that are finished, for an error's message."""
+        count = sum(map(len, self.records.values()))
+        if self.journal is None:
+            return f"the {count} weights finished before are lost, with journal=.. they are kept"
+        return (
+            f"the {count} weights finished before are kept in the journal {self.journal.path}, the "
+            "same call goes on from there"
+        )
 
     def close(self) -> None:
         """Ends the progress display and lets go of the journal."""

@@ -15,3 +15,7 @@ class ModelError(JaxcompError):
 
 class DataError(JaxcompError):
     """Calibration or evaluation data that cannot be used."""
+
+
+class OutOfMemoryError(JaxcompError):
+    """More memory was asked for than there is: which weight, how much, and what to change."""

@@ -7,6 +7,7 @@ Loops are unrolled, branches and loop bounds are followed as they turn out. Equa
 are compiled together, once for all layers that look the same.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import calibration, host, placing
+from jaxcomp import calibration, host, out_of_memory, placing
 from jaxcomp.errors import DataError, JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
@@ -129,7 +130,8 @@ class Sequential:
             kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             made = (i for step in steps for i in step.outputs)
             alive = {i for i in (*env, *made) if last.get(i, -1) >= k or i in kept}
-            self.contractions += _execute(steps, env, alive, len(active), self.place)
+            with self.near(program, k):
+                self.contractions += _execute(steps, env, alive, len(active), self.place)
             steps.clear()
 
         for k, op in enumerate(program.ops):
@@ -167,13 +169,30 @@ class Sequential:
                     self.done[key] = None
             else:
                 execute(k)
-                self.structure(program, op, env, active)
+                with self.near(program, k):
+                    self.structure(program, op, env, active)
             kept = {*program.inputs, *(i for p in pending for i in p.inputs)}
             for i in [i for i in env if last.get(i, -1) <= k and i not in kept]:
                 del env[i]
         join(len(program.ops))
         execute(len(program.ops))
         return [self.read(program, env, i) for i in program.outputs]
+
+    def near(self, program: Program, k: int) -> contextlib.AbstractContextManager:
+        """Tells running out of memory before operation ``k`` by the weight that comes next."""
+        ops = program.ops
+        following = (site for op in ops[k:] for site in _sites(op))
+        site = next(following, None)
+        if site is not None:
+            return out_of_memory.evaluating(
+                site.path, site.layout.leaf_shape, "evaluating the model up to it"
+            )
+        site = next((s for op in reversed(ops) for s in reversed(_sites(op))), None)
+        if site is None:
+            return contextlib.nullcontext()
+        return out_of_memory.evaluating(
+            site.path, site.layout.leaf_shape, "evaluating the model with it"
+        )
 
     def used(self, program: Program) -> set[int]:
         """Values that an output, a loop or the input of a weight to compress comes from."""
@@ -290,8 +309,22 @@ class Sequential:
                 "input is not known when it is reached; exclude this path"
             )
         needs = frozenset().union(*(self.compressor.needs(t.site) for t in targets))
-        statistics = self.statistics(program, op, env, count, needs) if needs else None
-        results = self.compressor.compress(program, targets, statistics)
+        statistics = None
+        if needs:
+            what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
+            with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
+                statistics = self.statistics(program, op, env, count, needs)
+        self.compress(program, targets, statistics)
+
+    def compress(self, program: Program, targets: Sequence[Target], statistics: Any) -> None:
+        """Has an input group compressed, to go on with the results."""
+        hessian = getattr(statistics, "hessian", None)
+        with out_of_memory.compressing(
+            [t.site.path for t in targets],
+            [t.site.layout.leaf_shape for t in targets],
+            None if hessian is None else hessian.shape[-1],
+        ):
+            results = self.compressor.compress(program, targets, statistics)
         for target, result in zip(targets, results, strict=True):
             self.done[(target.site.path, target.index)] = result
 
@@ -399,9 +432,7 @@ class Sequential:
                 leaf = env[weights[other.site.id]]
                 index = _key(other.site, leaf)[1]
                 targets.append(Target(other, index, _fixed(other.site, leaf.value)))
-            results = self.compressor.compress(body, targets, state.get(group[0].site.id))
-            for target, result in zip(targets, results, strict=True):
-                self.done[(target.site.path, target.index)] = result
+            self.compress(body, targets, state.get(group[0].site.id))
         for other in sites:
             root = weights[other.site.id]
             for k, i in enumerate(op.inputs):
@@ -513,6 +544,11 @@ class Sequential:
                 for position, b in enumerate(chosen):
                     column[b] = _at(result, position)
         return columns
+
+
+def _sites(op: Op) -> list[Site]:
+    """The sites of an operation, those of its bodies too."""
+    return [op.site] if op.site is not None else [s for body in op.bodies for s in body.sites]
 
 
 def _quantizes(leaf: Any) -> bool:
