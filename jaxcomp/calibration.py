@@ -111,7 +111,10 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
     def combine(old, op, new):
         return None if old is None else op(old, new())
 
-    add = lambda a, b: a + b  # noqa: E731
+    def add(old, new):
+        # A Hessian may be the largest array there is: NumPy's takes the place of what is added.
+        return np.add(old, new, out=new) if xp is np else old + new
+
     return Statistics(
         count=s.count + count,
         hessian=combine(s.hessian, add, lambda: _gram(x)),
@@ -127,7 +130,10 @@ def _gram(x: jax.Array) -> jax.Array:
     """Xᵀ X of ``(*stack, tokens, in)``."""
     if isinstance(x, np.ndarray):
         # NumPy sees that the result is symmetric, and does half of the work.
-        return x.swapaxes(-1, -2) @ x
+        size = x.shape[-1]
+        return np.matmul(
+            x.swapaxes(-1, -2), x, out=host.empty((*x.shape[:-2], size, size), x.dtype)
+        )
     return jnp.einsum("...ti,...tj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -4,6 +4,7 @@ Each ``jnp`` operation that runs by itself is compiled once a shape, which takes
 the operation.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,24 @@ def call(function: Callable, *args: Any) -> Any:
     if is_on_host(*leaves):
         args = jax.tree.unflatten(treedef, [np.asarray(a) for a in leaves])
     return to_device(function(*args))
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised NumPy array that JAX on the CPU takes as it is, without copying it.
+
+    Args:
+      shape: its shape.
+      dtype: its dtype.
+
+    Returns:
+      The array, at an address that is a multiple of 64. It must not be written to any more when
+      JAX has been given it.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def to_device(tree: Any) -> Any:

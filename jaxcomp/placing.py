@@ -63,7 +63,14 @@ class Here:
           ``(*stack, out, in)``.
         """
         matrix = formats.to_matrix(host.numpy(leaf), *axes)
-        return host.to_device(matrix.astype(_wide(matrix.dtype), copy=False))
+        dtype = _wide(matrix.dtype)
+        if isinstance(matrix, np.ndarray) and not (
+            matrix.dtype == dtype and matrix.flags.c_contiguous
+        ):
+            whole = host.empty(matrix.shape, dtype)
+            whole[...] = matrix
+            matrix = whole
+        return host.to_device(matrix.astype(dtype, copy=False))
 
     def finished(self, tree: Any) -> Any:
         """A compressed weight, as it waits for the end of the run."""

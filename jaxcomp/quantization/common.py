@@ -23,7 +23,7 @@ class Rounded(NamedTuple):
     """A matrix on a grid.
 
     Attributes:
-      values: ``(*stack, out, in)``, what is stored stands for these.
+      values: ``(*stack, out, in)``, what is stored stands for these; None where nobody asks.
       codes: int32 like ``values``, or None when they are in ``part``.
       qparams: scales and zero points of the groups.
       context: what the whole matrix shares.
@@ -31,7 +31,7 @@ class Rounded(NamedTuple):
       part: the stored matrix; None leaves it to ``store`` to make it.
     """
 
-    values: jax.Array
+    values: jax.Array | None
     codes: jax.Array | None
     qparams: Any
     context: Any
@@ -166,12 +166,17 @@ def by_rows(function: Any, *operands: Any) -> Any:
         full[: len(piece)] = piece
         return full
 
-    results = [function(*(slab(a, start) for a in operands)) for start in range(0, out, ROWS)]
-
-    def join(*pieces):
-        return pieces[0] if pieces[0].shape[0] != ROWS else np.concatenate(pieces)[:out]
-
-    return host.to_device(jax.tree.map(join, *results))
+    whole = None
+    for start in range(0, out, ROWS):
+        pieces = jax.tree.map(np.asarray, function(*(slab(a, start) for a in operands)))
+        if whole is None:
+            whole = jax.tree.map(
+                lambda a: host.empty((out, *a.shape[1:]), a.dtype) if len(a) == ROWS else a, pieces
+            )
+        for all_rows, piece in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+            if len(piece) == ROWS:
+                all_rows[start : start + ROWS] = piece[: out - start]
+    return host.to_device(whole)
 
 
 def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None = None) -> jax.Array:
@@ -439,7 +444,7 @@ def pattern(layer: Layer) -> tuple[int, int] | None:
 def quantized(
     layer: Layer,
     parts: Sequence[Any],
-    values: jax.Array,
+    values: jax.Array | None,
     activation: Activation | None,
     error: Any = None,
 ) -> Layer:
@@ -448,7 +453,7 @@ def quantized(
     Args:
       layer: the layer, transformed as the step left it.
       parts: parts that hold its weight.
-      values: what they stand for.
+      values: what they stand for; not read where there is an error.
       activation: how the input is quantized, or None.
       error: relative error, if the step has it.
 

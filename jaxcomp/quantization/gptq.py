@@ -69,7 +69,6 @@ class GPTQ(Step, frozen=True, tag="gptq"):
 class _Rows(NamedTuple):
     """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared."""
 
-    values: jax.Array
     codes: jax.Array
     qparams: Any
     context: Any
@@ -126,7 +125,7 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
         back = permutation.argsort()
         values, codes = values[:, back], codes[:, back]
     energy = common.energies(original, values, h) if report else None
-    return _Rows(values, codes, solution.qparams, context, energy)
+    return _Rows(codes, solution.qparams, context, energy)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "order"))
@@ -152,8 +151,8 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
       known: what ``_hessian`` gave for this very ``h``, if it was called before.
 
     Returns:
-      Parts, the values they hold, the damping used, the error (None without ``report``), and what
-      ``_hessian`` gave where it was called.
+      Parts, the damping used, the error (None without ``report``), and what ``_hessian`` gave where
+      it was called.
     """
     fmt, order, damping = options["fmt"], options["order"], options["damping"]
     checks.check_format(fmt, w, mask, nm, path)
@@ -177,7 +176,8 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
     if common.splits_rows(w, h, fmt):
         h = np.asarray(h)
         if known is None:
-            known = _hessian(h.astype(common.working_dtype(w)), damping, order=order)
+            h = h.astype(common.working_dtype(w), copy=False)
+            known = _hessian(h, damping, order=order)
         factor, permutation = known
         rows = common.by_rows(
             lambda w, mask: _rows(w, mask, h, factor.upper, permutation, **chosen), w, mask
@@ -187,10 +187,10 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
     group_index = None
     if scattered:
         group_index = (permutation.argsort(axis=-1) // group).astype(jnp.int32)
-    rounded = common.Rounded(rows.values, rows.codes, rows.qparams, rows.context, group_index)
+    rounded = common.Rounded(None, rows.codes, rows.qparams, rows.context, group_index)
     parts = common.store(fmt, rounded, mask, nm)
     error = common.error_of(rows.energy) if report else None
-    return parts, rows.values, factor.damping, error, known
+    return parts, factor.damping, error, known
 
 
 def gptq(
@@ -265,10 +265,10 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if layer.statistics.hessian is not hessian:
             hessian, known = layer.statistics.hessian, None
         nm = common.pattern(layer)
-        parts, values, damping, error, known = _solve(
+        parts, damping, error, known = _solve(
             layer.weight, hessian, layer.mask, nm, layer.path, options, True, known
         )
-        layer = common.quantized(layer, parts, values, step.activation, error)
+        layer = common.quantized(layer, parts, None, step.activation, error)
         common.report_damping(layer, damping, step.damping)
         results.append(layer)
     return tuple(results)

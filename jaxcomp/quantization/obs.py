@@ -14,8 +14,8 @@ of right: a column is brought up to date when its turn comes, w_k - Uᵀ_{<k,k} 
 level of a nest (matrix, lazy block, group, column), so that all but the innermost work is matrix
 products and each weight is written once. This is the same sum in another order.
 
-NumPy arrays are factorized and their outermost loop is run by NumPy: then one small compiled
-program, for a block of columns, serves matrices of every size.
+NumPy arrays are factorized by LAPACK, and their outermost loop is run by NumPy: then one small
+compiled program, for a block of columns, serves matrices of every size.
 
 Source: GPTQ, https://arxiv.org/abs/2210.17323; SparseGPT, https://arxiv.org/abs/2301.00774;
 OBC, https://arxiv.org/abs/2208.11580.
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
@@ -79,7 +80,7 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
     """Upper Cholesky factor of the inverse of a damped Hessian.
 
     The damping is raised tenfold, from at least the dtype's resolution, until the factorization
-    exists. NumPy arrays are factorized by NumPy.
+    exists. NumPy arrays are factorized by LAPACK.
 
     Args:
       h: ``(in, in)`` symmetric, positive semidefinite up to rounding.
@@ -117,37 +118,38 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
 
 
 def _factor_on_host(h: np.ndarray, damping: float) -> Factor:
-    """The same in NumPy."""
+    """The same by LAPACK, in the memory of one matrix and a half beside ``h``."""
     diagonal = np.diagonal(h)
     dead = diagonal <= 0
     mean = h.dtype.type(diagonal.sum() / max(int((~dead).sum()), 1) or 1)
-    backwards = (h / mean)[::-1, ::-1]
-    np.fill_diagonal(backwards, np.where(dead, 1, diagonal / mean)[::-1])
+    unit = np.where(dead, 1, diagonal / mean)[::-1]
     epsilon = np.finfo(h.dtype).eps
+    factorize, invert = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (h,))
     following = h.dtype.type(damping)
     for _ in range(24):
         damping = following
-        try:
-            lower = np.linalg.cholesky(backwards + damping * np.eye(len(h), dtype=h.dtype))
-        except np.linalg.LinAlgError:
-            lower = np.full_like(h, np.nan)
-        if np.diagonal(lower).min() ** 2 > epsilon:
+        # Columns of h are its rows; LAPACK factorizes columns in place.
+        lower = np.empty(h.shape, h.dtype, order="F")
+        np.divide(h.T[::-1, ::-1], mean, out=lower)
+        np.fill_diagonal(lower, unit + damping)
+        lower, failed = factorize(lower, lower=True, clean=True, overwrite_a=True)
+        if not failed and np.diagonal(lower).min() ** 2 > epsilon:
             break
         following = np.maximum(damping, 10 * epsilon) * 10
-    inverse = _inverse_of_lower(lower) / np.sqrt(mean)
-    return Factor(inverse[::-1, ::-1], dead, damping)
+    else:
+        lower[:] = np.nan
+    upper, _ = invert(lower, lower=True, overwrite_c=True)
+    upper /= np.sqrt(mean)
+    _reverse(upper.reshape(-1, order="F"))
+    return Factor(upper, dead, damping)
 
 
-def _inverse_of_lower(a: np.ndarray) -> np.ndarray:
-    """Inverse of a lower triangular matrix, by halves."""
-    if len(a) <= 64:
-        return np.tril(np.linalg.inv(a))
-    k = len(a) // 2
-    first, last = _inverse_of_lower(a[:k, :k]), _inverse_of_lower(a[k:, k:])
-    inverse = np.zeros_like(a)
-    inverse[:k, :k], inverse[k:, k:] = first, last
-    inverse[k:, :k] = -last @ (a[k:, :k] @ first)
-    return inverse
+def _reverse(flat: np.ndarray) -> None:
+    """Reverses an array in place; of a matrix's elements this reverses rows and columns."""
+    half = len(flat) // 2
+    first = flat[:half].copy()
+    flat[:half] = flat[: len(flat) - half - 1 : -1]
+    flat[len(flat) - half :] = first[::-1]
 
 
 def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[int, ...]:
@@ -403,7 +405,7 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         w, mask = np.pad(w, added), None if mask is None else np.pad(mask, added)
         upper = np.pad(upper, (0, spare)) + np.diag(np.arange(in_size + spare) >= in_size)
         column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
-    upper = upper.astype(w.dtype)
+    upper = upper.astype(w.dtype, copy=False)
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
     w, mask = np.ascontiguousarray(w.T), None if mask is None else mask.T
     errors = np.zeros_like(w)
