@@ -1,10 +1,7 @@
 """Products with quantized weights that stay packed in memory."""
 
-from jaxcomp.kernels.quantized_matmul.api import (
-    grouped_quantized_matmul,
-    prepare,
-    quantized_matmul,
-)
+from jaxcomp.kernels.quantized_matmul.api import prepare, quantized_matmul
+from jaxcomp.kernels.quantized_matmul.grouped import grouped_quantized_matmul
 from jaxcomp.kernels.quantized_matmul.weights import NF4, Weight
 
 __all__ = ["NF4", "Weight", "grouped_quantized_matmul", "prepare", "quantized_matmul"]

@@ -87,8 +87,8 @@ def quantized_matmul(
       Frantar et al., Marlin, arXiv 2408.11743 (the product that this one is for TPUs); Dettmers et
       al., QLoRA, arXiv 2305.14314 (NF4).
     """
-    weight = _weight(codes, scales, zeros, table, format, group_size)
-    options = _options(x, weight, bias, activation, activation_dtype, out_dtype)
+    weight = weight_of(codes, scales, zeros, table, format, group_size)
+    options = options_of(x, weight, bias, activation, activation_dtype, out_dtype)
     _check_rows(x, weight)
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     x_scales = _row_scales(x, x_scales, options)
@@ -120,85 +120,6 @@ def _stacked(run, options, x, weight, bias, x_scales) -> jax.Array:
         x_scales = x_scales.reshape(*weight.stack, -1, 1)
     y = call(x.reshape(*weight.stack, -1, x.shape[-1]), weight, bias, x_scales)
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def grouped_quantized_matmul(
-    x: jax.Array,
-    group_sizes: jax.Array,
-    codes: jax.Array | Weight,
-    scales: jax.Array | None = None,
-    zeros: jax.Array | None = None,
-    *,
-    format: str = "int4",
-    group_size: int | None = None,
-    table: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    activation: str | None = None,
-    activation_dtype: str | None = None,
-    out_dtype: jax.typing.DTypeLike | None = None,
-    implementation: str | None = None,
-    interpret=False,
-) -> jax.Array:
-    """``quantized_matmul`` of experts: consecutive runs of rows, each with its expert's weight.
-
-    Args:
-      x: ``(tokens, K)``, sorted by expert.
-      group_sizes: integers ``(E,)``, rows of each expert; rows after their sum give zeros.
-      codes: uint8 ``(E, N, K * bits / 8)``, or what ``prepare`` returned for them.
-      scales: ``(E, K / group_size, N)``.
-      zeros: like scales, or None.
-      format: as in ``quantized_matmul``, like all that follow.
-      group_size: inputs that share a scale; None for one group a row.
-      table: the ``(16,)`` values of a codebook.
-      bias: ``(E, N)`` or None.
-      activation: None, "relu", "silu" or "gelu".
-      activation_dtype: None, "int8" or "float8_e4m3fn".
-      out_dtype: dtype of y; None for x's.
-      implementation: "xla" or None.
-      interpret: of a Pallas kernel.
-
-    Returns:
-      ``(tokens, N)``.
-
-    Raises:
-      TypeError: a dtype is wrong.
-      ValueError: shapes do not belong together.
-      Unsupported: no implementation takes these operands.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> codes = jnp.array([[[0x01]], [[0x02]]], jnp.uint8)  # two experts, (1, 0) and (2, 0)
-      >>> sizes = jnp.array([1, 2])
-      >>> grouped_quantized_matmul(jnp.ones((3, 2)), sizes, codes, jnp.ones((2, 1, 1))).tolist()
-      [[1.0], [2.0], [2.0]]
-
-    Source:
-      Gale et al., MegaBlocks, arXiv 2211.15841 (dropless experts as one grouped product).
-    """
-    weight = _weight(codes, scales, zeros, table, format, group_size)
-    options = _options(x, weight, bias, activation, activation_dtype, out_dtype)
-    if len(weight.stack) != 1 or group_sizes.shape != weight.stack:
-        raise ValueError(
-            f"group_sizes {group_sizes.shape} must be (E,) for the experts of the weight, whose "
-            f"scales {weight.scales.shape} must be (E, K / group_size, N)"
-        )
-    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x {x.shape} must be (tokens, K) for weights (N, K) = {weight.shape}; flatten its "
-            "leading axes and sort the rows by expert"
-        )
-    implementations.choose(
-        f"grouped_quantized_matmul of x {x.shape} {x.dtype} and {weight.format} {weight.shape}",
-        {"xla": None, "mosaic_tpu": "experts have no kernel yet"},
-        implementation,
-    )
-    del interpret  # of a kernel that is not there
-
-    def dense(options, x, weight, bias, x_scales):
-        return reference.matmul(x, layout.restore(weight), bias, options, x_scales)
-
-    multiply = functools.partial(_differentiable, dense, options)
-    return reference.grouped_matmul(x, group_sizes, weight, bias, multiply)
 
 
 def prepare(
@@ -249,7 +170,7 @@ def prepare(
     return weight if tpu.unfit(weight, known) else layout.prepare(weight)
 
 
-def _weight(codes, scales, zeros, table, format, group_size) -> Weight:
+def weight_of(codes, scales, zeros, table, format, group_size) -> Weight:
     """The weight of the arguments of a public function."""
     if not isinstance(codes, Weight):
         if scales is None:
@@ -262,7 +183,7 @@ def _weight(codes, scales, zeros, table, format, group_size) -> Weight:
     return codes
 
 
-def _options(x, weight, bias, activation, activation_dtype, out_dtype) -> Options:
+def options_of(x, weight, bias, activation, activation_dtype, out_dtype) -> Options:
     """Checks of what does not depend on the shape of x."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
@@ -322,7 +243,7 @@ def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) 
     """The product of rows ``(M, K)`` by the implementation that fits best."""
     chip = chips.chip_of(x)
     if implementation is None and not interpret and (chip is None or chip.platform == "cpu"):
-        return reference.matmul(x, _restored(weight), bias, options, x_scales)
+        return reference.matmul(x, restored(weight), bias, options, x_scales)
     from jaxcomp.kernels.quantized_matmul import gpu, tpu
 
     if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
@@ -343,13 +264,13 @@ def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) 
         implementation,
     )
     if chosen == "xla":
-        return reference.matmul(x, _restored(weight), bias, options, x_scales)
+        return reference.matmul(x, restored(weight), bias, options, x_scales)
     if chosen == "mosaic_gpu":
         return gpu.run(x, weight, bias, options, interpret=interpret, x_scales=x_scales)
     return tpu.matmul(x, weight, bias, options, chip, interpret, x_scales=x_scales)
 
 
-def _restored(weight: Weight) -> Weight:
+def restored(weight: Weight) -> Weight:
     """A weight of any layout in the stored one."""
     if weight.layout != layout.GPU_LAYOUT:
         return layout.restore(weight)
@@ -378,15 +299,19 @@ def _backward(run, options, saved, dy):
     dz = dy.astype(jnp.float32)
     if z is not None:
         dz = jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
-    dx, dscales, dzeros, dtable = reference.gradients(x, _restored(weight), dz)
-    # Codes have no gradient; those of a float dtype have zeros, as JAX asks for.
-    if jnp.issubdtype(weight.codes.dtype, jnp.floating):
-        dcodes = jnp.zeros_like(weight.codes)
-    else:
-        dcodes = np.zeros(weight.codes.shape, jax.dtypes.float0)
-    dweight = dataclasses.replace(weight, codes=dcodes, scales=dscales, zeros=dzeros, table=dtable)
+    dx, dscales, dzeros, dtable = reference.gradients(x, restored(weight), dz)
+    dweight = dataclasses.replace(
+        weight, codes=no_gradient(weight.codes), scales=dscales, zeros=dzeros, table=dtable
+    )
     dbias = None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)
     return dx, dweight, dbias, None if x_scales is None else jnp.zeros_like(x_scales)
+
+
+def no_gradient(codes: jax.Array) -> jax.Array | np.ndarray:
+    """Cotangent of codes: those of a float dtype have zeros, as JAX asks for."""
+    if jnp.issubdtype(codes.dtype, jnp.floating):
+        return jnp.zeros_like(codes)
+    return np.zeros(codes.shape, jax.dtypes.float0)
 
 
 _differentiable.defvjp(_forward, _backward)

@@ -1,7 +1,6 @@
 """The quantized matmul in plain JAX: what every kernel must compute, and every backward pass."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +102,10 @@ def matmul(
         xq, row_scales = quantize_rows(x, options.activation_dtype, x_scales)
         return finish(_quantized_product(xq, weight) * row_scales, bias, options)
     w = weights.dequantize(weight).astype(x.dtype)
-    return finish(_dot(x, w, ((1,), (1,))), bias, options)
+    return finish(dot(x, w, ((1,), (1,))), bias, options)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
     """Product with f32 sums, and with f32 factors where the operands are f32."""
     highest = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
@@ -151,9 +150,24 @@ def gradients(
       Cotangents of x, and of the scales, zeros and table of the weight.
     """
     w = weights.dequantize(weight).astype(x.dtype)
-    dx = _dot(dz.astype(x.dtype), w, ((1,), (0,))).astype(x.dtype)
+    dx = dot(dz.astype(x.dtype), w, ((1,), (0,))).astype(x.dtype)
     # Two bf16 operands give the sums of W's cotangent that a dense layer's would have.
-    dw = weights.grouped(_dot(dz.astype(x.dtype), x, ((0,), (0,))), weight)
+    return dx, *part_gradients(weight, dot(dz.astype(x.dtype), x, ((0,), (0,))))
+
+
+def part_gradients(
+    weight: Weight, dw: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Cotangents of what a weight is made of.
+
+    Args:
+      weight: stored, without stack axes.
+      dw: f32 ``(N, K)``, its cotangent.
+
+    Returns:
+      Cotangents of the scales, zeros and table.
+    """
+    dw = weights.grouped(dw, weight)
     codes = weights.unpack(weight.codes, weight.format)
     each = weights.grouped(weights.values(codes, weight), weight).astype(jnp.float32)
     scales = jnp.swapaxes(weight.scales.astype(jnp.float32), 0, 1)
@@ -165,46 +179,4 @@ def gradients(
     if FORMATS[weight.format].kind == "codebook":
         dvalues = (dw * scales[..., None]).reshape(codes.shape)
         dtable = jnp.stack([jnp.sum(jnp.where(codes == code, dvalues, 0.0)) for code in range(16)])
-    return dx, dscales, dzeros, dtable
-
-
-def grouped_matmul(
-    x: jax.Array,
-    group_sizes: jax.Array,
-    weight: Weight,
-    bias: jax.Array | None,
-    multiply: Callable[[jax.Array, Weight, jax.Array | None], jax.Array],
-) -> jax.Array:
-    """Rows of x in consecutive runs, each times its own expert's weight.
-
-    One expert's weight is dense at a time, and multiplies all rows: memory is saved, not work.
-
-    Args:
-      x: ``(tokens, K)``.
-      group_sizes: integers ``(E,)``, tokens of each expert; rows after their sum give zeros.
-      weight: with one stack axis of E experts.
-      bias: ``(E, N)`` or None.
-      multiply: (x, weight, bias) -> y of one expert.
-
-    Returns:
-      ``(tokens, N)``.
-    """
-    ends = jnp.cumsum(group_sizes)
-    rows = jnp.arange(x.shape[0])
-    table = weight.table
-
-    def step(y, expert):
-        arrays, bias, start, end = expert
-        mine = ((rows >= start) & (rows < end))[:, None]
-        product = multiply(
-            jnp.where(mine, x, jnp.zeros((), x.dtype)),
-            dataclasses.replace(arrays, table=table),
-            bias,
-        )
-        return jnp.where(mine, product, y), None
-
-    experts = dataclasses.replace(weight, table=None)
-    one = jax.tree.map(lambda a: a[0], (experts, bias))
-    shape = jax.eval_shape(multiply, x, dataclasses.replace(one[0], table=table), one[1])
-    y = jnp.zeros(shape.shape, shape.dtype)
-    return jax.lax.scan(step, y, (experts, bias, ends - group_sizes, ends))[0]
+    return dscales, dzeros, dtable

@@ -142,11 +142,11 @@ def matmul(
     more = ((0, padded - m), (0, 0))
     if x_scales is not None:
         x_scales = jnp.pad(x_scales, more, constant_values=1.0)
-    rows, row_scales, sums = _pieces(jnp.pad(x, more), x_scales, weight, how, options, tile)
+    rows, row_scales, sums = split(jnp.pad(x, more), x_scales, weight, how, options, tile)
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
     body = functools.partial(
-        _kernel, weight=_static(weight), how=how, tile=tile, options=options, steps=steps
+        _kernel, weight=static(weight), how=how, tile=tile, options=options, steps=steps
     )
 
     def by_group(array):
@@ -199,14 +199,14 @@ def matmul(
     return y[:m]
 
 
-def _static(weight: Weight) -> Weight:
+def static(weight: Weight) -> Weight:
     """A weight without its arrays."""
     return dataclasses.replace(
         weight, codes=None, scales=None, zeros=weight.zeros is not None, table=None
     )
 
 
-def _pieces(x, x_scales, weight, how, options, tile):
+def split(x, x_scales, weight, how, options, tile):
     """Rows of x as the kernel takes them, and what is left of their scales.
 
     Returns:
@@ -280,9 +280,9 @@ def _kernel(refs, y_ref, acc_ref=None, *, weight, how, tile, options, steps):
     """One tile of y, or one more tile of inputs added to it."""
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
-        y = _columns(refs, columns, weight, how, tile)
+        y = sums_of(refs, columns, weight, how, tile)
         if steps == 1:
-            y_ref[:, columns] = _finish(refs, y, columns, options)
+            y_ref[:, columns] = finish(refs, y, columns, options)
         else:
             k = pl.program_id(2)
 
@@ -296,17 +296,18 @@ def _kernel(refs, y_ref, acc_ref=None, *, weight, how, tile, options, steps):
 
             @pl.when(k == steps - 1)
             def _(columns=columns):
-                y_ref[:, columns] = _finish(refs, acc_ref[:, columns], columns, options)
+                y_ref[:, columns] = finish(refs, acc_ref[:, columns], columns, options)
 
 
-def _finish(refs, y, columns, options):
+def finish(refs, y, columns, options) -> jax.Array:
+    """Sums of some outputs with what follows them: scales of rows, bias, activation, dtype."""
     if "row_scales" in refs:
         y = y * refs["row_scales"][...]
     bias = refs["bias"][:, columns] if "bias" in refs else None
     return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
 
 
-def _columns(refs, columns, weight, how, tile):
+def sums_of(refs, columns, weight, how, tile):
     """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
     scales = refs["scales"][:, columns].astype(jnp.float32)
     y = jnp.zeros((tile.m, columns.size), jnp.float32)

@@ -5,6 +5,7 @@ decoding costs is divided by their number. The first tile of rows is multiplied 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,7 @@ def matmul(
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
     per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i: (j, 0))
-    # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
-    once = weight.zeros is None and weight.table is None and weight.scales.dtype == jnp.bfloat16
-    dtype = jnp.bfloat16 if once and chip.mxu > 128 else jnp.float32
+    dtype = scale_dtype(weight, chip)
     operands = {
         "x": (jnp.pad(x, ((0, padded - m), (0, 0))), pl.BlockSpec((tm, k), lambda j, i: (i, 0))),
         "w": (weight.codes, pl.BlockSpec((tn, k // fields), lambda j, i: (j, 0))),
@@ -85,35 +84,50 @@ def matmul(
 
 def _kernel(refs, y_ref, w_ref, *, meta, options, columns):
     """All inputs of one tile of y."""
-    outputs = y_ref.shape[1]
-
-    def blocks(step):
-        def one(i, _):
-            step(pl.ds(pl.multiple_of(i * columns, columns), columns))
-
-        jax.lax.fori_loop(0, outputs // columns, one, None)
 
     def multiply(block):
-        y = jax.lax.dot_general(
-            refs["x"][...],
-            w_ref[block, :],
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
-        y_ref[:, block] = reference.finish(y, bias, options)
+        y_ref[:, block] = product(refs, w_ref, block, options)
 
     def decode_and_multiply(block):
         # In one block of code, so that the matrix unit works while others decode.
-        w_ref[block, :] = _scaled(refs, block, meta)
+        w_ref[block, :] = scaled(refs, block, meta)
         multiply(block)
 
+    outputs = y_ref.shape[1]
     first = pl.program_id(1) == 0
-    pl.when(first)(lambda: blocks(decode_and_multiply))
-    pl.when(jnp.logical_not(first))(lambda: blocks(multiply))
+    pl.when(first)(lambda: blocks(outputs, columns, decode_and_multiply))
+    pl.when(jnp.logical_not(first))(lambda: blocks(outputs, columns, multiply))
 
 
-def _scaled(refs, block, meta):
+def scale_dtype(weight: Weight, chip: Chip):
+    """The dtype that weights are scaled in."""
+    # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
+    once = weight.zeros is None and weight.table is None and weight.scales.dtype == jnp.bfloat16
+    return jnp.bfloat16 if once and chip.mxu > 128 else jnp.float32
+
+
+def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None:
+    """Takes a step for each block of outputs of a tile."""
+
+    def one(i, _):
+        step(pl.ds(pl.multiple_of(i * columns, columns), columns))
+
+    jax.lax.fori_loop(0, outputs // columns, one, None)
+
+
+def product(refs, w_ref, block, options) -> jax.Array:
+    """A tile of rows times some decoded outputs, finished."""
+    y = jax.lax.dot_general(
+        refs["x"][...],
+        w_ref[block, :],
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
+    return reference.finish(y, bias, options)
+
+
+def scaled(refs, block, meta) -> jax.Array:
     """bf16 weights of some outputs, all inputs."""
     format, group_size = meta
     width = min(group_size, _LANES)

@@ -79,3 +79,51 @@ def dense(chip: str, m: int, n: int, k: int, columns: int) -> Tile | None:
         return None
     rows = min(sizes["rows"] if k <= 16384 else 128, -(-m // 16) * 16)
     return Tile(rows, min(outputs, -(-n // columns) * columns), k, columns)
+
+
+def grouped_few(
+    chip: str, m: int, experts: int, n: int, k: int, group_size: int, depth: int, pieces: int
+) -> Tile:
+    """The tile of experts' products whose sums are scaled.
+
+    Args:
+      chip: name of the chip.
+      m: rows of all experts.
+      experts: their number.
+      n: outputs.
+      k: inputs.
+      group_size: inputs that share a scale.
+      depth: inputs that are multiplied at a time.
+      pieces: rows that each row of x becomes.
+
+    Returns:
+      The tile, as of ``few``.
+    """
+    one = few(chip, m, n, k, group_size, depth, pieces)
+    # An expert's rows begin anywhere in a tile, and each tile that they touch multiplies all of its
+    # rows: tiles are as small as the decoding of a weight is worth.
+    each = -(-m // experts)
+    rows = 16 if each <= 16 else 32
+    rows = min(rows, one.m)
+    columns = 256 if rows <= 16 or pieces == 1 else LANES
+    return dataclasses.replace(one, m=rows, columns=columns)
+
+
+def grouped_dense(chip: str, m: int, experts: int, n: int, k: int, columns: int) -> Tile | None:
+    """The tile of experts' products with scaled weights, or None where few rows ask for the other.
+
+    Args:
+      chip: name of the chip.
+      m: rows of all experts.
+      experts: their number.
+      n: outputs.
+      k: inputs.
+      columns: outputs whose sums are kept at a time.
+    """
+    each = -(-m // experts)
+    if each <= table(chip, "few")["rows"]:
+        return None
+    tile = dense(chip, m, n, k, columns)
+    # Half a tile, on average, is multiplied in vain at each end of an expert's rows.
+    rows = table(chip, "dense")["rows"] // (1 if each >= 1024 else 2)
+    return tile and dataclasses.replace(tile, m=min(tile.m, rows))

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.quantized_matmul import layout, reference, tpu, tpu_tiles, weights
+from jaxcomp.kernels.quantized_matmul import layout, reference, tpu, tpu_grouped, tpu_tiles, weights
 
 
 def quantized(
@@ -25,13 +25,53 @@ def quantized(
     activation_dtype: str | None = None,
 ):
     """The TPU kernel on one device, with a prepared weight."""
+    struct = functools.partial(whole, mesh)
+    weight = prepared(mesh, (), n, k, format, group_size, zeros, scale_dtype)
+    options = reference.Options(None, activation_dtype, x_dtype)
+    run = functools.partial(tpu.matmul, bias=None, options=options, chip=chips.BY_NAME[chip])
+    return run, (struct((m, k), x_dtype), weight)
 
-    def struct(shape, dtype):
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    stored = (n, k * weights.FORMATS[format].bits // 8)
-    scales = struct((k // group_size, n), scale_dtype)
+def grouped(
+    mesh,
+    chip: str,
+    m: int,
+    n: int,
+    k: int,
+    experts: int = 8,
+    format: str = "int4",
+    group_size: int = 128,
+    zeros: bool = False,
+    scale_dtype: str = "bfloat16",
+    x_dtype: str = "bfloat16",
+    activation_dtype: str | None = None,
+    tile: tuple[int, int, int, int] | None = None,
+):
+    """The TPU kernel of experts on one device, with prepared weights; ``m`` rows of all experts."""
+    struct = functools.partial(whole, mesh)
+    weight = prepared(mesh, (experts,), n, k, format, group_size, zeros, scale_dtype)
+    options = reference.Options(None, activation_dtype, x_dtype)
+    run = functools.partial(
+        tpu_grouped.matmul,
+        bias=None,
+        options=options,
+        chip=chips.BY_NAME[chip],
+        tile=tile and tpu_tiles.Tile(*tile),
+    )
+    return run, (struct((m, k), x_dtype), struct((experts + 1,), "int32"), weight)
+
+
+def whole(mesh, shape, dtype) -> jax.ShapeDtypeStruct:
+    """The shape of an array that every device holds."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+def prepared(mesh, stack, n, k, format, group_size, zeros, scale_dtype) -> weights.Weight:
+    """Shapes of a weight in the layout of TPUs."""
+    struct = functools.partial(whole, mesh)
+    stored = (*stack, n, k * weights.FORMATS[format].bits // 8)
+    scales = struct((*stack, k // group_size, n), scale_dtype)
     table = struct((16,), "float32") if format == "codebook" else None
     weight = weights.Weight(
         struct(stored, "uint8"),
@@ -43,10 +83,7 @@ def quantized(
         (n, k),
     )
     shapes = jax.eval_shape(layout.prepare, weight)
-    weight = jax.tree.map(lambda a: struct(a.shape, a.dtype), shapes)
-    options = reference.Options(None, activation_dtype, x_dtype)
-    run = functools.partial(tpu.matmul, bias=None, options=options, chip=chips.BY_NAME[chip])
-    return run, (struct((m, k), x_dtype), weight)
+    return jax.tree.map(lambda a: struct(a.shape, a.dtype), shapes)
 
 
 def bf16(mesh, chip: str, m: int, n: int, k: int):
