@@ -7,6 +7,7 @@ says what is served and on which devices, then one a program, and answers each w
 
 import collections
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -26,18 +27,19 @@ def main() -> None:
 
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
-        serving = Serving(Workload(**request["workload"]))
     except Exception as error:
         _say({"error": f"{type(error).__name__}: {error}"})
         return
     _say({"devices": len(topology.devices), "version": _version()})
     devices = np.array(topology.devices)
+    served = functools.cache(lambda name: Serving(Workload(**request["workloads"][name])))
     for line in sys.stdin:
         program = json.loads(line)
         split = Split(*program["split"])
         mesh = jax.sharding.Mesh(devices.reshape(split.data, split.model), ("data", "model"))
         started, used = time.perf_counter(), time.process_time()
         try:
+            serving = served(program["workload"])
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 found = measure(*serving.step(program["phase"], split, mesh), serving)
         except Exception as error:

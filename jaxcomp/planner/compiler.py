@@ -1,15 +1,17 @@
-"""The TPU compiler in a process of its own: programs go in, bytes and exchanges come out."""
+"""The TPU compiler in processes of its own: programs go in, bytes and exchanges come out."""
 
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import queue
 import re
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from jaxcomp.errors import JaxcompError
@@ -47,18 +49,26 @@ def environment() -> dict[str, str]:
 
 
 class Compiler:
-    """Compiles the steps of one workload for one topology; a context manager.
+    """Compiles the steps of several workloads for one topology; a context manager.
 
-    A program that aborts the compiler is an error of that program; the next one gets a new process.
+    Its processes take steps of any workload, so that none waits while there is work. A program
+    that aborts its process is an error of that program; the next one gets a new process.
     """
 
-    def __init__(self, workload: Workload, topology: Topology, timeout: float = 900.0):
+    def __init__(
+        self,
+        workloads: dict[str, Workload],
+        topology: Topology,
+        timeout: float = 900.0,
+        processes: int = 2,
+    ):
         """Starts nothing yet.
 
         Args:
-          workload: what is served.
+          workloads: what is served, by name.
           topology: on which devices.
           timeout: seconds after which a program counts as failed.
+          processes: how many programs are compiled at a time.
 
         Raises:
           JaxcompError: the compiler is not installed.
@@ -69,38 +79,68 @@ class Compiler:
                 f"with: pip install libtpu, or beside the packages with: pip install --target "
                 f"{BESIDE} libtpu"
             )
-        self.workload, self.topology, self.timeout = workload, topology, timeout
-        self.version = ""
-        self._process: subprocess.Popen | None = None
-        self._errors: Any = None
+        self._processes = [_Process(workloads, topology, timeout) for _ in range(processes)]
+        self._free: queue.LifoQueue[_Process] = queue.LifoQueue()
+        for process in self._processes[::-1]:
+            self._free.put(process)
+
+    @property
+    def version(self) -> str:
+        """Of JAX and the compiler, once a program was compiled."""
+        return next((p.version for p in self._processes if p.version), "")
 
     def __enter__(self) -> "Compiler":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        for process in self._processes:
+            process.end()
 
-    def compile(self, phase: str, split: Split) -> dict[str, Any]:
-        """Compiles one step.
+    def compile(
+        self, name: str, phase: str, split: Split, wanted: Callable[[], bool] = lambda: True
+    ) -> dict[str, Any] | None:
+        """Compiles one step as soon as a process is free.
 
         Args:
+          name: of the workload.
           phase: "decode" or "prefill".
           split: how the mesh is used.
+          wanted: is asked when it could begin.
 
         Returns:
           What ``child.measure`` found; or "error", with "needed" and "granted" bytes when the
-          memory of a device is too small.
+          memory of a device is too small. None if it was no longer wanted.
 
         Raises:
           JaxcompError: the compiler knows no such topology, or the model is wrong.
         """
-        if self._process is None:
-            self._start()
-        found = self._ask({"phase": phase, "split": list(split)})
+        process = self._free.get()
+        try:
+            if not wanted():
+                return None
+            found = process.ask({"workload": name, "phase": phase, "split": list(split)})
+        finally:
+            self._free.put(process)
         sizes = out_of_memory(found.get("error") or "")
         if sizes is not None:
             found["needed"], found["granted"] = sizes
         return found
+
+
+class _Process:
+    """One process of the compiler, started when it is first asked."""
+
+    def __init__(self, workloads: dict[str, Workload], topology: Topology, timeout: float):
+        self.workloads, self.topology, self.timeout = workloads, topology, timeout
+        self.version = ""
+        self._process: subprocess.Popen | None = None
+        self._errors: Any = None
+
+    def ask(self, program: dict[str, Any]) -> dict[str, Any]:
+        """Its answer to a program."""
+        if self._process is None:
+            self._start()
+        return self._ask(program)
 
     def _start(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")
@@ -112,13 +152,13 @@ class Compiler:
             stderr=self._errors,
             text=True,
         )
-        workload = dataclasses.asdict(self.workload)
-        told = self._ask({"topology": self.topology.jax_name, "workload": workload})
+        workloads = {name: dataclasses.asdict(w) for name, w in self.workloads.items()}
+        told = self._ask({"topology": self.topology.jax_name, "workloads": workloads})
         if told.get("error"):
-            self._end()
+            self.end()
             raise JaxcompError(
-                f"topology {self.topology.name!r}, model {self.workload.model!r}: the compiler's "
-                f"process says: {_shortened(told['error'])}"
+                f"topology {self.topology.name!r}: the compiler's process says: "
+                f"{_shortened(told['error'])}"
             )
         if told["devices"] != self.topology.devices:
             raise JaxcompError(
@@ -144,13 +184,14 @@ class Compiler:
             timer.cancel()
         self._errors.seek(0)
         told = self._errors.read().strip()[-600:]
-        self._end()
+        self.end()
         return {
             "error": f"the compiler ended with {process.returncode} (within {self.timeout:.0f} s): "
             f"{told}"
         }
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Ends it."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

@@ -35,6 +35,7 @@ class Plan:
       context: positions of the cache.
       chunk: prompt tokens of a prefill step.
       variants: the compressed model, then the same in bfloat16.
+      experts: whether the model is a mixture of experts.
     """
 
     model: str
@@ -44,6 +45,18 @@ class Plan:
     context: int
     chunk: int
     variants: tuple[search.Variant, ...]
+    experts: bool = False
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the times rest on beside published numbers and the compiler's."""
+        device = self.topology.device
+        found = [f"{device.name}: {text}" for text in device.assumptions]
+        if self.experts:
+            found.append(
+                "tokens choose experts evenly, each by itself; an unchosen one is not read"
+            )
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as values that JSON can hold."""
@@ -56,6 +69,7 @@ class Plan:
             "batch": self.batch,
             "context": self.context,
             "chunk": self.chunk,
+            "assumptions": list(self.assumptions),
             "compiler": self.variants[0].version,
             "variants": [_variant(v) for v in self.variants],
         }
@@ -95,12 +109,9 @@ class Plan:
                 told = tried.problem or "; ".join(took)
                 lines.append(f"  {mark} {tried.split}: {told}")
             if variant.best is not None:
-                reasons = variant.best.decode["reasons"]
-                lines += [f"    {reason}" for reason in reasons]
-                if "materialize" in variant.best.decode["implementations"]:
-                    lines.append(f"    {_MATERIALIZED}")
+                lines += [f"    {text}" for text in _remarks(variant.best)]
         lines.append(_NOTES)
-        lines += [f"Assumption: {text}." for text in self.topology.device.assumptions]
+        lines += [f"Assumption: {text}." for text in self.assumptions]
         lines.append(f"Compiled by {self.variants[0].version}.")
         return "\n".join(lines)
 
@@ -139,7 +150,7 @@ def plan(
     """
     where = topology(on)
     fields = fields_of(model)
-    config_from(fields, model)
+    experts = hasattr(config_from(fields, model), "num_experts")
     if min(batch, context, chunk, tries) < 1 or chunk > context:
         raise JaxcompError(
             f"plan: batch {batch}, context {context}, chunk {chunk} and tries {tries} must be at "
@@ -149,7 +160,7 @@ def plan(
     work = {n: Workload(model, fields, t, batch, context, chunk) for n, t in texts.items()}
     variants = search.search_all(work, where, tries, say)
     name = None if recipe is None else recipe_name
-    return Plan(model, name, where, batch, context, chunk, tuple(variants))
+    return Plan(model, name, where, batch, context, chunk, tuple(variants), experts)
 
 
 def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
@@ -181,6 +192,19 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
         "bound by": times["bound"],
         "tokens/s, all devices": f"{tokens / times['seconds']:.0f}",
     }
+
+
+def _remarks(best: search.Tried) -> list[str]:
+    """What is to be known of a split's programs: how weights are read, and if any is gathered."""
+    lines = list(best.decode["reasons"])
+    if "materialize" in best.decode["implementations"]:
+        lines.append(_MATERIALIZED)
+    for phase in PHASES:
+        found = getattr(best, phase)["whole_weight_gathers"]
+        shapes = {f"{c['dtype']}[{','.join(map(str, c['shape']))}]" for c in found}
+        if shapes:
+            lines.append(f"{phase}: brings together whole weights: {', '.join(sorted(shapes))}")
+    return lines
 
 
 def _gib(nbytes: int | None) -> str:

@@ -104,17 +104,19 @@ def roofline(
       Bytes, operations and times of one device.
     """
     work, device, config = serving.workload, topology.device, serving.config
-    sequences = work.batch // split.data if phase == "decode" else 1
-    tokens = sequences * (1 if phase == "decode" else work.chunk)
+    batch = serving.sequences(split, phase)
+    tokens = batch // split.data * (1 if phase == "decode" else work.chunk)
     layers, _, size = config.cache_shape
-    table = "embed_tokens/embedding"
     tied = getattr(config, "tie_word_embeddings", True)
-    weights, parameters = serving.weight_bytes(split), 0
+    # Experts are split over "model", so every token of a data-parallel group may ask for each.
+    weights, parameters = float(serving.weight_bytes(split)), 0.0
     for path, leaf in leaf_paths(serving.dense_params)[0]:
-        if path != table or tied:
-            parameters += int(np.prod(leaf.shape))
-    if not tied:  # Of the embedding only the rows of the tokens are read.
-        weights -= serving.weight_bytes(split, table)
+        multiplied, read = serving.expert_shares(path, tokens)
+        if path == "embed_tokens/embedding" and not tied:
+            multiplied, read = 0.0, 0.0  # Only the rows of the tokens are read.
+        parameters += multiplied * float(np.prod(leaf.shape))
+        if read < 1:
+            weights -= (1 - read) * serving.weight_bytes(split, path)
     cache = serving.cache_bytes(split, phase)
     attended = 4 * tokens * work.context * config.num_attention_heads * size * layers
     operations = (2 * parameters * tokens + attended) / split.model
@@ -124,7 +126,7 @@ def roofline(
     else:
         sent, ran = sum(compiled["sent"].values()), compiled["implementations"]
     rate = device.int8 if device.int8 and set(ran) == {"int8"} else device.flops
-    read = weights + cache
+    read = round(weights) + cache
     return Roofline(
         read,
         operations,
@@ -174,7 +176,12 @@ def candidates(serving: Serving, topology: Topology) -> tuple[list[Tried], dict[
 
 
 def search(
-    name: str, workload: Workload, topology: Topology, tries: int, say: Callable[[str], None]
+    name: str,
+    workload: Workload,
+    topology: Topology,
+    tries: int,
+    say: Callable[[str], None],
+    compiler: Compiler,
 ) -> Variant:
     """Compiles the best splits of one form of a model.
 
@@ -184,50 +191,80 @@ def search(
       topology: on which devices.
       tries: how many splits to compile.
       say: is told what goes on.
+      compiler: of the topology, that knows the workload by this name.
 
     Returns:
       The variant.
 
     Raises:
-      JaxcompError: no split is possible, the compiler is missing, or the model is wrong.
+      JaxcompError: no split is possible, or the compiler knows no such topology.
     """
     serving = Serving(workload)
     ranked, refused = candidates(serving, topology)
     if not ranked:
         told = "; ".join(f"{split}: {why}" for split, why in refused.items())
         raise JaxcompError(f"{name} on {topology.name}: no split is possible ({told}).")
-    results = []
-    with Compiler(workload, topology) as compiler:
-        for tried in ranked[:tries]:
-            say(f"{name}: compiling decode, {tried.split}")
-            results.append(_compiled(tried, "decode", compiler, serving, topology))
+    chosen = ranked[:tries]
+    fits = [True] * len(chosen)
+
+    def compiled(tried: Tried, phase: str, wanted: Callable[[], bool] = lambda: True) -> Tried:
+        def start() -> bool:
+            if wanted():
+                say(f"{name}: compiling {phase}, {tried.split}")
+            return wanted()
+
+        found = compiler.compile(name, phase, tried.split, start)
+        return tried if found is None else judged(tried, phase, found, serving, topology)
+
+    def decoded(i: int) -> Tried:
+        tried = compiled(chosen[i], "decode")
+        fits[i] = tried.problem is None
+        return tried
+
+    # Of a single split both steps may be compiled at once: it is the best if it fits at all.
+    with concurrent.futures.ThreadPoolExecutor(len(chosen) + 1) as pool:
+        jobs = [pool.submit(decoded, i) for i in range(len(chosen))]
+        early = None
+        if len(chosen) == 1:
+            early = pool.submit(compiled, chosen[0], "prefill", lambda: fits[0])
+        results = [job.result() for job in jobs]
         usable = [i for i, tried in enumerate(results) if tried.problem is None]
         usable.sort(key=lambda i: results[i].decode["roofline"]["seconds"])
         best = None
         for i in usable:
-            say(f"{name}: compiling prefill, {results[i].split}")
-            results[i] = _compiled(results[i], "prefill", compiler, serving, topology)
-            if results[i].problem is None:
+            filled = compiled(results[i], "prefill") if early is None else early.result()
+            results[i] = dataclasses.replace(
+                results[i], prefill=filled.prefill, problem=filled.problem
+            )
+            if filled.problem is None:
                 best = results[i]
                 break
-        version = compiler.version
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(serving.params))
-    return Variant(name, nbytes, best, tuple(results), version)
+    return Variant(name, nbytes, best, tuple(results), compiler.version)
 
 
 def search_all(
     variants: dict[str, Workload], topology: Topology, tries: int, say: Callable[[str], None]
 ) -> list[Variant]:
-    """``search`` of several forms of a model, side by side."""
-    with concurrent.futures.ThreadPoolExecutor(len(variants)) as pool:
-        jobs = [pool.submit(search, n, w, topology, tries, say) for n, w in variants.items()]
+    """``search`` of several forms of a model, side by side.
+
+    Raises:
+      JaxcompError: as of ``search``, or the compiler is not installed.
+    """
+    with (
+        Compiler(variants, topology) as compiler,
+        concurrent.futures.ThreadPoolExecutor(len(variants)) as pool,
+    ):
+        jobs = [
+            pool.submit(search, n, w, topology, tries, say, compiler) for n, w in variants.items()
+        ]
         return [job.result() for job in jobs]
 
 
-def _compiled(
-    tried: Tried, phase: str, compiler: Compiler, serving: Serving, topology: Topology
+def judged(
+    tried: Tried, phase: str, found: dict[str, Any], serving: Serving, topology: Topology
 ) -> Tried:
-    found = compiler.compile(phase, tried.split)
+    """A split with what the compiler found of a step, and whether that fits."""
     if "needed" in found:
         problem = too_large(phase, found["needed"], found["granted"])
     elif found.get("error"):

@@ -53,13 +53,41 @@ _LONG = {
         "original_max_position_embeddings": 8192,
     },
 }
-# Source: config.json of meta-llama/Meta-Llama-3-8B, -3-70B, Llama-3.1-405B, Qwen/Qwen3-8B, -32B.
+_MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+_QWEN3_MOE: dict[str, Any] = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+# Source: config.json of meta-llama/Meta-Llama-3-8B, -3-70B, Llama-3.1-405B, Qwen/Qwen3-8B, -32B,
+# -30B-A3B, mistralai/Mixtral-8x7B-v0.1.
 NAMED: dict[str, dict[str, Any]] = {
     "llama-3-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32),
     "llama-3-70b": _LLAMA3 | _sizes(8192, 28672, 80, 64),
     "llama-3.1-405b": _LLAMA3 | _LONG | _sizes(16384, 53248, 126, 128),
     "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32),
     "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64),
+    "mixtral-8x7b": _MIXTRAL | _sizes(4096, 14336, 32, 32),
+    "qwen3-30b-a3b": _QWEN3_MOE | _sizes(2048, 6144, 48, 32),
 }
 
 

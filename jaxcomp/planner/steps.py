@@ -117,6 +117,16 @@ class Serving:
         )
         return {"k": values, "v": values, "length": jax.ShapeDtypeStruct((), jnp.int32)}
 
+    def expert_shares(self, path: str, tokens: int) -> tuple[float, float]:
+        """How much of a weight one token multiplies, and so many tokens read; 1 without experts.
+
+        Tokens go to experts evenly and each by itself, which is what training aims at.
+        """
+        if "/experts/" not in path:
+            return 1.0, 1.0
+        share = self.config.num_experts_per_tok / self.config.num_experts
+        return share, 1 - (1 - share) ** tokens
+
     def ideal_bytes(self, split: Split) -> float:
         """Bytes of weights on one device if "model" divided every array of them."""
         return nbits(self.params) / 8 / split.model

@@ -1,7 +1,7 @@
 """The devices that are planned for: what one holds, how fast it reads, multiplies and talks.
 
 Memory is what the TPU compiler grants a program, as it says when one does not fit. The other
-numbers are Google's published ones for a chip, except where ``assumptions`` says otherwise.
+numbers are Google's published ones for a chip, but for those that ``assumptions`` names.
 
 Source: https://docs.cloud.google.com/tpu/docs/v5e, ../v5p, ../v6e (compute, memory bandwidth,
 bidirectional interconnect bandwidth a chip).
@@ -45,12 +45,36 @@ class Device:
     assumptions: tuple[str, ...] = ()
 
 
+def _links(speed: str) -> str:
+    return f"its links together carry {speed} a chip and direction (not checked against a source)"
+
+
 DEVICES = {
     device.name: device
     for device in (
-        Device("v5e", int(15.75 * GIB), 819e9, 197e12, 393e12, 400e9 / 2, 2, "v5e"),
+        Device(
+            "v5e",
+            int(15.75 * GIB),
+            819e9,
+            197e12,
+            393e12,
+            400e9 / 2,
+            2,
+            "v5e",
+            assumptions=(_links("200 GB/s"),),
+        ),
         Device("v5p", int(95.74 * GIB), 2765e9, 459e12, 918e12, 1200e9 / 2, 3, "v5p"),
-        Device("v6e", int(31.25 * GIB), 1638e9, 918e12, 1836e12, 800e9 / 2, 2, "v6e"),
+        Device(
+            "v6e",
+            int(31.25 * GIB),
+            1638e9,
+            918e12,
+            1836e12,
+            800e9 / 2,
+            2,
+            "v6e",
+            assumptions=(_links("400 GB/s"),),
+        ),
         Device(
             "7x",
             int(94.75 * GIB),
@@ -61,7 +85,10 @@ DEVICES = {
             3,
             "tpu7x",
             per_chip=2,
-            assumptions=("7x: a core has half of its chip's bandwidth, compute and links",),
+            assumptions=(
+                "a core has half of its chip's bandwidth, compute and links",
+                _links("600 GB/s"),
+            ),
         ),
     )
 }
