@@ -102,7 +102,8 @@ class Plan:
             for tried in variant.tried:
                 mark = "*" if tried is variant.best else " "
                 took = [
-                    f"{phase} compiled in {found['seconds']:.1f} s"
+                    f"{phase} compiled in {found['seconds']:.1f} s "
+                    f"({found['cpu_seconds']:.1f} s of CPU)"
                     for phase, found in (("decode", tried.decode), ("prefill", tried.prefill))
                     if found is not None and "roofline" in found
                 ]
