@@ -5,6 +5,7 @@ A site whose weight is compressed goes to an implementation:
 - "int8": the input's integer codes times the weight's, summed in int32, then scaled;
 - "fp8": the same with float8 values;
 - "kernel": the weight stays packed in memory and is decoded next to the matrix unit (on TPUs);
+  of experts elsewhere too, one after the other, each for its own rows;
 - "parts": the input through each part in turn (a scale, a thin product, some dense columns);
 - "rows": of an embedding only the rows that are looked up;
 - "materialize": the weight made dense inside the computation, then the equation as it stands.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcomp import formats, matmul, packed, packed_sparse, sharding
+from jaxcomp import formats, matmul, packed, packed_experts, packed_sparse, sharding
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Plain, Site, interpret, trace
@@ -245,6 +246,9 @@ class Dispatcher(Plain):
         if name == "rows":
             return [looked_up(op, operands[1], weight)], state
         x = operands[1 - site.operand]
+        if site.kind == "ragged_dot":
+            y = packed_experts.multiply(x, operands[2], weight)
+            return [y.astype(op.eqn.outvars[0].aval.dtype)], state
         y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split)
         return [from_tokens(op.eqn, site, y)], state
 
@@ -303,6 +307,10 @@ def choose(
             why = "the contraction runs over the outputs of the compressed matrix"
         for name in ("int8", "fp8", "kernel", "parts"):
             reasons[name] = why
+    # Asked for, the operation runs on any chip, with what it has there.
+    chip = None if forced == "kernel" else _chip_of(leaf, split and split.mesh)
+    if site.kind == "ragged_dot":
+        reasons["kernel"] = packed_experts.problem(op.eqn, site, leaf, chip, split) or ""
     if site.kind != "gather":
         reasons["rows"] = f"a {site.kind} reads the whole weight"
     elif not _row_wise(op, leaf):
@@ -326,9 +334,8 @@ def choose(
         reasons["int8"] = reasons["int8"] or "no part of the weight holds integers of up to 8 bits"
     if quantizers and not any(matmul.float8(p) for p in inner):
         reasons["fp8"] = reasons["fp8"] or "no part of the weight holds float8 values"
-    # Asked for, the operation runs on any chip, with what it has there.
-    chip = None if forced == "kernel" else _chip_of(leaf, split and split.mesh)
-    reasons["kernel"] = reasons["kernel"] or _no_kernel(op, leaf, chip, split)
+    if plain:
+        reasons["kernel"] = _no_kernel(op, leaf, chip, split)
     if forced is not None:
         if reasons[forced]:
             told = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
@@ -343,6 +350,8 @@ def choose(
         return "int8", "integer codes of input and weight, summed in int32"
     if not reasons["fp8"] and reasons["kernel"]:
         return "fp8", "float8 values of input and weight"
+    if not reasons["kernel"] and chip.platform != "tpu":
+        return "kernel", "experts one after the other, each with its own rows only"
     if not reasons["kernel"]:
         return "kernel", f"decoded next to the matrix unit of a {chip.name}"
     if not reasons["rows"]:
@@ -352,6 +361,8 @@ def choose(
         return "parts", "the input goes through each part"
     if site.kind == "gather":
         return "materialize", reasons["rows"]
+    if site.kind == "ragged_dot":
+        return "materialize", reasons["kernel"]
     return "materialize", reasons["parts"] or f"weight-only, no kernel: {reasons['kernel']}"
 
 

@@ -1,0 +1,145 @@
+"""dispatch: the packed weights of experts that a ragged_dot reads."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxcomp as jc
+from jaxcomp.formats import Codebook, Float, InputScale, Int
+from jaxcomp.models.mixtral import Mixtral
+from jaxcomp.quantization import RTN
+from jaxcomp.recipe import Recipe
+from jaxcomp.step import Activation
+from tests.kernels import aot
+from tests.models.test_mixtral import TINY
+
+SIZES = (3, 0, 5, 1)  # of ten rows: the last is no expert's
+FORMATS = {
+    "int4": Int(4, 32, symmetric=False),
+    "int8": Int(8),
+    "e4m3": Float("e4m3"),
+    "nf4": Codebook("nf4", group_size=32),
+}
+
+
+def experts(params, x):
+    return jax.lax.ragged_dot(x, params["w"], jnp.array(SIZES, jnp.int32))
+
+
+def layers(params, x):
+    """Two scanned layers of experts."""
+    return jax.lax.scan(lambda x, p: (jnp.tanh(experts(p, x)), None), x, params)[0]
+
+
+def make(fmt, apply=experts, shape=(4, 64, 64), activation=None):
+    w = jax.random.normal(jax.random.key(0), shape) * shape[-2] ** -0.5
+    x = jax.random.normal(jax.random.key(1), (10, shape[-2]))
+    recipe = Recipe(steps=(RTN(format=fmt, activation=activation, include=("*",)),))
+    return jc.compress(apply, {"w": w}, recipe, [(x,)], progress=False).params, x
+
+
+def close(actual, expected, terms):
+    """Within the rounding of sums of that many terms near one."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=terms * 2**-23)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_expert_reads_its_packed_weight(name):
+    params, x = make(FORMATS[name])
+    fast = jc.dispatch(experts)
+    (choice,) = fast.report(params, x)
+    assert (choice.kind, choice.implementation) == ("ragged_dot", "kernel")
+    y = jax.jit(fast)(params, x)
+    close(y, experts(jc.materialize(params), x), 64)
+    assert not np.any(y[-1])
+
+
+def test_scanned_layers_and_gradients():
+    params, x = make(FORMATS["int4"], layers, (2, 4, 64, 64))
+    fast, dense = jc.dispatch(layers), jc.materialize(params)
+    (choice,) = fast.report(params, x)
+    assert choice.implementation == "kernel"
+    close(jax.jit(fast)(params, x), layers(dense, x), 2 * 64)
+    got, expected = (
+        jax.grad(lambda x, f=f, p=p: jnp.sum(jnp.sin(f(p, x))))(x)
+        for f, p in ((jax.jit(fast), params), (layers, dense))
+    )
+    close(got, expected, 4 * 64)
+
+
+def test_scales_of_input_channels():
+    """Each expert's rows are multiplied by its own scales."""
+    params, x = make(FORMATS["int8"])
+    scale = jnp.exp(jax.random.normal(jax.random.key(2), (4, 64)))
+    leaf = params["w"]
+    leaf = leaf.replace(parts=(InputScale(leaf.parts[0], scale), leaf.parts[0]))
+    params = {"w": leaf}
+    assert jc.dispatch(experts).report(params, x)[0].implementation == "kernel"
+    close(jc.dispatch(experts)(params, x), experts(jc.materialize(params), x), 64 * 64)
+
+
+def test_what_has_no_kernel_says_so():
+    params, x = make(Int(3))
+    with pytest.raises(jc.JaxcompError, match=r"'kernel' does not fit .*3 bits"):
+        jc.dispatch(experts, "kernel")(params, x)
+    (choice,) = jc.dispatch(experts).report(params, x)
+    assert choice.implementation == "materialize" and "3 bits" in choice.reason
+    params, x = make(Int(8), activation=Activation(format="int8", granularity="tensor"))
+    (choice,) = jc.dispatch(experts).report(params, x)
+    assert choice.implementation == "materialize" and "input is quantized" in choice.reason
+
+    def merged(params, x):
+        w = params["w"].reshape(4, 64, 64)
+        return jax.lax.ragged_dot(x, w, jnp.array(SIZES, jnp.int32))
+
+    params, x = make(Int(8), merged, (2, 2, 64, 64))
+    (choice,) = jc.dispatch(merged).report(params, x)
+    assert choice.implementation == "materialize" and "merged" in choice.reason
+    close(jc.dispatch(merged)(params, x), merged(jc.materialize(params), x), 64)
+
+
+def test_a_mixture_of_experts():
+    """The experts of a compressed Mixtral, and only they, meet their packed weights."""
+    apply, params = jc.functional(Mixtral(TINY, rngs=nnx.Rngs(0)))
+    tokens = jnp.arange(12).reshape(2, 6) % TINY.vocab_size
+    step = RTN(format=Int(4, 8), include=("*experts*",))
+    params = jc.compress(apply, params, Recipe(steps=(step,)), [(tokens,)], progress=False).params
+    fast = jc.dispatch(apply)
+    choices = fast.report(params, tokens)
+    assert len(choices) == 3 * TINY.num_hidden_layers
+    assert {(c.kind, c.implementation) for c in choices} == {("ragged_dot", "kernel")}
+    # Both sum the same products of the same numbers in another order, through every layer.
+    close(fast(params, tokens), apply(jc.materialize(params), tokens), 64 * TINY.hidden_size)
+
+
+def compiled(mesh):
+    """A layer of experts of Mixtral's kind on prepared weights, as a program of a v5e."""
+    config = dataclasses.replace(
+        TINY, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_experts=4
+    )
+    apply, params = jc.functional(Mixtral(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    step = RTN(format=Int(4, 64), include=("*experts*",))
+    params = jc.compress(apply, params, Recipe(steps=(step,)), [(tokens,)], progress=False).params
+    fast = jc.dispatch(apply)
+
+    def place(a):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    params, tokens = jax.tree.map(place, params), place(tokens)
+    assert {c.implementation for c in fast.report(params, tokens)} == {"kernel"}
+    return fast, (params, tokens)
+
+
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
+def test_compiles_with_the_kernels_inside():
+    (result,) = aot.compile_cases("v5e", [("tests.test_dispatch_experts:compiled", {})])
+    assert result["error"] is None, result["error"]
+    assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3
