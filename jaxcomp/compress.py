@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import folding, formats, out_of_memory, placing
+from jaxcomp import agreement, folding, formats, host, out_of_memory, placing
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError, OutOfMemoryError
 from jaxcomp.fingerprint import fingerprints
@@ -26,6 +26,7 @@ from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
 from jaxcomp.journal import Journal
 from jaxcomp.plan import make_plan
+from jaxcomp.processes import Together
 from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report, Row
@@ -90,12 +91,17 @@ def compress(
       batches: sequence or other re-iterable of tuples of the inputs that follow ``params``.
       journal: folder where finished weights are kept as they come. A run that was killed goes on
         from it, and gives the same bytes; the result's arrays are then memory-mapped files of it.
+        Over several processes each keeps its own in ``process-I-of-N`` of the folder.
       mesh: devices to compress on, a ``jax.sharding.Mesh`` of any shape and axis types; None is
         the default device. Batches are split along their leading axis and weights over their
         outputs, over as many mesh axes as divide them; the result is that of one device up to the
         rounding of sums over the batch. One input group's weights are on the devices at a time:
         activations between layers and finished weights wait in host memory, and the result holds
-        NumPy arrays. All devices must belong to this process; several processes are not supported.
+        NumPy arrays. The devices may belong to several processes (``jax.distributed``): all of
+        these call ``compress`` with the same arguments, as if alone, and get the whole result.
+        Each reads from ``params`` and ``batches`` what its devices need; where it has only its own
+        part of one, that is a ``jax.Array`` over the mesh
+        (``jax.make_array_from_process_local_data``).
       progress: shows progress on standard error, if that is a terminal.
 
     Returns:
@@ -107,7 +113,7 @@ def compress(
       OutOfMemoryError: on the host or a device; the message names the weight, what was asked for
         and what to change.
       JaxcompError: a format that does not fit a weight; the message names path, shape, rule and
-        fix.
+        fix. Or processes of the mesh were given different things, before anything is computed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -127,13 +133,26 @@ def compress(
 
 def _compress(apply, params, recipe, batches, journal, place, progress) -> Result:
     started = time.perf_counter()
-    batches = _batches(batches)
+    together = Together("compress", place.processes)
+    several = len(together.processes) > 1
     named, treedef = leaf_paths(params)
-    graph = trace(apply, place.abstract(params), *place.abstract(batches[0]))
-    plan = make_plan(graph, recipe)
-    run_ = _Run(graph, recipe, plan, dict(named), progress, place)
+    prepared = []
+
+    def prepare():
+        chosen = _batches(batches)
+        graph = trace(apply, place.abstract(params), *place.abstract(chosen[0]))
+        prepared[:] = chosen, graph, make_plan(graph, recipe)
+        if several:
+            return agreement.given(recipe, graph, named, chosen, place.mesh)
+
+    told = together.step("compare", prepare)
+    agreement.check(together.processes, told)
+    batches, graph, plan = prepared
+    shown = progress and together.first
+    run_ = _Run(graph, recipe, plan, dict(named), shown, place, together)
     if journal is not None:
-        run_.journal = Journal.open(journal, fingerprints(recipe, graph, named, batches))
+        manifest = fingerprints(recipe, graph, named, batches)
+        run_.journal = agreement.open_journal(journal, manifest, together)
     try:
         if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
             run_.calibrated(named, batches)
@@ -142,10 +161,24 @@ def _compress(apply, params, recipe, batches, journal, place, progress) -> Resul
         leaves = run_.assemble(named)
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"{error}; {run_.kept()}") from error.__cause__
+    except jax.errors.JaxRuntimeError as error:
+        if several:
+            error.add_note(_others_ended(together, journal))
+        raise
     finally:
         run_.close()
     report = run_.report(dict(named), leaves, time.perf_counter() - started)
     return Result(jax.tree.unflatten(treedef, leaves), report, recipe)
+
+
+def _others_ended(together: Together, journal: str | None) -> str:
+    count = len(together.processes)
+    resume = f" with the same journal ({journal}) to go on from there" if journal else ""
+    return (
+        f"compress(mesh=..) over {count} processes: if this is an error of communication, another "
+        "process has ended or cannot be reached; its own output says why. Start all "
+        f"{count} again{resume}."
+    )
 
 
 def _batches(batches: Iterable[tuple]) -> list[tuple]:
@@ -192,10 +225,12 @@ class _Run:
         leaves: dict,
         progress: bool,
         place: placing.Here | None = None,
+        together: Together | None = None,
     ):
         self.graph, self.recipe, self.plan, self.leaves = graph, recipe, plan, leaves
         self.place = place or placing.Here()
         self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
+        self.together = together or Together("compress", self.place.processes)
         self.journal: Journal | None = None
         self.contractions = 0
         uses: dict[str, int] = {}
@@ -254,9 +289,20 @@ class _Run:
         array = formats.from_arrays(arrays, meta["structure"])
         return Record(array, folds, meta["metrics"], meta["seconds"])
 
-    def _keep(self, path: str, index: Index, record: Record) -> Record:
+    def _keep(self, keys: Sequence[tuple[str, Index]], records: list[Record]) -> list[Record]:
+        """Finished weights as they wait for the end of the run: in the journal, if there is one."""
         if self.journal is None:
-            return record
+            return records
+
+        def put():
+            for (path, index), record in zip(keys, records, strict=True):
+                self._put(path, index, record)
+
+        # A full disk of one process is an error of all: they would wait for it at the next sum.
+        self.together.step("keep " + _journal_key(*keys[0]), put)
+        return [self._recall(path, index) for path, index in keys]
+
+    def _put(self, path: str, index: Index, record: Record) -> None:
         arrays, structure = formats.to_arrays(record.array)
         arrays |= {f"fold/{k}": fold.vector for k, fold in enumerate(record.folds)}
         meta = {
@@ -266,7 +312,6 @@ class _Run:
             "seconds": record.seconds,
         }
         self.journal.put(_journal_key(path, index), arrays, meta)
-        return self._recall(path, index)
 
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
@@ -283,7 +328,7 @@ class _Run:
             folds = []
             if scale is not None and targets is not None:
                 if k == 0:
-                    vector = np.asarray(scale)
+                    vector = host.fetch(scale)
                     folds = [folding.Fold(t.path, t.kind, t.axis, t.loops, vector) for t in targets]
                 scale = None
             array = _array(layer, scale, self.graph.layouts[target.site.path], target)
@@ -296,9 +341,8 @@ class _Run:
             if empty:
                 notes.append("some experts saw no calibration tokens")
             metrics["notes"] = "; ".join(notes)
-            record = Record(array, folds, metrics, seconds)
-            records.append(self._keep(target.site.path, target.index, record))
-        return records
+            records.append(Record(array, folds, metrics, seconds))
+        return self._keep([(t.site.path, t.index) for t in group], records)
 
     def _layer(self, target: Target, statistics: Any) -> Layer:
         axes = _slice_axes(target, self.graph.layouts[target.site.path])
@@ -343,7 +387,7 @@ class _Run:
 
     def _producers(self, program, group, layers):
         """Parameters that can take the group's input scale, if all its layers share one."""
-        scales = [layer.input_scale for layer in layers]
+        scales = host.fetch([layer.input_scale for layer in layers])
         if any(s is None or s.ndim != 1 for s in scales):
             return None
         if any(not np.array_equal(scales[0], s) for s in scales[1:]):
@@ -372,7 +416,7 @@ class _Run:
                     "each; use a recipe without calibration for it, or exclude this path"
                 )
         passes = Sequential(self, Dispatcher(), len(batches), self.place)
-        arrays = [leaf for _, leaf in named if hasattr(leaf, "shape")]
+        arrays = [self.place.parameter(leaf) for _, leaf in named if hasattr(leaf, "shape")]
         program = self.graph.program
         leaves = [
             _Leaf(leaf) if i in program.weights else leaf
@@ -413,7 +457,7 @@ class _Run:
                     check_activation_site(site, array)
                 metrics = {name: _plain(v) for name, v in layer.metrics.items()}
                 record = Record(array, [], metrics, time.perf_counter() - started)
-                record = self._keep(path, (), record)
+                (record,) = self._keep([(path, ())], [record])
             for leaf in (self.leaves[path], *jax.tree.leaves(record.array)):
                 jaxcomp.io.safetensors.release(leaf)
             self.records[path][()] = record
@@ -445,7 +489,8 @@ class _Run:
             for index, record in sorted(records.items()):
                 for fold in record.folds:
                     layout = self.graph.layouts.get(fold.path)
-                    leaves[fold.path] = folding.apply(leaves[fold.path], layout, fold, index)
+                    leaf = folding.apply(leaves[fold.path], layout, fold, index)
+                    leaves[fold.path] = self.place.finished(leaf)
         return [leaves[path] for path, _ in named]
 
     def _assembled(self, path: str) -> CompressedArray:

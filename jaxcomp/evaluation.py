@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import host
 from jaxcomp.errors import DataError, JaxcompError
 
 
@@ -76,7 +77,7 @@ def evaluate(
             tokens = np.concatenate([tokens, np.repeat(tokens[-1:], rows - count, axis=0)])
         weights = (np.arange(len(tokens)) < count).astype(np.float32)
         sums = _sums(apply, other_apply, params, other_params, tokens, weights)
-        sums = np.asarray(sums, np.float64).sum(axis=1)
+        sums = host.fetch(sums).astype(np.float64).sum(axis=1)
         if not np.isfinite(sums).all():
             raise JaxcompError(
                 f"batch {number}: the logits are NaN or infinite; the weights or the scales of the "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomp import formats
+from jaxcomp import formats, host
 from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.graph import Layout
 
@@ -61,7 +61,7 @@ def scale_rows(array: CompressedArray, index: tuple, vector: jax.Array) -> Compr
 
 def scale_leaf_rows(leaf: Any, layout: Layout, index: tuple, vector: Any) -> np.ndarray:
     """A dense linear layer with its rows multiplied; arguments as of ``scale_rows``."""
-    leaf = np.array(leaf)
+    leaf = np.array(host.fetch(leaf))
     order = (*layout.stack_axes, *layout.out_axes, *layout.in_axes)
     moved = leaf.transpose(order)
     sizes = layout.sizes(layout.out_axes)
@@ -81,7 +81,7 @@ def scale_vector(leaf: Any, fold: Fold, index: tuple) -> np.ndarray:
     Returns:
       The leaf.
     """
-    leaf = np.array(leaf)
+    leaf = np.array(host.fetch(leaf))
     at = dict(zip(fold.loops, index, strict=True))
     where = tuple(at.get(a, slice(None)) for a in range(leaf.ndim))
     left = [a for a in range(leaf.ndim) if a not in at]

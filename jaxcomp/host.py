@@ -1,7 +1,8 @@
 """Small arithmetic outside of ``jit``, in NumPy where its arrays live on the CPU.
 
 Each ``jnp`` operation that runs by itself is compiled once a shape, which takes far longer than
-the operation.
+the operation. And what a decision outside of ``jit`` reads is fetched whole by every process, so
+that all of them decide alike.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def is_on_host(*arrays: Any) -> bool:
@@ -85,3 +87,44 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def to_device(tree: Any) -> Any:
     """NumPy arrays of a tree as JAX arrays; unlike ``jnp.asarray`` it compiles nothing."""
     return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jax.device_put(a), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays as NumPy's, also where other processes hold parts of them.
+
+    All processes that hold parts must call it, in the same order as their other computations.
+
+    Args:
+      tree: arrays of NumPy or JAX.
+
+    Returns:
+      The tree with NumPy arrays, the same on all processes.
+
+    Example:
+      >>> fetch({"a": jax.numpy.arange(3)})
+      {'a': array([0, 1, 2], dtype=int32)}
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    spread = {k: a for k, a in enumerate(leaves) if _is_spread(a)}
+    if spread:  # All at once: one program, one exchange.
+        replicated = {k: _replicated(a.sharding) for k, a in spread.items()}
+        for k, a in jax.jit(_same, out_shardings=(replicated,))(spread)[0].items():
+            leaves[k] = a
+    return jax.tree.unflatten(treedef, [np.asarray(a) for a in leaves])
+
+
+def _same(*arrays: Any) -> Any:
+    return arrays
+
+
+def _is_spread(array: Any) -> bool:
+    """Whether ``np.asarray`` fails because this process lacks a part."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return False
+    return not array.is_fully_replicated
+
+
+def _replicated(sharding: Any) -> NamedSharding:
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(f"an array over several processes has no mesh but {sharding}")
+    return NamedSharding(sharding.mesh, PartitionSpec())

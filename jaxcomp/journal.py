@@ -175,6 +175,27 @@ class Journal:
         """Keys of the finished records, sorted."""
         return sorted(_header(file, file.read_bytes())[0]["key"] for file in self._all())
 
+    def verified(self) -> list[str]:
+        """As ``keys``, after a look at all contents.
+
+        Returns:
+          Keys of the finished records, sorted.
+
+        Raises:
+          JournalError: a record is damaged.
+        """
+        found = self.keys()
+        for key in found:
+            self.get(key)
+        return found
+
+    def keep(self, keys: collections.abc.Container[str]) -> None:
+        """Deletes the records of all other keys."""
+        for key in self.keys():
+            if key not in keys:
+                self._file(key).unlink()
+        sync(self._records)
+
     def __len__(self) -> int:
         """Number of finished records."""
         return len(self._all())

@@ -9,9 +9,15 @@ On a mesh,
 - statistics, and whatever else all rows or batches need, are on every device: the sums over the
   batch are added up across devices by XLA;
 - what is read again later (activations between steps, finished weights) waits in host memory.
+
+A mesh may have devices of several processes. All of them then run the same program: each holds the
+parts of weights, inputs and activations that its devices compute with, and finished weights whole.
+What Python decides on (counts of masks, NaN, branches) is the same on all of them.
 """
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,8 +31,52 @@ from jaxcomp import formats, host
 from jaxcomp.errors import JaxcompError
 
 
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A batch's value that is spread over processes: what this one holds of it, in host memory.
+
+    Attributes:
+      shape: of the whole value.
+      sharding: how the mesh splits it.
+      pieces: by position (start and end along each axis) what the devices of this process hold.
+    """
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+    pieces: dict[tuple[tuple[int, int], ...], np.ndarray]
+
+    @classmethod
+    def of(cls, value: jax.Array) -> "Waiting":
+        """Copies to the host what this process holds; equal parts on several devices once."""
+        shards = {_bounds(s.index, value.shape): s.data for s in value.addressable_shards}
+        pieces = {at: np.asarray(data) for at, data in shards.items()}
+        return cls(value.shape, value.sharding, pieces)
+
+    def load(self) -> jax.Array:
+        """The value on its devices."""
+        return jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.pieces[_bounds(index, self.shape)]
+        )
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
 class Here:
-    """The default device, where everything stays. The other places have the same methods."""
+    """The default device, where everything stays. The other places have the same methods.
+
+    Attributes:
+      mesh: None.
+      processes: indices of the processes that take part, ascending.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """This one."""
+        return (jax.process_index(),)
 
     def context(self) -> contextlib.AbstractContextManager:
         """What the run happens in."""
@@ -35,6 +85,10 @@ class Here:
     def abstract(self, tree: Any) -> Any:
         """What the model is traced with in place of parameters or inputs."""
         return tree
+
+    def parameter(self, leaf: Any) -> Any:
+        """A leaf of the model, where it lies."""
+        return leaf
 
     def inputs(self, value: Any) -> Any:
         """A calibration input, as it waits for its turn."""
@@ -47,6 +101,14 @@ class Here:
     def keep(self, value: Any) -> Any:
         """A batch's value that was computed and will be read later."""
         return value
+
+    def item(self, value: Any, position: int) -> Any:
+        """A kept value's item along its leading axis, kept in its turn."""
+        return value[position]
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        """Kept values of one batch along a new leading axis."""
+        return jnp.stack(values)
 
     def shared(self, tree: Any) -> Any:
         """Values that all batches or all rows need."""
@@ -95,18 +157,23 @@ class OnMesh(Here):
                 f"compress(mesh=..) is a {type(mesh).__name__}; give a jax.sharding.Mesh of "
                 "devices, such as jax.make_mesh((jax.device_count(),), ('data',))"
             )
-        if mesh.empty or mesh.is_multi_process:
+        axes = dict(mesh.shape)
+        if mesh.empty:
+            raise JaxcompError(f"compress(mesh=..) with the axes {axes} has no devices")
+        self._processes = tuple(sorted({d.process_index for d in mesh.devices.flat}))
+        if jax.process_index() not in self._processes:
             raise JaxcompError(
-                f"compress(mesh=..) with the axes {dict(mesh.shape)} "
-                + (
-                    "has no devices"
-                    if mesh.empty
-                    else "has devices of several processes, which compress does not support; give "
-                    "a mesh of jax.local_devices()"
-                )
+                f"compress(mesh=..) with the axes {axes} has devices of the processes "
+                f"{self._processes} and none of this one, {jax.process_index()}; call it on these "
+                "processes only, or give a mesh of all jax.devices()"
             )
         kinds = (AxisType.Auto,) * len(mesh.axis_names)
         self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Those whose devices the mesh has."""
+        return self._processes
 
     def context(self) -> contextlib.AbstractContextManager:
         """Names the mesh, for models that constrain how their values are split."""
@@ -118,45 +185,77 @@ class OnMesh(Here):
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a, tree
         )
 
+    def parameter(self, leaf: Any) -> Any:
+        """Where it lies, as an array whose axes are Auto."""
+        return _auto(leaf)
+
     def inputs(self, value: Any) -> Any:
         """Kept on the host."""
-        return self.keep(value)
+        return self.keep(_auto(value))
 
     def load(self, value: Any) -> Any:
         """Split along the leading axis."""
-        entries = self._dividing(value.shape[0]) if value.ndim else ()
-        return jax.device_put(value, self._sharding(entries or None))
+        if isinstance(value, Waiting):
+            return value.load()
+        return _put(value, self._split(value))
 
     def keep(self, value: Any) -> Any:
         """In host memory; keys of random numbers stay where they are."""
-        return value if _is_key(value) else np.asarray(value)
+        if _is_key(value):
+            return value
+        if not _is_global(value):
+            return np.asarray(value)
+        value = _put(value, self._split(value))
+        return np.asarray(value) if value.is_fully_replicated else Waiting.of(value)
+
+    def item(self, value: Any, position: int) -> Any:
+        """In host memory."""
+        return self.keep(value.load()[position] if isinstance(value, Waiting) else value[position])
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        """In host memory."""
+        if any(isinstance(v, Waiting) or _is_global(v) for v in values):
+            values = [self.load(v) for v in values]
+        return self.keep(jnp.stack(values))
 
     def shared(self, tree: Any) -> Any:
         """On every device."""
-        return jax.device_put(tree, self._sharding())
+        everywhere = self._sharding()
+        if everywhere.is_fully_addressable:
+            return jax.device_put(tree, everywhere)
+        return jax.tree.map(lambda a: _put(a, everywhere), tree)
 
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:
         """Split over rows, or the stack where that takes more devices; read shard by shard."""
-        matrix = formats.to_matrix(np.asarray(leaf), *axes)
+        leaf, spread = _auto(leaf), _is_global(leaf)
+        as_matrix = functools.partial(_matrix, axes)
+        matrix = jax.eval_shape(as_matrix, leaf) if spread else as_matrix(np.asarray(leaf))
         dtype = jax.dtypes.canonicalize_dtype(_wide(matrix.dtype))
         choices = {axis: self._dividing(matrix.shape[axis]) for axis in range(matrix.ndim - 1)}
         sizes = {axis: math.prod(self.mesh.shape[n] for n in c) for axis, c in choices.items()}
         best = max(choices, key=lambda axis: (sizes[axis], axis))
         entries = [None] * matrix.ndim
         entries[best] = choices[best] or None
+        sharding = self._sharding(*entries)
+        if spread:
+            return jax.jit(lambda a: as_matrix(a).astype(dtype), out_shardings=sharding)(leaf)
         return jax.make_array_from_callback(
-            matrix.shape,
-            self._sharding(*entries),
-            lambda index: matrix[index].astype(dtype, copy=False),
+            matrix.shape, sharding, lambda index: matrix[index].astype(dtype, copy=False)
         )
 
     def finished(self, tree: Any) -> Any:
-        """In host memory."""
-        return jax.tree.map(np.asarray, tree)
+        """In host memory, whole."""
+        return host.fetch(tree)
 
     def jit(self, function: Callable) -> Callable:
         """Results are on every device."""
         return jax.jit(function, out_shardings=self._sharding())
+
+    def _split(self, value: Any) -> NamedSharding:
+        """How a batch's value is split: along its leading axis."""
+        shape = np.shape(value)  # Also of a number, which a loop may start with.
+        names = self._dividing(shape[0]) if shape else ()
+        return self._sharding(names) if names else self._sharding()
 
     def _dividing(self, size: int) -> tuple[str, ...]:
         """The first mesh axes, as many as divide a size together."""
@@ -170,6 +269,40 @@ class OnMesh(Here):
 
     def _sharding(self, *entries: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+
+def _matrix(axes: Sequence[Sequence[int]], leaf: Any) -> Any:
+    return formats.to_matrix(leaf, *axes)
+
+
+def _put(value: Any, sharding: NamedSharding) -> Any:
+    """Places a value that every process has whole, or that they hold parts of."""
+    if sharding.is_fully_addressable or _is_global(value):
+        return jax.device_put(value, sharding)
+    if _is_key(value):
+        data = _put(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    # Unlike jax.device_put this compares nothing between the processes.
+    dtype = jax.dtypes.canonicalize_dtype(getattr(value, "dtype", np.asarray(value).dtype))
+    value = np.asarray(value, dtype)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _auto(value: Any) -> Any:
+    """The same buffers under a mesh of Auto axes, for an array over several processes."""
+    if not _is_global(value) or not isinstance(value.sharding, NamedSharding):
+        return value
+    mesh = value.sharding.mesh
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    sharding = NamedSharding(
+        Mesh(mesh.devices, mesh.axis_names, axis_types=kinds), value.sharding.spec
+    )
+    buffers = [shard.data for shard in value.addressable_shards]
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, buffers)
+
+
+def _is_global(value: Any) -> bool:
+    return isinstance(value, jax.Array) and not value.is_fully_addressable
 
 
 def place(mesh: Any) -> Here:

@@ -25,6 +25,8 @@ import jax
 address, PROCESSES, PROCESS, heartbeat, folder, script = sys.argv[1:]
 PROCESSES, PROCESS, FOLDER = int(PROCESSES), int(PROCESS), pathlib.Path(folder)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
+# These scripts compile much and compute little.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.distributed.initialize(
     address, PROCESSES, PROCESS, initialization_timeout=60,
     heartbeat_timeout_seconds=int(heartbeat), shutdown_timeout_seconds=60,

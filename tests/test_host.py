@@ -33,3 +33,12 @@ def test_dtypes_are_kept():
     assert host.to_device(jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
     with x64():
         assert host.to_device(np.ones(2)).dtype == jnp.float64
+
+
+def test_fetched_arrays_are_numpy_wherever_their_parts_are():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    tree = {"host": np.arange(3), "one": jnp.ones(2), "four": jax.device_put(np.arange(8), split)}
+    found = host.fetch(tree)
+    assert all(type(a) is np.ndarray for a in found.values())
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, tree))

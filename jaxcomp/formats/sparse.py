@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import host
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import base, checks, floating, grid, packing
 from jaxcomp.formats.base import Part, part, static
@@ -190,6 +191,18 @@ class SparsePart(Part):
         return self.replace(scale=base.scale_group_rows(self.scale, c), zero_point=zero_point)
 
 
+def row_counts(mask: jax.Array) -> np.ndarray:
+    """How many weights a mask keeps of each row.
+
+    Args:
+      mask: bool ``(*stack, out, in)``, not traced, wherever its parts are.
+
+    Returns:
+      int64 ``(*stack, out)``.
+    """
+    return host.fetch(host.numpy(mask).sum(-1)).astype(np.int64)
+
+
 def _element_bits(element: Int | Float) -> int:
     if isinstance(element, Int):
         return element.bits
@@ -299,7 +312,7 @@ def build(
     if isinstance(fmt, NM):
         n, m = fmt.n, fmt.m
         if not isinstance(mask, jax.core.Tracer):
-            most = int(np.asarray(mask).reshape(-1, m).sum(-1).max())
+            most = int(host.numpy(mask).reshape(-1, m).sum(-1).max())
             if most > n:
                 raise JaxcompError(
                     f"{path} {mask.shape}: a block of {m} inputs keeps {most} weights, more than "
@@ -317,7 +330,7 @@ def build(
                 f"{path} {mask.shape}: the number of kept weights sizes an array, so it cannot "
                 "come from a traced mask; pass kept, or build outside of jit."
             )
-        kept = int(np.asarray(mask).sum((-1, -2)).max())
+        kept = int(row_counts(mask).sum(-1).max())
     return _build_sparse(fmt, kept, mask, w, codes, qparams, context, group_index)
 
 
@@ -414,7 +427,7 @@ def pattern(
       The first ``NM(n, m, values)`` that the mask and the format's groups allow, else
       ``Sparse(values)``.
     """
-    mask = np.asarray(mask)
+    mask = host.fetch(mask)
     for n, m in candidates:
         fmt = NM(n, m, values)
         try:

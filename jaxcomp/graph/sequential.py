@@ -341,6 +341,7 @@ class Sequential:
             None if j == site.operand else self.read(program, env, i)
             for j, i in enumerate(op.inputs)
         ]
+        operands = [v if isinstance(v, Many) else self.place.shared(v) for v in operands]
 
         def load(b):
             return [self.place.load(v[b]) if isinstance(v, Many) else v for v in operands]
@@ -420,9 +421,10 @@ class Sequential:
             state = {
                 o.site.id: calibration.init(o.site.in_size, needs, leading[o.site.id]) for o in todo
             }
-            gather = jax.jit(lambda state, values: sharded.statistics(op, values, state))
+            state = self.place.shared(state)
+            gather = self.place.jit(lambda state, values: sharded.statistics(op, values, state))
             for b in range(count):
-                state = gather(state, [v[b] if isinstance(v, Many) else v for v in values])
+                state = gather(state, [_at(v, b, self.place) for v in values])
         groups: dict[int, list[Op]] = {}
         for other in todo:
             groups.setdefault(other.site.input_group, []).append(other)
@@ -440,7 +442,7 @@ class Sequential:
                     values[k] = self.done[_key(other.site, env[root])]
         function = jax.jit(lambda *values: shard_mapped(op, values, self.handler))
         self.contractions += len(direct) * count
-        return _each(function, values, count)
+        return _each(function, values, count, self.place)
 
     def _remat(self, program, op, env, active):
         return self.run(op.bodies[0], [env[i] for i in op.inputs], active)
@@ -450,7 +452,8 @@ class Sequential:
         loop = _compat.scan_of(op.eqn.params)
         if not loop.length:
             values = [self.read(program, env, i) for i in op.inputs]
-            return _each(lambda *v: _compat.bind(op.eqn, *v), values, len(active))
+            bind = lambda *v: _compat.bind(op.eqn, *v)  # noqa: E731
+            return _each(bind, values, len(active), self.place)
         split = loop.num_consts + loop.num_carry
         values = [
             env[i] if keep else self.read(program, env, i)
@@ -462,7 +465,7 @@ class Sequential:
         order = range(loop.length)
         for t in reversed(order) if loop.reverse else order:
             xs = [
-                _slice(v, t, body.weights[i][1] if keep else None)
+                _slice(v, t, body.weights[i][1] if keep else None, self.place)
                 for v, i, keep in zip(
                     values[split:], body.inputs[split:], op.kept[split:], strict=True
                 )
@@ -477,7 +480,7 @@ class Sequential:
             stacked.append(results[loop.num_carry :])
         if loop.reverse:
             stacked.reverse()
-        ys = [_stack(column, len(active)) for column in zip(*stacked, strict=True)]
+        ys = [_stack(column, len(active), self.place) for column in zip(*stacked, strict=True)]
         carry = [
             self.handler.dense(*program.weights[i], c.value) if keep else c
             for c, keep, i in zip(carry, kept, op.inputs[loop.num_consts : split], strict=True)
@@ -488,7 +491,7 @@ class Sequential:
         (body,) = op.bodies
         params = op.eqn.params
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        condition = jax.jit(_compat.as_function(params["cond_jaxpr"]))
+        condition = self.place.jit(_compat.as_function(params["cond_jaxpr"]))
         cond_consts = [self.read(program, env, i) for i in op.inputs[:n_cond]]
         inputs, kept = op.inputs[n_cond:], op.kept[n_cond:]
         values = [
@@ -511,8 +514,11 @@ class Sequential:
                 b
                 for b in running
                 if condition(
-                    *(_at(c, b) for c in cond_consts),
-                    *(d if keep else c[b] for c, d, keep in zip(carry, dense, kept, strict=True)),
+                    *(_at(c, b, self.place) for c in cond_consts),
+                    *(
+                        d if keep else self.place.load(c[b])
+                        for c, d, keep in zip(carry, dense, kept, strict=True)
+                    ),
                 )[0]
             ]
             if not running:
@@ -639,11 +645,11 @@ def _execute(
     return sum(s.is_site for s in steps) + sum(s.is_site for s in varying) * (count - 1)
 
 
-def _each(function: Callable, values: Sequence[Any], count: int) -> Any:
+def _each(function: Callable, values: Sequence[Any], count: int, place: placing.Here) -> Any:
     """Results of a function for each batch, or the shared ones if all values are shared."""
     if not any(isinstance(v, Many) for v in values):
         return function(*values)
-    rows = [function(*(_at(v, b) for v in values)) for b in range(count)]
+    rows = [map(place.keep, function(*(_at(v, b, place) for v in values))) for b in range(count)]
     return [Many(column) for column in zip(*rows, strict=True)]
 
 
@@ -680,7 +686,7 @@ def _fixed(site: Site, leaf: Any) -> Any:
     return leaf
 
 
-def _slice(value: Any, t: int, view: View | None) -> Any:
+def _slice(value: Any, t: int, view: View | None, place: placing.Here) -> Any:
     """Position ``t`` of a scanned operand."""
     if isinstance(value, _Leaf):
         if is_compressed(value.value) and value.value.first_axis == view.loops[-1].axis:
@@ -690,15 +696,15 @@ def _slice(value: Any, t: int, view: View | None) -> Any:
         axis = view.loop_axis()
         return _Leaf(value.value[(slice(None),) * axis + (t,)], (*value.index, t))
     if isinstance(value, Many):
-        return Many(v[t] for v in value)
+        return Many(place.item(v, t) for v in value)
     return value[t]
 
 
-def _stack(column: Sequence[Any], count: int) -> Any:
+def _stack(column: Sequence[Any], count: int, place: placing.Here) -> Any:
     if not any(isinstance(v, Many) for v in column):
         return jnp.stack([jnp.asarray(v) for v in column])
     spread = [_spread(v, count) for v in column]
-    return Many(jnp.stack([v[b] for v in spread]) for b in range(count))
+    return Many(place.stack([v[b] for v in spread]) for b in range(count))
 
 
 def _spread(value: Any, count: int) -> Many:
@@ -709,8 +715,11 @@ def _pick(value: Any, chosen: Sequence[int]) -> Any:
     return Many(value[b] for b in chosen) if isinstance(value, Many) else value
 
 
-def _at(value: Any, position: int) -> Any:
-    return value[position] if isinstance(value, Many) else value
+def _at(value: Any, position: int, place: placing.Here | None = None) -> Any:
+    """A batch's value, brought to ``place``'s devices if one is given."""
+    if not isinstance(value, Many):
+        return value
+    return value[position] if place is None else place.load(value[position])
 
 
 def _update_ragged(state, x, group_sizes):

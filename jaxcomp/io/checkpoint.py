@@ -29,10 +29,10 @@ from jaxcomp import sharding
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError
 from jaxcomp.io.folder import METADATA, Contents, locked, publish
-from jaxcomp.io.processes import Together
 from jaxcomp.io.reading import Reader
 from jaxcomp.io.state import describe_state, rebuild_state
 from jaxcomp.io.structure import Arrays, assemble, describe, rebuild
+from jaxcomp.processes import Together
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
 
@@ -100,7 +100,7 @@ def save(
         the tree has nodes or leaves that cannot be stored.
     """
     path = pathlib.Path(os.path.abspath(path))
-    together = Together()
+    together = Together("save", error=CheckpointError)
     with contextlib.ExitStack() as stack:
 
         def prepare() -> str:

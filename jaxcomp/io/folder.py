@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError, Source
-from jaxcomp.io.processes import Together
 from jaxcomp.journal import sync, write_atomically
+from jaxcomp.processes import Together
 
 try:
     import fcntl
@@ -122,7 +122,7 @@ def _write(own: pathlib.Path, contents: Contents) -> None:
 def _publish(path: pathlib.Path, contents: Contents, together: Together) -> None:
     temporary = path.with_name(f".{path.name}.saving")
     entries = json.loads((temporary / METADATA).read_bytes())
-    for index in range(1, together.count):
+    for index in together.processes[1:]:
         other = path.with_name(f".{path.name}.saving.{index}")
         storage.merge(entries, json.loads((other / METADATA).read_bytes()))
         storage.move(other / "arrays", temporary / "arrays")

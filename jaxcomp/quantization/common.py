@@ -102,7 +102,7 @@ def error_of(energy: Any) -> float:
     Returns:
       sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)).
     """
-    lost, whole = np.asarray(energy, np.float64).reshape(-1, 2).sum(0)
+    lost, whole = host.fetch(energy).astype(np.float64).reshape(-1, 2).sum(0)
     return float(np.sqrt(max(lost, 0.0) / (whole if whole > 0 else 1.0)))
 
 
@@ -360,7 +360,7 @@ _build_sparse = functools.partial(jax.jit, static_argnums=0, static_argnames=("k
 def _kept(mask: jax.Array, nm: tuple[int, int] | None) -> int | None:
     if nm is not None or isinstance(mask, jax.core.Tracer):
         return None
-    return int(np.asarray(mask).sum((-1, -2)).max())
+    return int(sparse.row_counts(mask).sum(-1).max())
 
 
 def store(
@@ -490,7 +490,7 @@ def pruned(
     if error is None:
         h = None if layer.statistics is None else layer.statistics.hessian
         error = relative_error(layer.weight, weight, h)
-    kept = float(np.asarray(mask).mean())
+    kept = float(sparse.row_counts(mask).sum() / mask.size)
     metrics = {**layer.metrics, "error": float(error), "sparsity": 1 - kept}
     parts = tuple(_in_dtype(part, layer.original_dtype) for part in parts)
     return layer.replace(mask=mask, weight=weight, parts=parts, metrics=metrics)
@@ -515,6 +515,6 @@ def report_damping(layer: Layer, used: jax.Array, asked: float) -> None:
       used: damping of each element of the stack.
       asked: the step's option.
     """
-    most = float(np.asarray(used).max())
+    most = float(host.fetch(used).max())
     if most > asked * 1.01:
         layer.metrics["damping"] = most

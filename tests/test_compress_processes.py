@@ -1,0 +1,283 @@
+"""``compress(mesh=..)`` over several processes gives what one process gives.
+
+The scripts that run in the processes take their models and data from here.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxcomp as jc
+from jaxcomp import evaluation
+from jaxcomp.models import Llama, LlamaConfig
+from tests import processes
+from tests.test_compress_mesh import assert_same
+
+WIDTH = 32
+# All projections have one shape, so that each algorithm is compiled once.
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=WIDTH,
+    intermediate_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+)
+RECIPES = {
+    "rtn": jc.presets.w4a16_rtn(group_size=16),
+    "gptq": jc.presets.w4a16_gptq(group_size=16),
+    "sparsegpt": jc.presets.sparsegpt(sparsity=0.5),
+}
+
+
+def llama():
+    """A model and two batches of tokens, the same in every process."""
+    apply, params = jc.functional(Llama(CONFIG, scan=True, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    tokens = [(rng.integers(0, 64, (4, 16)).astype(np.int32),) for _ in range(2)]
+    return apply, jax.tree.map(np.asarray, params), tokens
+
+
+@functools.cache
+def alone(name):
+    apply, params, tokens = llama()
+    return jc.compress(apply, params, RECIPES[name], tokens, progress=False)
+
+
+TOGETHER = """
+    import hashlib
+    import numpy as np
+    import jaxcomp as jc
+    from jaxcomp import evaluation
+    from jaxcomp.models import partition_rules
+    from tests.test_compress_processes import CONFIG, RECIPES, llama
+
+    apply, params, tokens = llama()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for name, recipe in RECIPES.items():
+        result = jc.compress(apply, params, recipe, tokens, mesh=mesh, progress=False)
+        leaves = jax.tree.leaves(result.params)
+        assert all(isinstance(a, np.ndarray) for a in leaves)
+        print(name, hashlib.sha256(b"".join(a.tobytes() for a in leaves)).hexdigest())
+        jc.save(FOLDER / name, result)
+        if name == "gptq":
+            rules = partition_rules(CONFIG, tensor="model", scan=True)
+            loaded = jc.load(FOLDER / name, mesh=mesh, rules=rules).params
+            split = loaded["layers"]["mlp"]["up_proj"]["kernel"].parts[0].values
+            assert not split.is_fully_replicated and not split.is_fully_addressable
+            run = jc.dispatch(apply, sharding=rules, mesh=mesh)
+            print("perplexity", evaluation.perplexity(run, loaded, tokens))
+"""
+
+
+def test_two_processes_compress_save_load_and_evaluate(tmp_path):
+    with processes.start(TOGETHER, 2, tmp_path) as group:
+        outputs = [o[o.index("rtn ") :].split() for o in group.wait(timeout=400)]
+    assert outputs[0] == outputs[1]
+    said = dict(zip(outputs[0][::2], outputs[0][1::2], strict=True))
+    for name in RECIPES:
+        one, both = alone(name), jc.load(tmp_path / name)
+        assert_same(jax.tree.map(np.asarray, both.params), jax.tree.map(np.asarray, one.params))
+        for row, other in zip(both.report.rows, one.report.rows, strict=True):
+            assert (row.path, row.format, row.nbits) == (other.path, other.format, other.nbits)
+            assert row.error == pytest.approx(other.error, rel=1e-3)
+    apply, _, tokens = llama()
+    expected = evaluation.perplexity(jc.dispatch(apply), alone("gptq").params, tokens)
+    assert float(said["perplexity"]) == pytest.approx(expected, rel=1e-5)
+
+
+def branching(params, x):
+    """Loops over the steps of each batch, some of them weights in a ``while`` and in a ``cond``."""
+
+    def step(h, x):
+        h = jnp.tanh(x @ params["in"] + h)
+        return h, h
+
+    last, all_ = jax.lax.scan(step, jnp.zeros(x.shape[1:]), x)
+    more = lambda carry: carry[1] < 1 + (x[0, 0, 0] > 0)  # noqa: E731
+    again = lambda carry: (jnp.tanh(carry[0] @ params["again"]), carry[1] + 1)  # noqa: E731
+    last, _ = jax.lax.while_loop(more, again, (last, 0))
+    y = jnp.tanh(all_ @ params["all"]) + last
+    return jax.lax.cond(y.sum() > 0, lambda: y @ params["out"], lambda: -y @ params["out"])
+
+
+def steps_and_weights():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    params = {name: 0.5 * normal(WIDTH, WIDTH) for name in ("in", "again", "all", "out")}
+    return params, [normal(8, 4, WIDTH) for _ in range(3)]
+
+
+PARTS = """
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    import jaxcomp as jc
+    from tests.test_compress_processes import branching, steps_and_weights
+
+    params, batches = steps_and_weights()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    # Each process has a part of the weights, and a part of each batch: one of four sequences.
+    split = NamedSharding(mesh, P("data"))
+    params = {
+        name: jax.make_array_from_callback(w.shape, split, lambda index: w[index])
+        for name, w in params.items()
+    }
+    columns = NamedSharding(mesh, P(None, "data"))
+    batches = [
+        (jax.make_array_from_process_local_data(columns, x[:, PROCESS : PROCESS + 1], x.shape),)
+        for x in batches
+    ]
+    recipe = jc.presets.wanda(0.5)
+    result = jc.compress(branching, params, recipe, batches, mesh=mesh, progress=False)
+    jc.save(FOLDER / "out", result)
+"""
+
+
+def test_four_processes_with_a_part_of_weights_and_batches_each(tmp_path):
+    with processes.start(PARTS, 4, tmp_path, devices=1) as group:
+        group.wait(timeout=400)
+    params, batches = steps_and_weights()
+    one = jc.compress(branching, params, jc.presets.wanda(0.5), batches, progress=False)
+    assert_same(
+        jax.tree.map(np.asarray, jc.load(tmp_path / "out").params),
+        jax.tree.map(np.asarray, one.params),
+    )
+
+
+DIFFERENT = """
+    import numpy as np
+    import jaxcomp as jc
+
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((2, 8, 8)).astype(np.float32)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
+    presets = jc.presets
+
+    def compress(preset=presets.w4a16_gptq, w=w, data=((x,),), mesh=mesh, bits=1):
+        apply = lambda p, x: bits * x @ p["w"]
+        recipe = preset(group_size=8)
+        return jc.compress(apply, {"w": w}, recipe, data, mesh=mesh, progress=False)
+
+    def expect(*texts, **options):
+        try:
+            compress(**options)
+        except jc.JaxcompError as error:
+            for text in texts:
+                assert text in str(error), (text, str(error))
+        else:
+            raise AssertionError(f"no error: {texts}")
+
+    me = bool(PROCESS)
+    who = "compress(mesh=..) over the processes 0, 1: process 1 differs from process 0 in its "
+    expect(who + "recipe (step 0 GPTQ).", preset=(presets.w4a16_gptq, presets.w3a16_gptq)[me])
+    expect(who + "recipe (step 0 RTN)", preset=(presets.w4a16_gptq, presets.w4a16_rtn)[me])
+    expect(who + "weights (w float32 (8, 8)).", w=w + me)
+    expect(who + "data (batch 0: float32 (8, 8)).", data=((x + me,),))
+    expect(who + "data (batch 1: float32 (8, 8) is missing).", data=((x,),) * (2 - me))
+    expect(who + "function (", bits=1 + me)
+    expect(
+        "no calibration batches" if me else "process 1 could not compress: DataError: no calib",
+        data=() if me else ((x,),),
+    )
+    other = jax.devices()[:2] if me else jax.devices()[2:]
+    expect(f"the processes ({1 - PROCESS},) and none of this one, {PROCESS}",
+           mesh=jax.sharding.Mesh(np.array(other), "d"))
+    # One that belongs to this process alone waits for nobody.
+    mine = jax.sharding.Mesh(np.array(jax.local_devices()), "d")
+    alone = [compress(mesh=mine) for _ in range(1 + PROCESS)]
+    result = compress()
+    np.testing.assert_allclose(
+        result.params["w"].materialize(), alone[0].params["w"].materialize(), rtol=1e-5
+    )
+    print("well")
+"""
+
+
+def test_what_differs_between_processes_is_named_before_anything_runs(tmp_path):
+    with processes.start(DIFFERENT, 2, tmp_path) as group:
+        assert all("well" in output for output in group.wait(timeout=300))
+
+
+CHAIN = """
+    import os, signal
+    import numpy as np, jax.numpy as jnp
+    import jaxcomp as jc
+    from jaxcomp import journal
+
+    rng = np.random.default_rng(0)
+    params = {k: rng.standard_normal((16, 16)).astype(np.float32) for k in "abc"}
+    batches = [(rng.standard_normal((8, 16)).astype(np.float32),) for _ in range(2)]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
+
+    def compress(**options):
+        apply = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+        recipe = jc.presets.w4a16_gptq(group_size=16)
+        return jc.compress(apply, params, recipe, batches, mesh=mesh, progress=False, **options)
+
+    def records():
+        return sorted(f.name for f in (FOLDER / "journal").glob("process-*/records/*"))
+
+    def expect(text, **options):
+        try:
+            compress(**options)
+        except jc.JaxcompError as error:
+            assert text in str(error), str(error)
+        else:
+            raise AssertionError("no error: " + text)
+"""
+DIES = """
+    put = journal.Journal.put
+    def dies(self, key, *rest):
+        if key == "b[]" and PROCESS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return put(self, key, *rest)
+    journal.Journal.put = dies
+    compress(journal=FOLDER / "journal")
+"""
+GOES_ON = """
+    from jaxcomp.compress import _Run
+    fresh = compress()
+    computed = []
+    inner = _Run._compress
+    _Run._compress = lambda self, program, group, statistics: (
+        computed.extend(t.site.path for t in group) or inner(self, program, group, statistics)
+    )
+    resumed = compress(journal=FOLDER / "journal")
+    assert computed == ["b", "c"], computed
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, fresh.params)
+    # One whose journal is damaged, cannot be written or belongs to another run: an error of all.
+    other = "process 1 could not compress: JournalError: journal"
+    (FOLDER / "odd").mkdir(exist_ok=True)
+    (FOLDER / "odd" / f"process-{PROCESS}-of-3").mkdir()
+    expect("belongs to a run of 3 processes, and this one has 2", journal=FOLDER / "odd")
+    put = journal.Journal.put
+    def full(self, key, *rest):
+        if key == "b[]" and PROCESS:
+            raise journal.JournalError("journal: no space left")
+        return put(self, key, *rest)
+    journal.Journal.put = full
+    expect("no space left" if PROCESS else other + ": no space left", journal=FOLDER / "full")
+    if PROCESS:
+        (record,) = (FOLDER / "full" / "process-1-of-2" / "records").glob("a*")
+        record.write_bytes(record.read_bytes()[:-1] + b"?")
+    expect("is damaged" if PROCESS else other + " record", journal=FOLDER / "full")
+    print("well")
+"""
+
+
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
+    with processes.start(CHAIN + DIES, 2, tmp_path, heartbeat=10) as group:
+        group.running[1].wait(timeout=300)
+        started = time.monotonic()
+        assert all(group.codes(timeout=60)), group.output(0)
+    print(f"the other ended after {time.monotonic() - started:.1f} s:\n{group.output(0)}")
+    kept = [len(list(tmp_path.glob(f"journal/process-{k}-of-2/records/*"))) for k in range(2)]
+    assert kept == [2, 1]
+    with processes.start(CHAIN + GOES_ON, 2, tmp_path) as group:
+        assert all("well" in output for output in group.wait(timeout=300))
