@@ -1,6 +1,6 @@
 """Scheduled cycles of the TPU kernels, from the compiler's own dumps: no TPU is needed.
 
-    python -m benchmarks.tpu_schedule [--chip v5e] [--only few]
+    python -m benchmarks.tpu_schedule [--chip v5e] [--operation quantized_matmul] [--only few]
 
 The TPU compiler writes the final VLIW schedule of a kernel: one bundle is one cycle of the core,
 and a second file says which units each bundle uses. So the bundles of a kernel's loops, times how
@@ -11,148 +11,15 @@ counted at every step. Clocks and bandwidths are those of ``jaxcomp.kernels.chip
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
-import re
 import tempfile
-from collections.abc import Callable
 
 from jaxcomp.kernels import chips
 
+from benchmarks import tpu_attention
+from benchmarks.schedules import Case, Schedule, schedules
 from tests.kernels import aot
-
-_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*((?:> ?)*)")
-
-
-@dataclasses.dataclass
-class Loop:
-    """Bundles of a loop that are in no loop inside it.
-
-    Attributes:
-      depth: loops around and including it.
-      bundles: their number.
-      used: unit -> slots used in them.
-      longest: bundles of its longest run without a branch.
-    """
-
-    depth: int
-    bundles: int = 0
-    used: dict[str, int] = dataclasses.field(default_factory=dict)
-    longest: int = 0
-
-    @property
-    def spills(self) -> int:
-        """Registers moved to memory and back."""
-        return sum(count for unit, count in self.used.items() if unit.endswith(("SPILL", "FILL")))
-
-
-@dataclasses.dataclass
-class Schedule:
-    """A kernel's final schedule.
-
-    Attributes:
-      name: the kernel's name.
-      loops: in order of their first bundle; grid steps are the loop of depth 1.
-      slots: unit -> slots of a bundle.
-    """
-
-    name: str
-    loops: list[Loop]
-    slots: dict[str, int]
-
-    def step(self) -> Loop:
-        """The loop over grid steps, without loops inside it."""
-        return next(loop for loop in self.loops if loop.depth == 1)
-
-    def inner(self) -> list[Loop]:
-        """Loops inside a grid step."""
-        return [loop for loop in self.loops if loop.depth > 1]
-
-
-def utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
-    """Units, their slots, and a row of used slots a bundle, from a utilization dump."""
-    names, slots, rows = [], [], []
-    for line in text.splitlines():
-        if line.startswith("MXU"):
-            names = [name.strip() for name in line.split(",")]
-        elif names and line.strip() and not line.startswith("="):
-            rows.append([int(word) for word in line.split()])
-    if rows:
-        slots = rows.pop(0)
-    return names, slots, rows
-
-
-def parse(bundles: str, used: str, name: str = "") -> Schedule:
-    """A schedule from the text of its bundles and of their utilization."""
-    units, slots, rows = utilization(used)
-    stack: list[Loop] = []
-    loops: list[Loop] = []
-    begun: set[tuple[int, int]] = set()
-    run = 0
-    for line in bundles.splitlines():
-        found = _BUNDLE.match(line)
-        if not found:
-            continue
-        address, label, depth = int(found[1], 16), found[2], found[3].count(">")
-        # Only the label of a body begins a loop: bundles of the loop around may stand within one.
-        while len(stack) < depth or (label == "LB" and depth and (depth, address) not in begun):
-            if label == "LB":
-                del stack[depth - 1 :]
-                begun.add((depth, address))
-            level = len(stack) + 1
-            same = [loop for loop in loops if loop.depth == level]
-            if same and (label != "LB" or level < depth):
-                stack.append(same[-1])
-            else:
-                stack.append(Loop(level))
-                loops.append(stack[-1])
-            run = 0
-        del stack[depth:]
-        run = 0 if label else run
-        if stack and address < len(rows):
-            loop = stack[-1]
-            run += 1
-            loop.bundles += 1
-            loop.longest = max(loop.longest, run)
-            for unit, count in zip(units, rows[address], strict=True):
-                loop.used[unit] = loop.used.get(unit, 0) + count
-        run = 0 if "sbr.rel" in line else run
-    return Schedule(name, loops, dict(zip(units, slots, strict=True)))
-
-
-def schedules(folder: pathlib.Path, kernel: str) -> list[Schedule]:
-    """Schedules of the kernels in a dump whose names begin with a word, in order of compilation."""
-    found = []
-    for path in sorted(folder.glob(f"*-{kernel}*-final_bundles.txt")):
-        if "analysis" in path.name:
-            continue
-        stem, _, name = path.name.removesuffix("-final_bundles.txt").partition("-")
-        name = name.rpartition("-")[0]
-        used = next(folder.glob(f"{stem}-{name}-*final_hlo-static-per-bundle-utilization.txt"))
-        found.append(parse(path.read_text(), used.read_text(), name))
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A kernel to compile and what its schedule is held against.
-
-    Attributes:
-      name: printed.
-      kernel: how the kernel's name begins in the dump.
-      target: "module:function" for ``tests.kernels.aot``.
-      options: of the function, the chip aside.
-      cycles: (schedule, chip) -> scheduled cycles of the whole product.
-      bytes: bytes of the weight that it reads, or 0 where that does not bound it.
-    """
-
-    name: str
-    kernel: str
-    target: str
-    options: dict
-    cycles: Callable[[Schedule, chips.Chip], float]
-    bytes: float = 0.0
 
 
 def measure(chip: chips.Chip, cases: list[Case]) -> list[tuple[Case, Schedule | None, str | None]]:
@@ -226,7 +93,7 @@ def quantized_matmul() -> list[Case]:
     return cases
 
 
-CASES = {"quantized_matmul": quantized_matmul}
+CASES = {"quantized_matmul": quantized_matmul, "sparse_attention": tpu_attention.cases}
 
 
 def main() -> None:
@@ -235,23 +102,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--chip", choices=list(aot.TOPOLOGIES), action="append")
+    parser.add_argument("--operation", choices=list(CASES), action="append")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     options = parser.parse_args()
-    cases = [case for make in CASES.values() for case in make() if options.only in case.name]
-    head = ("chip", "case", "cycles", "of weight bytes", "ratio", "MXU slots", "spills")
+    makes = [CASES[name] for name in options.operation or CASES]
+    cases = [case for make in makes for case in make() if options.only in case.name]
+    head = ("chip", "case", "cycles", "held against", "ratio", "MXU slots", "spills")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
     for name in options.chip or aot.TOPOLOGIES:
         chip = chips.BY_NAME[name]
+        counted: dict[str, float] = {}
         for case, schedule, error in measure(chip, cases):
             if schedule is None:
                 print(f"| {name} | {case.name} | {error} |", flush=True)
                 continue
-            cycles = case.cycles(schedule, chip)
-            memory = case.bytes / chip.bandwidth * chip.clock
-            ratio = f"{memory:.0f} | {cycles / memory:.2f}" if memory else "- | -"
-            busiest = max(schedule.loops, key=lambda loop: loop.bundles)
+            cycles = counted[case.name] = case.cycles(schedule, chip)
+            basis = counted.get(case.against, case.bytes / chip.bandwidth * chip.clock)
+            ratio = f"{basis:.0f} | {cycles / basis:.2f}" if basis else "- | -"
+            inner = case.inner(schedule)
+            busiest = max(inner, key=lambda part: part.bundles)
             used = busiest.used.get("MXU", 0) / busiest.bundles / schedule.slots["MXU"]
-            spills = sum(loop.spills for loop in schedule.loops)
+            spills = sum(part.spills for part in inner)
             row = f"| {name} | {case.name} | {cycles:.0f} | {ratio} | {used:.0%} | {spills} |"
             print(row, flush=True)
 

@@ -46,6 +46,8 @@ def environment(dump: pathlib.Path | None = None) -> dict[str, str]:
     }
     if dump is not None:
         options = ("hlo_text=true", "llo_text=true", "llo_html=false", "llo_static_gaps=true")
+        # Of the hundred passes' only the last ones': the others take minutes to write.
+        options = (*options, "llo_pass_label_regex=final")
         flags = [f"--xla_jf_dump_to={dump}", *(f"--xla_jf_dump_{o}" for o in options)]
         flags += ["--xla_jf_emit_annotations=true", "--xla_jf_debug_level=2"]
         variables["LIBTPU_INIT_ARGS"] = " ".join(flags)

@@ -127,10 +127,10 @@ def mosaic(
     """The kernel: arguments and results are those of ``plain``; ``block_k`` keys are in a block."""
     batch, queries, heads, dim = q.shape
     capacity, kv_heads, out_dim = k.shape[1], k.shape[2], v.shape[-1]
-    block = block_k or _block(capacity, kv_heads * dim * k.dtype.itemsize)
+    block = block_k or block_size(capacity, kv_heads * dim * k.dtype.itemsize)
     count, columns = -(-capacity // block), block * kv_heads
     rows = -(-queries * heads // ROWS) * ROWS
-    width = _width(rows, columns)
+    width = columns_at_once(rows, columns)
     factor = scale / soft_cap if soft_cap else scale * LOG2_E
     reach = mask.reach()
 
@@ -263,12 +263,13 @@ def mosaic(
     return out, jnp.moveaxis(lse, 2, 1)
 
 
-def _block(capacity: int, row_bytes: int) -> int:
+def block_size(capacity: int, row_bytes: int) -> int:
+    """Positions of a block of the cache, from the bytes that the keys of one take."""
     wanted = max(BLOCK_BYTES // row_bytes // LANES * LANES, LANES)
     return min(wanted, 1024, -(-capacity // LANES) * LANES)
 
 
-def _width(rows: int, columns: int) -> int:
+def columns_at_once(rows: int, columns: int) -> int:
     """Columns whose scores are computed at once: a divisor of all, of whole lanes."""
     width = columns
     while width * rows > SCORES and width % (2 * LANES) == 0:

@@ -4,8 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxcomp.kernels.sparse_attention import (
     attention,
+    blocks,
     causal,
     decode_attention,
     full,
@@ -16,10 +19,14 @@ from jaxcomp.kernels.sparse_attention import (
     window,
 )
 
+BLOCK = 512
+# A tenth of the blocks of 16k queries and keys, wherever they are.
+TENTH = np.random.default_rng(0).permutation(1024).reshape(32, 32) < 102
 MASKS = {
     "full": full(),
     "causal": causal(),
     "window": window(1024, causal=True),
+    "tenth": blocks(TENTH, BLOCK),
     "strided": strided(192),
     "bigbird": window(256) | global_(64) | random(3, block_size=64),
     "heads": per_head([causal(), window(512)] * 16),
@@ -41,12 +48,14 @@ def attend(
     span=False,
     soft_cap=None,
     specs=None,
+    chip=None,
     **options,
 ):
     """Attention, or its gradients, as a function and the shapes of its arguments.
 
     ``specs`` are those of q and of k and v, as lists.
     """
+    del chip
     q_spec, kv_spec = (_spec(s) for s in specs or ((), ()))
     if specs:
         options = {**options, "q_spec": q_spec, "kv_spec": kv_spec}
@@ -93,12 +102,14 @@ def decode(
     dtype="bfloat16",
     cache=None,
     specs=None,
+    chip=None,
     **options,
 ):
     """Decoding, as a function and the shapes of its arguments.
 
     ``specs`` are those of q, or None, and of the cache, as lists.
     """
+    del chip
     q_spec, kv_spec = (None if s is None else _spec(s) for s in specs or (None, None))
     told = {"q_spec": q_spec, "kv_spec": kv_spec} if specs else {}
     kv_spec = kv_spec or jax.sharding.PartitionSpec()
@@ -121,6 +132,23 @@ def decode(
         return run(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
 
     return quantized, [*arguments, scale, scale]
+
+
+def splash(mesh, mask, queries, heads, kv_heads, dim, size, chip=None, dtype="bfloat16"):
+    """jax's own kernel for causal masks and windows, in blocks of this size."""
+    del chip, kv_heads
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shape = queries, queries
+    one = {
+        "causal": splash_attention.CausalMask(shape),
+        "window": splash_attention.LocalMask(shape, (1023, 0), 0),
+    }[mask]
+    run = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([one] * heads),
+        block_sizes=splash_attention.BlockSizes(block_q=size, block_kv=size),
+    )
+    x = jax.ShapeDtypeStruct((heads, queries, dim), jnp.dtype(dtype), sharding=place)
+    return run, [x, x, x]
 
 
 def _spec(axes):
