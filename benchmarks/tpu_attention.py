@@ -8,14 +8,17 @@ blocks says how often each runs. Copies that a step may skip are counted at ever
 import collections
 import functools
 
+import jax
+import jax.numpy as jnp
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.sparse_attention import decode
+from jaxcomp.kernels.sparse_attention import decode, tpu
 from jaxcomp.kernels.sparse_attention import schedule as listed
 
 from benchmarks.schedules import Bundles, Case, Schedule
 from tests.kernels.sparse_attention import programs
 
-HEADS, LENGTH, DIM = 8, 16384, 128
+# So many heads that the arrays are in HBM, not in vector memory, as in a model.
+HEADS, LENGTH, DIM = 32, 16384, 128
 # Decoding has Llama-3-8B's heads.
 KV_HEADS, GROUP, CAPACITY, BATCH = 8, 4, 16384, 8
 # A block's products have more slots of the matrix unit than this; nothing else has.
@@ -51,10 +54,15 @@ def total(schedule: Schedule, steps: int, rows: int, computed: list[int]) -> flo
     return always * steps + once * rows + sum(part.bundles * count for part, count in each)
 
 
+def sizes(mask: str) -> tuple[int, int]:
+    """The blocks that the kernel chooses."""
+    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, DIM), jnp.bfloat16)
+    return tpu.fitting_blocks(x, x, programs.MASKS[mask])[0]
+
+
 def _own(schedule: Schedule, chip: chips.Chip, mask: str) -> float:
     del chip
-    size = programs.BLOCK
-    of = listed.schedule(programs.MASKS[mask], HEADS, LENGTH, LENGTH, size, size)
+    of = listed.schedule(programs.MASKS[mask], HEADS, LENGTH, LENGTH, *sizes(mask))
     counts = collections.Counter(of.rows.code.reshape(-1).tolist())
     skipped = counts.pop(listed.SKIP, 0)
     computed = [counts[code] * HEADS for code in sorted(counts)]
@@ -74,7 +82,7 @@ def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -
     del chip
     columns = block * KV_HEADS
     trips = [columns // decode.columns_at_once(KV_HEADS * GROUP, columns)]
-    trips = [block // 128] * 2 + trips if quantized else trips
+    trips = [block // 128, *trips] if quantized else trips
     inner = schedule.inner()
     if len(inner) != 2 * len(trips):
         return float("nan")
@@ -86,18 +94,18 @@ def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -
 def cases() -> list[Case]:
     """Masks of all blocks, of a tenth, and the two that splash attention has too."""
     module = "tests.kernels.sparse_attention.programs"
-    sizes = {"queries": LENGTH, "heads": HEADS, "kv_heads": HEADS, "dim": DIM}
+    shapes = {"queries": LENGTH, "heads": HEADS, "kv_heads": HEADS, "dim": DIM}
     out = []
     for mask, against in (("full", ""), ("tenth", "full"), ("causal", ""), ("window", "")):
         name = f"attention {mask} {LENGTH}"
         basis = f"attention {against} {LENGTH}" if against else ""
         if mask in ("causal", "window"):
             basis = f"splash {mask} {LENGTH}"
-            options = sizes | {"mask": mask, "size": programs.BLOCK}
+            options = shapes | {"mask": mask, "size": programs.BLOCK}
             count = functools.partial(_splash, mask=mask, size=programs.BLOCK)
             out.append(Case(basis, "splash_mha", f"{module}:splash", options, count, inner=blocks))
         count = functools.partial(_own, mask=mask)
-        options = sizes | {"mask": mask}
+        options = shapes | {"mask": mask}
         kernel = "sparse_attention_forward"
         out.append(
             Case(name, kernel, f"{module}:attend", options, count, against=basis, inner=blocks)

@@ -26,8 +26,8 @@ from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
 ROWS = 8
 # Bytes of keys in a block: enough that starting a step costs little beside reading it.
 BLOCK_BYTES = 1 << 20
-# Scores that are computed at once: about as many as there are registers for.
-SCORES = 1 << 15
+# Scores that are computed at once: as many as there are registers for.
+SCORES = 1 << 16
 
 
 def unfit(
@@ -137,11 +137,11 @@ def mosaic(
     def bounds(lengths, begin, sequence):
         """Keys here that a sequence has filled; first and last block a query may look at."""
         filled = jnp.clip(lengths[sequence] - begin[0], 0, capacity)
-        last = jax.lax.div(filled + (block - 1), block) - 1
+        last = _divided(filled + (block - 1), block)[0] - 1
         if reach is None:
             return filled, jnp.int32(0), last
         nearest = jnp.maximum(lengths[sequence] - queries - reach - begin[0], 0)
-        return filled, jax.lax.div(nearest, block), last
+        return filled, _divided(nearest, block)[0], last
 
     def at(sequence, step, lengths, begin):
         _, first, last = bounds(lengths, begin, sequence)
@@ -181,8 +181,8 @@ def mosaic(
             summed[...] = jnp.zeros_like(summed)
 
         def add(edge):
-            for by_head, along in zip(stored, scales, strict=True):
-                _spread(by_head, along)
+            if scales:
+                _spread(stored, scales, (factor, 1.0))
             query, head = _divided(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), heads)
             q_position = lengths[sequence] - queries + query
             # No key has the head of a row that is none, nor a row that of a key that is none.
@@ -203,9 +203,8 @@ def mosaic(
                     held = start + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
                     held = held < (filled - here) * kv_heads
                     values = jnp.where(held, values, jnp.zeros_like(values))
-                scores = dot(q[...], k[place, :].astype(q.dtype), transposed=True) * factor
-                if scales:
-                    scores *= scales[0][:, place]
+                scores = dot(q[...], k[place, :].astype(q.dtype), transposed=True)
+                scores *= scales[0][:, place] if scales else factor
                 if soft_cap:
                     scores = jnp.tanh(scores) * (soft_cap * LOG2_E)
                 allowed = (q_head == k_head) & mask.allowed(q_position, begin[0] + k_index)
@@ -234,7 +233,8 @@ def mosaic(
             safe = jnp.where(sums > 0, sums, 1.0)
             share = lanes(jnp.where(sums > 0, 1.0 / safe, 0.0), out_dim)
             out[...] = (summed[...] * share).astype(out.dtype)
-            lse[...] = jnp.where(sums > 0, (top[...] + jnp.log2(safe)) / LOG2_E, -jnp.inf)
+            exponent = top[...] * (1 / LOG2_E) + jnp.log(safe)
+            lse[...] = jnp.where(sums > 0, exponent, -jnp.inf)
 
     out, lse = pl.pallas_call(
         body,
@@ -277,28 +277,36 @@ def columns_at_once(rows: int, columns: int) -> int:
     return width
 
 
-def _spread(by_head, along) -> None:
+def _spread(stored, scales, factors) -> None:
     """Writes numbers (heads, positions) in the order of columns, (1, positions * heads).
 
     XLA would do it by way of an array whose last axis, heads, is padded to whole lanes.
+
+    Args:
+      stored: references of each.
+      scales: references of what is written.
+      factors: what each is multiplied with.
     """
-    heads = by_head.shape[0]
+    heads, positions = stored[0].shape
     shape = heads, LANES
-    if heads == 1:
-        along[...] = by_head[...]
-        return
 
     def group(number, _):
-        held = by_head[:, pl.ds(pl.multiple_of(number * LANES, LANES), LANES)]
-        for part in range(heads):
-            column = part * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            position, head = _divided(column, heads)
-            picked = jnp.take_along_axis(held, position, axis=1, mode="promise_in_bounds")
-            own = head == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            place = pl.multiple_of((number * heads + part) * LANES, LANES)
-            along[:, pl.ds(place, LANES)] = jnp.where(own, picked, 0.0).sum(0, keepdims=True)
+        first = pl.multiple_of(number * LANES, LANES)
+        for by_head, along, factor in zip(stored, scales, factors, strict=True):
+            held = by_head[:, pl.ds(first, LANES)] * factor
+            for part in range(heads):
+                column = part * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+                position, head = _divided(column, heads)
+                picked = jnp.take_along_axis(held, position, axis=1, mode="promise_in_bounds")
+                own = head == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+                place = pl.multiple_of((number * heads + part) * LANES, LANES)
+                along[:, pl.ds(place, LANES)] = jnp.where(own, picked, 0.0).sum(0, keepdims=True)
 
-    jax.lax.fori_loop(0, by_head.shape[1] // LANES, group, None)
+    if heads == 1:
+        for by_head, along, factor in zip(stored, scales, factors, strict=True):
+            along[...] = by_head[...] * factor
+    else:
+        jax.lax.fori_loop(0, positions // LANES, group, None)
 
 
 def _divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

@@ -18,9 +18,11 @@ from jaxcomp.kernels.sparse_attention.schedule import schedule
 from jaxcomp.kernels.sparse_attention.tpu_kernels import forward_kernel, key_kernel, query_kernel
 from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Config, Walk, run
 
-# Sizes of blocks that are tried in turn where the caller names none: larger ones compute more of
-# what a mask leaves out, and have shorter lists.
+# Sizes of blocks, of which the one with the least cost is taken where the caller names none: larger
+# ones compute more of what a mask leaves out, and have fewer steps. In scheduled cycles of v6e a
+# step costs about as much as a quarter of a block of 512 by 512 (benchmarks/results).
 BLOCKS = (512, 1024)
+STEP = 512 * 512 // 4
 # A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
 # ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
 SCALAR_BYTES = (1 << 20) - (1 << 14)
@@ -61,17 +63,22 @@ def fitting_blocks(
     """
     (queries, heads), (keys, kv_heads) = q.shape[1:3], k.shape[1:3]
     group = heads // kv_heads
+    best, lowest = None, float("inf")
     for most in BLOCKS:
         size = block_q or _block(queries, most), block_k or _block(keys, most)
         listed = schedule(mask, heads, queries, keys, *size)
-        needed = listed.scalar_bytes(group)
         if listed.rows.lists > 1 and group > MOST_GROUP:
             return size, (
                 f"where heads have masks of their own it takes at most {MOST_GROUP} query heads a "
                 f"key head, not {group}"
             )
-        if needed <= SCALAR_BYTES:
-            return size, None
+        cost = listed.rows.count * (size[0] * size[1] + STEP)
+        needed = listed.scalar_bytes(group)
+        # Larger blocks make larger bitmaps, of what may have needed none.
+        if needed <= SCALAR_BYTES and cost < lowest and not (best and len(listed.bitmaps)):
+            best, lowest = size, cost
+    if best:
+        return best, None
     return size, (
         f"its list of blocks of {size[0]} queries by {size[1]} keys takes {needed} bytes of scalar "
         f"memory, and a core has {SCALAR_BYTES} for it: use larger block_q and block_k, a sparser "

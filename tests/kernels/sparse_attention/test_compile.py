@@ -39,7 +39,7 @@ def test_compiles(chip):
 def test_a_ring_of_kernels_compiles():
     """32k tokens over four devices, heads over two: kernels inside, keys and values passed on."""
     ring = {
-        "mesh": [2, 4], "queries": 1 << 15, "gradient": True,
+        "mesh": [2, 4], "queries": 1 << 15, "gradient": True, "block_q": 512, "block_k": 512,
         "specs": [[None, "model", "data"], [None, "model", "data"]],
     }  # fmt: skip
     (result,) = aot.compile_cases("v5e", [(PROGRAMS + "attend", ring)])

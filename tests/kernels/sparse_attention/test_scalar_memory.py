@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxcomp.kernels.implementations import Unsupported
-from jaxcomp.kernels.sparse_attention import attention, causal, full, per_head, tpu, window
+from jaxcomp.kernels.sparse_attention import attention, blocks, causal, full, per_head, tpu, window
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
 from tests.kernels import aot
@@ -28,9 +29,14 @@ def test_bytes_are_those_of_the_longest_packed_list(name):
     assert listed.scalar_bytes(2) == max(packed)
 
 
-def test_blocks_grow_until_their_list_fits():
+def test_blocks_grow_while_that_costs_less_and_until_their_list_fits():
+    diagonal = blocks(np.eye(8), 512)
     for length, mask, want in [
-        (4096, causal(), (512, 512)),
+        (2048, causal(), (512, 512)),
+        (4096, causal(), (1024, 1024)),
+        (4096, diagonal, (512, 512)),
+        # Of less than all keys in 1024 by 1024 it would need a bitmap.
+        (4096, ~diagonal, (512, 512)),
         (300, causal(), (384, 384)),
         (1 << 18, causal(), (1024, 1024)),
         (1 << 20, window(512), (512, 512)),
@@ -66,14 +72,14 @@ def test_a_list_that_cannot_fit_is_a_reason_and_not_an_abort():
 @pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_the_longest_lists_and_the_largest_blocks_compile(chip):
     # 507 blocks of causal rows are 1,030,224 bytes, 508 too many.
-    for blocks, fits in ((507, True), (508, False)):
-        listed = schedule(causal(), 1, blocks * 512, blocks * 512, 512, 512)
+    for count, fits in ((507, True), (508, False)):
+        listed = schedule(causal(), 1, count * 512, count * 512, 512, 512)
         assert (listed.scalar_bytes(1) <= tpu.SCALAR_BYTES) == fits
     program = "tests.kernels.sparse_attention.programs:attend"
     one = {"heads": 1, "kv_heads": 1, "gradient": True}
     large = {"block_q": 1024, "block_k": 1024}
     results = aot.compile_cases(chip, [
-        (program, one | {"queries": 507 * 512}),
+        (program, one | {"queries": 507 * 512, "block_q": 512, "block_k": 512}),
         (program, one | large | {"queries": 4096}),
         (program, one | large | {"queries": 4096, "dtype": "float32"}),
         (program, one | large | {
