@@ -247,7 +247,7 @@ class Dispatcher(Plain):
             return [looked_up(op, operands[1], weight)], state
         x = operands[1 - site.operand]
         if site.kind == "ragged_dot":
-            y = packed_experts.multiply(x, operands[2], weight)
+            y = packed_experts.multiply(x, operands[2], weight, split)
             return [y.astype(op.eqn.outvars[0].aval.dtype)], state
         y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split)
         return [from_tokens(op.eqn, site, y)], state

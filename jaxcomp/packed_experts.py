@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxcomp import formats, matmul, packed, packed_sparse
 from jaxcomp.graph import Site
@@ -43,8 +43,14 @@ def problem(
         return "the axes of the experts' matrices are merged or in another order than the leaf's"
     if matmul.quantizers(leaf):
         return "the experts' input is quantized"
-    if split is not None or (chip is not None and chips.mesh_of(*jax.tree.leaves(leaf))):
-        return "experts on a mesh of several devices are XLA's"
+    mesh = None if split is not None or chip is None else chips.mesh_of(*jax.tree.leaves(leaf))
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        return "experts on a mesh of Explicit axes are XLA's"
+    if mesh is not None:
+        return (
+            "on a mesh of Auto axes it cannot be known how the experts are split; give dispatch "
+            "the sharding rules"
+        )
     if chip is not None and chip.platform == "gpu":
         return "on GPUs there is no kernel for experts"
     tpu = chip if chip is not None and chip.platform == "tpu" else None
@@ -52,19 +58,25 @@ def problem(
         inner = matmul.wrappers(part)[1]
         if isinstance(inner, packed_sparse.PARTS):
             return f"no kernel reads a {type(inner).__name__} of experts"
-        told = packed.problem(inner, tpu, dtype)
+        told = packed.problem(inner, tpu, dtype, split)
         if told is not None:
             return told
     return None
 
 
-def multiply(x: jax.Array, group_sizes: jax.Array, leaf: formats.CompressedArray) -> jax.Array:
+def multiply(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    leaf: formats.CompressedArray,
+    split: NamedSharding | None = None,
+) -> jax.Array:
     """Rows of each expert times its own matrix, for a leaf for which ``problem`` is None.
 
     Args:
       x: ``(rows, in)``, bfloat16 or float32, sorted by expert.
       group_sizes: integers ``(experts,)``.
       leaf: with matrices ``(experts, out, in)``.
+      split: mesh axes of the experts, out and in, on a mesh of Auto axes.
 
     Returns:
       ``(rows, out)`` in float32; zeros in the rows of no expert.
@@ -77,7 +89,11 @@ def multiply(x: jax.Array, group_sizes: jax.Array, leaf: formats.CompressedArray
             scale = jnp.repeat(transform.scale, group_sizes, axis=0, total_repeat_length=x.shape[0])
             rows = rows * scale.astype(rows.dtype)
         y = kernels.grouped_quantized_matmul(
-            rows, group_sizes, packed.operand(inner), out_dtype=jnp.float32
+            rows,
+            group_sizes,
+            packed.operand(inner),
+            out_dtype=jnp.float32,
+            weight_spec=split,
         )
         total = y if total is None else total + y
     return total

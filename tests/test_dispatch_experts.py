@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcomp as jc
 from jaxcomp.formats import Codebook, Float, InputScale, Int
@@ -116,6 +116,25 @@ def test_a_mixture_of_experts():
     assert {(c.kind, c.implementation) for c in choices} == {("ragged_dot", "kernel")}
     # Both sum the same products of the same numbers in another order, through every layer.
     close(fast(params, tokens), apply(jc.materialize(params), tokens), 64 * TINY.hidden_size)
+
+
+@pytest.mark.parametrize("spec", [("model",), ("data", "model"), (None, None, "model")])
+def test_experts_on_a_mesh(spec):
+    """Split by expert, by expert and input, by output: no device asks for another's weight."""
+    params, x = make(FORMATS["int4"])
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rules = [("w", PartitionSpec(*spec))]
+    placed = jc.shard(params, mesh, rules)
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    (choice,) = jc.dispatch(experts).report(placed, rows)
+    assert choice.implementation == "materialize" and "sharding rules" in choice.reason
+    fast = jc.dispatch(experts, sharding=rules)
+    (choice,) = fast.report(placed, rows)
+    assert choice.implementation == "kernel"
+    program = jax.jit(fast).lower(placed, rows).compile()
+    close(program(placed, rows), experts(jc.materialize(params), x), 64)
+    assert not re.findall("all-gather|all-to-all|collective-permute", program.as_text())
 
 
 def compiled(mesh):

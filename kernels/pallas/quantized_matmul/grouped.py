@@ -6,8 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.kernels.quantized_matmul import api, grouped_reference, reference
+from jaxcomp.kernels.quantized_matmul import (
+    api,
+    grouped_reference,
+    reference,
+    sharding,
+    sharding_grouped,
+)
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -28,11 +35,17 @@ def grouped_quantized_matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
     interpret=False,
+    weight_spec: PartitionSpec | NamedSharding | None = None,
+    x_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """``quantized_matmul`` of experts: consecutive runs of rows, each with its expert's weight.
 
     The kernel visits a tile of rows once for each expert that has rows in it; experts without rows
     are not read. Gradients go to x, scales, zeros, bias and table, through XLA.
+
+    On a mesh each device multiplies the rows of its own experts with its own part of their
+    weights; rows are summed over devices, weights never sent. Axes of Explicit type say how arrays
+    are split; on Auto axes ``weight_spec`` has to.
 
     Args:
       x: ``(tokens, K)``, bf16 or f32, sorted by expert.
@@ -49,6 +62,9 @@ def grouped_quantized_matmul(
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu" or None for the best one.
       interpret: of the Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      weight_spec: mesh axes of the experts, N and K, on a mesh of Auto axes; a NamedSharding where
+        neither an array nor the mesh in use tells the mesh.
+      x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
 
     Returns:
       ``(tokens, N)``.
@@ -76,7 +92,22 @@ def grouped_quantized_matmul(
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.minimum(jnp.pad(ends, (1, 0)), x.shape[0])
-    return _differentiable(run, options, x, bounds, weight, bias)
+    place = sharding.placement(x, weight, weight_spec, x_spec, by_expert=True)
+    if place is None:
+        return _differentiable(run, options, x, bounds, weight, bias)
+    whole = options
+    if place.inputs:  # What is fused needs the sum over devices.
+        options = dataclasses.replace(options, activation=None, out_dtype="float32")
+
+    def finish(y, bounds, bias):
+        owner = grouped_reference.owner(bounds, y.shape[0])
+        if bias is not None:
+            y = y + jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))[owner]
+        y = reference.finish(y, None, whole)
+        return jnp.where((owner < bounds.shape[0] - 1)[:, None], y, jnp.zeros((), y.dtype))
+
+    call = functools.partial(_differentiable, run, options)
+    return sharding_grouped.matmul(call, finish, x, bounds, weight, bias, place)
 
 
 def _check(x: jax.Array, group_sizes: jax.Array, weight: Weight) -> None:

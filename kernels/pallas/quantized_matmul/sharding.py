@@ -42,6 +42,7 @@ def placement(
     weight: Weight,
     weight_spec: PartitionSpec | NamedSharding | None = None,
     x_spec: PartitionSpec | None = None,
+    by_expert: bool = False,
 ) -> Placement | None:
     """How a product is to be split.
 
@@ -52,6 +53,7 @@ def placement(
         NamedSharding where no array tells the mesh.
       x_spec: mesh axes of x, for a mesh with Auto axes; None splits the first axis after the stack
         over the mesh axes that the weight leaves, where they divide it.
+      by_expert: x is ``(M, K)`` of rows sorted by expert, without the weight's stack axis.
 
     Returns:
       The placement; None where one device computes alone, or where the sharding is not known.
@@ -71,18 +73,19 @@ def placement(
     if weight_spec is None:
         return None
     sizes, depth = dict(mesh.shape), len(weight.stack)
+    shared = 0 if by_expert else depth  # stack axes that x has too
     *stack, outputs, inputs = padded(weight_spec, depth + 2)
     taken = {name for axes in (*stack, outputs, inputs) for name in names(axes)}
-    rows: list[Axes] = [None] * (x.ndim - 1 - depth)
+    rows: list[Axes] = [None] * (x.ndim - 1 - shared)
     if x_spec is None:
         free = tuple(name for name in mesh.axis_names if name not in taken)
-        if rows and free and x.shape[depth] % count(free, sizes) == 0:
+        if rows and free and x.shape[shared] % count(free, sizes) == 0:
             rows[0] = free
     else:
         entries = padded(x_spec, x.ndim)
-        rows = list(entries[depth:-1])
+        rows = list(entries[shared:-1])
         clash = taken & {name for axes in rows for name in names(axes)}
-        if clash or list(entries[:depth]) != stack or entries[-1] not in (None, inputs):
+        if clash or list(entries[:shared]) != stack[:shared] or entries[-1] not in (None, inputs):
             raise ValueError(
                 f"x {x.shape} is split as {x_spec} and the weight {(*weight.stack, *weight.shape)} "
                 f"as {weight_spec}: stack axes must be split alike, the last axis of x as K or not "
@@ -141,6 +144,33 @@ def local(weight: Weight, split: NamedSharding) -> Weight:
     )
 
 
+def parts(weight: Weight, place: Placement) -> tuple[Weight, dict]:
+    """Specs of a weight's arrays, and what its fields are on one device.
+
+    Args:
+      weight: stored or prepared.
+      place: from ``placement``.
+
+    Returns:
+      The weight with specs in the place of arrays; the local ``shape`` and ``group_size``.
+    """
+    stack, outputs, inputs = place.stack, place.outputs, place.inputs
+    groups = inputs if weight.scales.shape[-2] > 1 else None
+    of_scales = PartitionSpec(*stack, groups, outputs)
+    specs = dataclasses.replace(
+        weight,
+        codes=PartitionSpec(*stack, outputs, inputs),
+        scales=of_scales,
+        zeros=None if weight.zeros is None else of_scales,
+        table=None if weight.table is None else PartitionSpec(),
+    )
+    sizes = dict(place.mesh.shape)
+    n, k = weight.shape
+    shape = n // count(outputs, sizes), k // count(inputs, sizes)
+    group_size = weight.group_size if groups or not inputs else shape[1]
+    return specs, {"shape": shape, "group_size": group_size}
+
+
 def matmul(
     call: Callable[[jax.Array, Weight, jax.Array | None, jax.Array | None], jax.Array],
     finish: Callable[[jax.Array, jax.Array | None], jax.Array],
@@ -166,22 +196,10 @@ def matmul(
       ``(*stack, .., N)``, split as the rows of x and the outputs of the weight are.
     """
     stack, outputs, inputs = place.stack, place.outputs, place.inputs
-    groups = inputs if weight.scales.shape[-2] > 1 else None
-    of_scales = PartitionSpec(*stack, groups, outputs)
-    specs = dataclasses.replace(
-        weight,
-        codes=PartitionSpec(*stack, outputs, inputs),
-        scales=of_scales,
-        zeros=None if weight.zeros is None else of_scales,
-        table=None if weight.table is None else PartitionSpec(),
-    )
-    sizes = dict(place.mesh.shape)
-    n, k = weight.shape
-    part = n // count(outputs, sizes), k // count(inputs, sizes)
-    group_size = weight.group_size if groups or not inputs else part[1]
+    specs, part = parts(weight, place)
 
     def body(x, weight, bias, x_scales):
-        weight = dataclasses.replace(weight, shape=part, group_size=group_size)
+        weight = dataclasses.replace(weight, **part)
         if not inputs:
             return call(x, weight, bias, x_scales)
         return finish(jax.lax.psum(call(x, weight, None, x_scales), inputs), bias)
