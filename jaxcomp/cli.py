@@ -328,15 +328,16 @@ def plan(
     json: JSON = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Compile a compressed model's decode and prefill steps for a TPU slice, without a TPU.
+    """Compile a compressed model's decode and prefill steps for TPUs or GPUs, without any.
 
     Says for each device how many bytes weights, cache and temporaries take, whether they fit, and
-    the least time of a step, beside the same model in bfloat16. Needs no weights; needs libtpu.
+    the least time of a step, beside the same model in bfloat16. Needs no weights; needs libtpu, or
+    for GPUs JAX's CUDA plugin.
 
     Args:
-      model: llama-3-8b, llama-3-70b, llama-3.1-405b, qwen3-8b, qwen3-32b, a config.json, or a
-        folder that has one.
-      topology: such as v5e:4x4, v5p:2x2x2, v6e:2x4 or 7x:2x2x1.
+      model: llama-3-8b, llama-3-70b, llama-3.1-405b, qwen3-8b, qwen3-32b, mixtral-8x7b,
+        qwen3-30b-a3b, a config.json, or a folder that has one.
+      topology: such as v5e:4x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1 or h100:8.
       recipe: a YAML file, or the name of a preset; without it only bfloat16 is planned.
       batch: sequences decoded at once.
       context: positions of the key-value cache of each.

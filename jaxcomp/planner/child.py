@@ -26,11 +26,11 @@ def main() -> None:
     from jaxcomp.planner.steps import Serving, Split, Workload
 
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"])
+        topology = topologies.get_topology_desc(**request["topology"])
     except Exception as error:
         _say({"error": f"{type(error).__name__}: {error}"})
         return
-    _say({"devices": len(topology.devices), "version": _version()})
+    _say({"devices": len(topology.devices), "version": _version(request["topology"]["platform"])})
     devices = np.array(topology.devices)
     served = functools.cache(lambda name: Serving(Workload(**request["workloads"][name])))
     for line in sys.stdin:
@@ -85,16 +85,17 @@ def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> di
     }
 
 
-def _version() -> str:
+def _version(platform: str) -> str:
     import importlib.metadata
 
     import jax
 
+    package = "libtpu" if platform == "tpu" else "jax-cuda13-plugin"
     try:
-        libtpu = importlib.metadata.version("libtpu")
+        found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        libtpu = "of unknown version"
-    return f"jax {jax.__version__}, libtpu {libtpu}"
+        found = "of unknown version"
+    return f"jax {jax.__version__}, {package} {found}"
 
 
 def _say(value: dict[str, Any]) -> None:

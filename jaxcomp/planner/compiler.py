@@ -1,4 +1,4 @@
-"""The TPU compiler in processes of its own: programs go in, bytes and exchanges come out."""
+"""The compiler in processes of its own: programs go in, bytes and exchanges come out."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxcomp.errors import JaxcompError
+from jaxcomp.planner import cuda
 from jaxcomp.planner.child import MARK
 from jaxcomp.planner.steps import Split, Workload
 from jaxcomp.planner.targets import Topology
@@ -73,7 +76,9 @@ class Compiler:
         Raises:
           JaxcompError: the compiler is not installed.
         """
-        if not available():
+        if topology.device.platform == "cuda" and not cuda.available():
+            raise JaxcompError(cuda.MISSING.format(jax.__version__))
+        if topology.device.platform == "tpu" and not available():
             raise JaxcompError(
                 "plan: the TPU compiler (libtpu) is not installed; it needs no TPU, install it "
                 f"with: pip install libtpu, or beside the packages with: pip install --target "
@@ -143,17 +148,18 @@ class _Process:
         return self._ask(program)
 
     def _start(self) -> None:
+        on_tpu = self.topology.device.platform == "tpu"
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jaxcomp.planner.child"],
-            env=environment(),
+            env=environment() if on_tpu else cuda.environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
         workloads = {name: dataclasses.asdict(w) for name, w in self.workloads.items()}
-        told = self._ask({"topology": self.topology.jax_name, "workloads": workloads})
+        told = self._ask({"topology": self.topology.jax_arguments, "workloads": workloads})
         if told.get("error"):
             self.end()
             raise JaxcompError(

@@ -1,4 +1,4 @@
-"""``plan``: what serving a compressed model takes on a TPU slice that is not here."""
+"""``plan``: what serving a compressed model takes on TPUs or GPUs that are not here."""
 
 import dataclasses
 from collections.abc import Callable
@@ -129,12 +129,12 @@ def plan(
     recipe_name: str = "compressed",
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Compiles the sharded decode and prefill steps of a model for a TPU slice, without a TPU.
+    """Compiles the sharded decode and prefill steps of a model for TPUs or GPUs, without any.
 
     Args:
       model: a name such as "llama-3-70b", a ``config.json``, or a folder that has one.
       recipe: how its weights are compressed; None for bfloat16 alone.
-      on: the topology, such as "v5e:4x4".
+      on: the topology, such as "v5e:4x4" or "h100:8".
       batch: sequences decoded at once.
       context: positions of the key-value cache.
       chunk: prompt tokens that a prefill step reads; at most ``context``.

@@ -169,15 +169,20 @@ def candidates(serving: Serving, topology: Topology) -> tuple[list[Tried], dict[
         found.append(Tried(split, *sizes, roofline(serving, topology, split, "decode")))
 
     def order(tried: Tried) -> tuple[bool, float]:
-        fits = tried.weights + tried.cache <= topology.device.memory
+        fits = fits_at_least(tried, topology)
         return (not fits, tried.estimate.seconds if fits else tried.weights + tried.cache)
 
     return sorted(found, key=order), refused
 
 
+def fits_at_least(tried: Tried, topology: Topology) -> bool:
+    """Whether weights and cache fit, before anything is computed."""
+    return tried.weights + tried.cache <= topology.device.memory
+
+
 def search(
     name: str,
-    workload: Workload,
+    serving: Serving,
     topology: Topology,
     tries: int,
     say: Callable[[str], None],
@@ -187,7 +192,7 @@ def search(
 
     Args:
       name: of the variant.
-      workload: what is served.
+      serving: the model in this form.
       topology: on which devices.
       tries: how many splits to compile.
       say: is told what goes on.
@@ -199,7 +204,6 @@ def search(
     Raises:
       JaxcompError: no split is possible, or the compiler knows no such topology.
     """
-    serving = Serving(workload)
     ranked, refused = candidates(serving, topology)
     if not ranked:
         told = "; ".join(f"{split}: {why}" for split, why in refused.items())
@@ -221,11 +225,11 @@ def search(
         fits[i] = tried.problem is None
         return tried
 
-    # Of a single split both steps may be compiled at once: it is the best if it fits at all.
+    # Of a single split both steps are compiled at once: it is the best if it fits at all.
     with concurrent.futures.ThreadPoolExecutor(len(chosen) + 1) as pool:
         jobs = [pool.submit(decoded, i) for i in range(len(chosen))]
         early = None
-        if len(chosen) == 1:
+        if len(chosen) == 1 and fits_at_least(chosen[0], topology):
             early = pool.submit(compiled, chosen[0], "prefill", lambda: fits[0])
         results = [job.result() for job in jobs]
         usable = [i for i, tried in enumerate(results) if tried.problem is None]
@@ -251,12 +255,13 @@ def search_all(
     Raises:
       JaxcompError: as of ``search``, or the compiler is not installed.
     """
+    servings = {name: Serving(workload) for name, workload in variants.items()}
     with (
         Compiler(variants, topology) as compiler,
         concurrent.futures.ThreadPoolExecutor(len(variants)) as pool,
     ):
         jobs = [
-            pool.submit(search, n, w, topology, tries, say, compiler) for n, w in variants.items()
+            pool.submit(search, n, s, topology, tries, say, compiler) for n, s in servings.items()
         ]
         return [job.result() for job in jobs]
 

@@ -4,7 +4,7 @@ Memory is what the TPU compiler grants a program, as it says when one does not f
 numbers are Google's published ones for a chip, but for those that ``assumptions`` names.
 
 Source: https://docs.cloud.google.com/tpu/docs/v5e, ../v5p, ../v6e (compute, memory bandwidth,
-bidirectional interconnect bandwidth a chip).
+bidirectional interconnect bandwidth a chip); https://www.nvidia.com/en-us/data-center/h100 (SXM).
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import math
 import re
 
 from jaxcomp.errors import JaxcompError
+from jaxcomp.planner import cuda
 
 GIB = 2**30
 
@@ -31,6 +32,7 @@ class Device:
       prefix: what JAX calls a topology of it.
       per_chip: devices of a chip.
       assumptions: what is not a published number.
+      platform: JAX's, "tpu" or "cuda".
     """
 
     name: str
@@ -43,6 +45,7 @@ class Device:
     prefix: str
     per_chip: int = 1
     assumptions: tuple[str, ...] = ()
+    platform: str = "tpu"
 
 
 def _links(speed: str) -> str:
@@ -90,6 +93,21 @@ DEVICES = {
                 _links("600 GB/s"),
             ),
         ),
+        Device(
+            "h100",
+            80 * 10**9,
+            3350e9,
+            989e12,
+            1979e12,
+            900e9 / 2,
+            1,
+            "h100",
+            platform="cuda",
+            assumptions=(
+                "a program may have all 80 GB; JAX takes three quarters of them unless "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise",
+            ),
+        ),
     )
 }
 
@@ -114,16 +132,25 @@ class Topology:
         return math.prod(self.shape) * self.device.per_chip
 
     @property
-    def jax_name(self) -> str:
-        """What ``jax.experimental.topologies`` calls it."""
-        return f"{self.device.prefix}:{'x'.join(map(str, self.shape))}"
+    def jax_arguments(self) -> dict[str, str]:
+        """What ``jax.experimental.topologies.get_topology_desc`` takes for it."""
+        name = f"{self.device.prefix}:{'x'.join(map(str, self.shape))}"
+        if self.device.platform == "tpu":
+            return {"platform": "tpu", "topology_name": name}
+        # Slices, hosts of each, devices of each.
+        return {
+            "platform": "cuda",
+            "topology_name": self.device.name,
+            "topology": f"1x1x{self.devices}",
+            "target_config": cuda.H100,
+        }
 
 
 def topology(name: str) -> Topology:
     """Reads the name of a topology.
 
     Args:
-      name: such as "v5e:4x4" or "v5p:2x2x2".
+      name: such as "v5e:4x4", "v5p:2x2x2" or "h100:8" (the GPUs of one host).
 
     Returns:
       The topology; whether such a slice exists is for the compiler to say.
@@ -136,20 +163,16 @@ def topology(name: str) -> Topology:
       (16, 8)
     """
     kind, _, shape = name.partition(":")
-    kind = kind.removeprefix("tpu")
-    if kind.lower() in ("h100", "h200", "b200", "a100", "gpu", "cuda"):
-        raise JaxcompError(
-            f"topology {name!r}: GPUs are not supported yet; plan for one of {', '.join(DEVICES)}."
-        )
+    kind = kind.lower().removeprefix("tpu")
     if kind not in DEVICES:
         raise JaxcompError(
             f"topology {name!r}: the device {kind!r} is unknown; known are {', '.join(DEVICES)}, "
-            "as in v5e:4x4 or v5p:2x2x2."
+            "as in v5e:4x4, v5p:2x2x2 or h100:8."
         )
     device = DEVICES[kind]
     sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
     if len(sizes) != device.dimensions or 0 in sizes:
-        example = "x".join(["4", "4"] if device.dimensions == 2 else ["2", "2", "2"])
+        example = {1: "8", 2: "4x4", 3: "2x2x2"}[device.dimensions]
         raise JaxcompError(
             f"topology {name!r}: a {kind} slice has {device.dimensions} axes; write the chips "
             f"along each, as in {kind}:{example}."

@@ -11,7 +11,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp import planner, presets
 from jaxcomp.errors import JaxcompError, ModelError
-from jaxcomp.planner import compiler, hlo, search
+from jaxcomp.planner import compiler, cuda, hlo, search
 from jaxcomp.planner.shapes import NAMED, config_from, fields_of
 from jaxcomp.planner.steps import Serving, Split, Workload
 from jaxcomp.planner.targets import topology
@@ -182,6 +182,32 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
     assert small["nbytes"] < 0.4 * large["nbytes"]
 
 
+def test_what_the_compiler_is_told_of_gpus():
+    eight = topology("h100:8")
+    assert eight.devices == 8 and eight.jax_arguments["topology"] == "1x1x8"
+    assert "NVIDIA H100" in eight.jax_arguments["target_config"]
+    assert topology("v5p:2x2x2").jax_arguments == {
+        "platform": "tpu",
+        "topology_name": "v5p:2x2x2",
+    }
+    found = search.roofline(serving(recipe=None), eight, Split(1, 8, "length"), "decode")
+    assert found.memory == found.read / 3350e9
+
+
+@pytest.mark.skipif(not cuda.available(), reason="JAX's CUDA plugin is not installed")
+def test_a_plan_for_gpus(monkeypatch):
+    monkeypatch.setattr(planner.report, "fields_of", lambda name: FIELDS)
+    found = planner.plan("tiny", W4, "h100:2", batch=8, context=256, chunk=64, tries=1)
+    small, large = found.variants
+    assert small.best is not None and large.best is not None, found.notes()
+    for variant in found.variants:
+        for phase in (variant.best.decode, variant.best.prefill):
+            assert phase["weights_to_ideal"] == pytest.approx(1, abs=0.05)
+            assert phase["sent"]["all-reduce"] > 0
+    assert small.best.decode["weights"] < 0.4 * large.best.decode["weights"]
+    assert "jax-cuda13-plugin" in found.notes()
+
+
 @needs_libtpu
 def test_what_does_not_fit_is_said(monkeypatch):
     fields = FIELDS | {"num_hidden_layers": 8, "hidden_size": 8192, "intermediate_size": 262144}
@@ -206,8 +232,8 @@ def test_the_compiler_says_that_there_is_no_such_slice():
 
 
 def test_errors(monkeypatch, tmp_path):
-    with pytest.raises(JaxcompError, match="'h100:8': GPUs are not supported yet"):
-        topology("h100:8")
+    with pytest.raises(JaxcompError, match=r"h100 slice has 1 axes; .* as in h100:8"):
+        topology("h100:2x4")
     with pytest.raises(JaxcompError, match="'v9:2x2': the device 'v9' is unknown; known are v5e"):
         topology("v9:2x2")
     with pytest.raises(JaxcompError, match=r"v5p slice has 3 axes; .* as in v5p:2x2x2"):
@@ -221,6 +247,9 @@ def test_errors(monkeypatch, tmp_path):
         config_from(bert, "bert")
     with pytest.raises(JaxcompError, match="chunk at most the context"):
         planner.plan("llama-3-8b", None, "v5e:2x4", context=64, chunk=128)
+    monkeypatch.setattr(compiler.cuda, "available", lambda: False)
+    with pytest.raises(JaxcompError, match="pip install --no-deps jax-cuda13-plugin==0"):
+        compiler.Compiler({}, topology("h100:1"))
     monkeypatch.setattr(compiler, "available", lambda: False)
     with pytest.raises(JaxcompError, match="pip install libtpu"):
         compiler.Compiler({}, topology("v5e:2x4"))
@@ -229,4 +258,4 @@ def test_errors(monkeypatch, tmp_path):
 def test_no_split_is_possible_names_the_reasons():
     work = Workload("tiny", FIELDS | {"vocab_size": 2049}, None, 1, 256, 64)
     with pytest.raises(JaxcompError, match=r"no split is possible .*embed_tokens.*2049"):
-        search.search("bf16", work, topology("v5e:2x4"), 1, lambda text: None, None)
+        search.search("bf16", Serving(work), topology("v5e:2x4"), 1, lambda text: None, None)
