@@ -31,7 +31,7 @@ from jaxcomp.graph.interpret import as_array, picked
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, tuning
 from jaxcomp.quantization.ste import fake_quantize_input
 
 IMPLEMENTATIONS = ("int8", "fp8", "kernel", "parts", "rows", "materialize")
@@ -345,6 +345,10 @@ def choose(
                 "leave implementation out to let each site choose"
             )
         return forced, "asked for"
+    if not reasons["parts"] and reasons["kernel"]:
+        floats = _floats_pay(op, leaf, chip, not reasons["int8"], not reasons["fp8"])
+        if floats:
+            return "parts", floats
     # XLA itself fuses the scales of whole rows of int8; others it multiplies out in memory.
     if not reasons["int8"] and (reasons["kernel"] or whole_rows):
         return "int8", "integer codes of input and weight, summed in int32"
@@ -364,6 +368,29 @@ def choose(
     if site.kind == "ragged_dot":
         return "materialize", reasons["kernel"]
     return "materialize", reasons["parts"] or f"weight-only, no kernel: {reasons['kernel']}"
+
+
+def _rows(op: Op, leaf: formats.CompressedArray) -> int:
+    """Rows of a site's input, those of all matrices of a stack together."""
+    return op.eqn.invars[1 - op.site.operand].aval.size // leaf.parts[0].shape[-1]
+
+
+def _floats_pay(
+    op: Op, leaf: formats.CompressedArray, chip: chips.Chip, int8: bool, fp8: bool
+) -> str:
+    """Why the values of codes are multiplied and not the codes; empty where the codes are."""
+    if chip.platform != "cpu":
+        return ""
+    if fp8 and not int8:
+        return "a CPU multiplies float8 values in float32 anyway"
+    if not int8:
+        return ""
+    part = next(p for p in map(lambda p: matmul.wrappers(p)[1], leaf.parts) if matmul.integer(p))
+    shape = (_rows(op, leaf), *part.shape[-2:])
+    found = tuning.fastest(
+        chip.name, f"int{part.bits}", "int8", shape, part.group_size, ("codes", "floats")
+    )
+    return f"measured to be faster on this {chip.name} than codes" if found == "floats" else ""
 
 
 def _chip_of(leaf: formats.CompressedArray, mesh: sharding.Mesh | None = None) -> chips.Chip:
@@ -392,6 +419,12 @@ def _no_kernel(
     ]
     if None not in problems:
         return "; ".join(dict.fromkeys(problems))
+    if chip is not None:
+        parts = [p for p, problem in zip(leaf.parts, problems, strict=True) if problem is None]
+        inner = [(matmul.wrappers(p)[1], matmul.activation(p)) for p in parts]
+        slower = [packed.slower(p, chip, _rows(op, leaf), a) for p, a in inner]
+        if None not in slower:
+            return slower[0]
     if split is not None:
         return ""
     mesh = None if chip is None else chips.mesh_of(*jax.tree.leaves(leaf))

@@ -8,10 +8,10 @@ from jax.sharding import NamedSharding
 
 from jaxcomp import formats, packed
 from jaxcomp.quantization.activation import (
-    dequantize_input,
     input_scales,
     quantize_input,
     quantized_matmul,
+    rounded_input,
 )
 from jaxcomp.step import Activation
 
@@ -112,14 +112,12 @@ def _quantized_part(
             scale = input_scales(x, spec)[0] if scale is None else scale
             return packed.matmul(x, inner, split, spec, scale.astype(jnp.float32))
         implementation = "int8" if spec.format in ("int8", "int4") else "fp8"
-    codes, scale, zero = quantize_input(x, spec, scale, zero)
     codable = (implementation == "int8" and integer(inner)) or (
         implementation == "fp8" and float8(inner)
     )
     if not codable:
-        return _part_matmul(
-            dequantize_input(codes, scale, zero).astype(x.dtype), inner, implementation, None
-        )
+        return _part_matmul(rounded_input(x, spec, scale, zero), inner, implementation, None)
+    codes, scale, zero = quantize_input(x, spec, scale, zero)
     stack = codes.shape[:-2]
     scale, zero = (
         None if a is None else jnp.broadcast_to(a, (*stack, *a.shape[-2:])) for a in (scale, zero)

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxcomp import formats, packed_sparse
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
+from jaxcomp.kernels import tuning
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
 from jaxcomp.step import Activation
@@ -204,6 +205,34 @@ def problem(
     if split is not None:
         weight = sharding.local(weight, split)
     return tpu.unfit(weight, chip, reference.Options(None, quantized, "float32"), dtype)
+
+
+def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = None) -> str | None:
+    """Why XLA is to multiply a part that a kernel reads: the user's table of measurements says so.
+
+    Args:
+      part: arrays or shapes, without input transforms.
+      chip: whose kernel.
+      rows: of the input.
+      activation: how the input is quantized, or None.
+
+    Returns:
+      The reason, or None.
+    """
+    if isinstance(part, packed_sparse.PARTS):
+        return None
+    found: list[Any] = []
+    jax.eval_shape(lambda part: found.append(operand(part)), part)
+    (weight,) = found
+    if isinstance(weight, str):
+        return None
+    other = "xla" if activation is None else "codes"
+    kind = activation and activation.format
+    shape = (rows, *weight.shape)
+    fastest = tuning.fastest(
+        chip.name, weight.format, kind, shape, weight.group_size, ("kernel", other)
+    )
+    return f"XLA was measured to be faster on this {chip.name}" if fastest == other else None
 
 
 def matmul(

@@ -84,8 +84,7 @@ def test_integer_matmul_equals_simulated(bits, symmetric):
     act = Activation(format="int8", granularity="token", symmetric=symmetric)
     x = normal(5, 64, seed=1)
     compressed = rtn(apply, params, x, fmt=fmt, activation=act)
-    fast = jc.dispatch(apply)
-    assert [c.implementation for c in fast.report(compressed, x)] == ["int8"]
+    fast = jc.dispatch(apply, "int8")
     got = fast(compressed, x)
     # Independent: quantize the tokens in NumPy, multiply in float64.
     low, high = np.asarray(x).min(-1, keepdims=True), np.asarray(x).max(-1, keepdims=True)
@@ -105,8 +104,9 @@ def test_fp8_matmul():
     apply = lambda p, x: x @ p["w"]  # noqa: E731
     params, x = {"w": normal(64, 32)}, normal(5, 64, seed=1)
     compressed = rtn(apply, params, x, fmt=Float("e4m3"), activation=Activation(format="e4m3"))
-    fast = jc.dispatch(apply)
-    assert [c.implementation for c in fast.report(compressed, x)] == ["fp8"]
+    (choice,) = jc.dispatch(apply).report(compressed, x)  # On a CPU.
+    assert choice.implementation == "parts" and "float8" in choice.reason
+    fast = jc.dispatch(apply, "fp8")
     exact = np.asarray(x, np.float64) @ np.asarray(params["w"], np.float64)
     error = np.linalg.norm(fast(compressed, x) - exact) / np.linalg.norm(exact)
     # Each factor is off by at most 2^-4 relative, on average about 2^-5 / sqrt(3) each.

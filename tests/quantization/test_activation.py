@@ -1,5 +1,6 @@
 """Quantized inputs and the integer matmul."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from jaxcomp.quantization import (
     rtn,
     static_scales,
 )
+from jaxcomp.quantization.activation import rounded_input
 from jaxcomp.step import Activation
 
 TENSOR = dict(granularity="tensor")
@@ -150,4 +152,18 @@ def test_options_that_do_not_go_together():
             None,
             jnp.ones((2, 4), jnp.int8),
             jnp.ones((1, 2)),
+        )
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("form", ["int8", "int4", "e4m3", "e5m2"])
+def test_rounding_without_codes_is_that_of_codes(form, granularity):
+    """To the last bit, small numbers (float8's without a leading one) and zero points included."""
+    spread = jnp.exp(4 * jax.random.normal(jax.random.key(1), (16, 128)))
+    x = jax.random.normal(jax.random.key(0), (16, 128)) * spread
+    for symmetric in (True, False) if form.startswith("int") else (True,):
+        activation = Activation(format=form, granularity=granularity, symmetric=symmetric)
+        expected = jax.jit(lambda x, a=activation: dequantize_input(*quantize_input(x, a)))(x)
+        np.testing.assert_array_equal(
+            jax.jit(lambda x, a=activation: rounded_input(x, a))(x), expected
         )

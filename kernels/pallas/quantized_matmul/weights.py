@@ -190,7 +190,7 @@ def unpack(codes: jax.Array, format: str) -> jax.Array:
         if kind == "codebook":
             return codes >> jnp.uint8(8 - bits)
     signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
-    return signed >> jnp.int8(8 - bits)
+    return signed if bits == 8 else signed >> jnp.int8(8 - bits)
 
 
 def values(codes: jax.Array, weight: Weight) -> jax.Array:
