@@ -93,7 +93,37 @@ def quantized_matmul() -> list[Case]:
     return cases
 
 
-CASES = {"quantized_matmul": quantized_matmul, "sparse_attention": tpu_attention.cases}
+def grouped_matmul() -> list[Case]:
+    """Mixtral's W4A16 g128 experts, for 16 tokens of two experts each that meet all eight."""
+    from jaxcomp.kernels.quantized_matmul import tpu_tiles
+
+    cases, experts, m = [], 8, 32
+    for n, k in ((14336, 4096), (4096, 14336)):
+
+        def cycles(schedule, chip, n=n, k=k):
+            tile = tpu_tiles.grouped_few(chip.name, m, experts, n, k, 128, 128, 1)
+            visits = -(-m // tile.m) + experts - 1  # the most that there can be
+            steps = -(-n // tile.n) * k / tile.k
+            return sum(loop.bundles for loop in schedule.loops) * visits * steps
+
+        cases.append(
+            Case(
+                f"experts W4A16 g128 M={m} E={experts} {n}x{k}",
+                "grouped_matmul_int4",
+                "tests.kernels.quantized_matmul.aot_cases:grouped",
+                {"m": m, "n": n, "k": k, "experts": experts},
+                cycles,
+                experts * (n * k / 2 + n * (k // 128) * 2),
+            )
+        )
+    return cases
+
+
+CASES = {
+    "quantized_matmul": quantized_matmul,
+    "grouped_matmul": grouped_matmul,
+    "sparse_attention": tpu_attention.cases,
+}
 
 
 def main() -> None:
