@@ -127,7 +127,9 @@ def _digest(pieces: collections.abc.Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_journal(path: str, manifest: dict[str, Any], together: Together) -> Journal:
+def open_journal(
+    path: str, manifest: collections.abc.Callable[[], dict[str, Any]], together: Together
+) -> Journal:
     """Opens this process's journal, with the records that all processes have.
 
     Each process writes the folder ``process-I-of-N`` in ``path``, which may be on a disk of its own
@@ -136,7 +138,7 @@ def open_journal(path: str, manifest: dict[str, Any], together: Together) -> Jou
 
     Args:
       path: folder of the journal.
-      manifest: what identifies the run.
+      manifest: says what identifies the run, after a look at all weights and data.
       together: the processes.
 
     Returns:
@@ -148,7 +150,7 @@ def open_journal(path: str, manifest: dict[str, Any], together: Together) -> Jou
     """
     count = len(together.processes)
     if count == 1:
-        return Journal.open(path, manifest)
+        return Journal.open(path, manifest())
     folder = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
         opened: list[Journal] = []
@@ -156,7 +158,7 @@ def open_journal(path: str, manifest: dict[str, Any], together: Together) -> Jou
         def begin() -> list[str]:
             _check_count(folder, count)
             own = folder / f"process-{together.rank}-of-{count}"
-            opened.append(stack.enter_context(Journal.open(own, manifest)))
+            opened.append(stack.enter_context(Journal.open(own, manifest())))
             return opened[0].verified()
 
         told = together.step("journal", begin)

@@ -1,6 +1,7 @@
 """``compress``: a recipe applied to a model in one pass over the calibration data."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -151,7 +152,7 @@ def _compress(apply, params, recipe, batches, journal, place, progress) -> Resul
     shown = progress and together.first
     run_ = _Run(graph, recipe, plan, dict(named), shown, place, together)
     if journal is not None:
-        manifest = fingerprints(recipe, graph, named, batches)
+        manifest = functools.partial(fingerprints, recipe, graph, named, batches)
         run_.journal = agreement.open_journal(journal, manifest, together)
     try:
         if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):

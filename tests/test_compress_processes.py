@@ -31,8 +31,12 @@ CONFIG = LlamaConfig(
 )
 RECIPES = {
     "rtn": jc.presets.w4a16_rtn(group_size=16),
-    "gptq": jc.presets.w4a16_gptq(group_size=16),
-    "sparsegpt": jc.presets.sparsegpt(sparsity=0.5),
+    "gptq": jc.Recipe(  # And SparseGPT, in one pass.
+        steps=(
+            *jc.presets.w4a16_gptq(group_size=16, exclude=["*gate_proj*", "lm_head*"]).steps,
+            *jc.presets.sparsegpt(sparsity=0.5, include=["*gate_proj*"]).steps,
+        )
+    ),
 }
 
 
@@ -68,6 +72,7 @@ TOGETHER = """
         jc.save(FOLDER / name, result)
         if name == "gptq":
             rules = partition_rules(CONFIG, tensor="model", scan=True)
+            rules = [(path, spec) for path, spec in rules if "gate_proj" not in path]
             loaded = jc.load(FOLDER / name, mesh=mesh, rules=rules).params
             split = loaded["layers"]["mlp"]["up_proj"]["kernel"].parts[0].values
             assert not split.is_fully_replicated and not split.is_fully_addressable
