@@ -115,8 +115,10 @@ def attention(
         "v_scale": v_scale,
     }
     operands = {name: x for name, x in operands.items() if x is not None}
+    place = sharding.placement(q, k, mask, span, q_spec, kv_spec)
     run = functools.partial(
         _run,
+        logsumexp=return_logsumexp or place is not None,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         soft_cap=soft_cap,
         span_ramp=span_ramp,
@@ -124,7 +126,6 @@ def attention(
         implementation=implementation,
         interpret=interpret,
     )
-    place = sharding.placement(q, k, mask, span, q_spec, kv_spec)
     if place is None:
         out, lse = run(operands, mask)
     else:
@@ -132,7 +133,7 @@ def attention(
     return (out, lse) if return_logsumexp else out
 
 
-def _run(operands, mask, *, blocks, implementation, interpret, **options):
+def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **options):
     """Outputs and log-sum-exps from operands that are at hand, by what fits them best."""
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
@@ -152,7 +153,8 @@ def _run(operands, mask, *, blocks, implementation, interpret, **options):
     if chosen == "mosaic_gpu":
         return gpu.attention(**operands, **options, mask=mask, interpret=interpret)
     if chosen == "mosaic_tpu":
-        return tpu.attention(**operands, **options, mask=mask, blocks=tiles, interpret=interpret)
+        options |= {"interpret": interpret, "logsumexp": logsumexp}
+        return tpu.attention(**operands, **options, mask=mask, blocks=tiles)
     block_q, block_k = (block or 128 for block in blocks)
     listed = schedule(mask, q.shape[2], q.shape[1], k.shape[1], block_q, block_k)
     if listed.density > DENSE_FROM or listed.row_blocks * listed.column_blocks < 4:

@@ -105,11 +105,13 @@ def attention(
     span_ramp: float = 32.0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    logsumexp: bool = True,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Attention over the blocks of a mask.
 
-    Args and results are those of ``reference.attention``, and ``blocks``: (queries, keys) of one.
+    Args and results are those of ``reference.attention``, and ``blocks``: (queries, keys) of one;
+    without ``logsumexp`` None is returned in their place, and only a gradient computes them.
     """
     config = Config(
         mask=mask,
@@ -123,6 +125,7 @@ def attention(
         soft_cap=soft_cap,
         ramp=float(span_ramp),
         interpret=interpret,
+        logsumexp=logsumexp,
     )
     extras = {
         "segments": None if segment_ids is None else jnp.where(segment_ids < 0, -1, segment_ids),
@@ -139,19 +142,20 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, q, k, v, extras):
-    return _forward(config, q, k, v, extras)
+    return _forward(config, q, k, v, extras, config.logsumexp)
 
 
 def _attention_forward(config, q, k, v, extras):
-    out, lse = _forward(config, q, k, v, extras)
-    return (out, lse), (q, k, v, extras, out, lse)
+    out, lse = _forward(config, q, k, v, extras, True)
+    return (out, lse if config.logsumexp else None), (q, k, v, extras, out, lse)
 
 
 def _attention_backward(config, residuals, cotangents):
     q, k, v, extras, out, lse = residuals
     d_out, d_lse = cotangents
     # The gradient of a score is its share times (d_share - delta).
-    delta = jnp.einsum("bqhd,bqhd->bhq", d_out, out, preferred_element_type=jnp.float32) - d_lse
+    delta = jnp.einsum("bqhd,bqhd->bhq", d_out, out, preferred_element_type=jnp.float32)
+    delta = delta if d_lse is None else delta - d_lse
     d_out = d_out.astype(q.dtype)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
     statistics = {"lse": lse, "delta": delta, "d_out": d_out}
@@ -238,20 +242,21 @@ def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, pl.BlockSp
     return inputs
 
 
-def _forward(config: Config, q, k, v, extras):
+def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     walk = Walk(config, config.blocks.rows, by_rows=True)
     batch, size, dim, out_dim = q.shape[0], config.block_q, q.shape[-1], v.shape[-1]
     like = jax.ShapeDtypeStruct((*q.shape[:3], out_dim), q.dtype)
     lse_shape = (batch, config.heads, 1, _round_up(config.queries, size))
-    out, lse = run(
+    outputs = {"out": (_blank(like, config.queries, q.dtype, size), walk.rows_of(0, out_dim))}
+    if logsumexp:
+        # One more array costs scalar arithmetic at every step, too.
+        outputs["lse"] = jax.ShapeDtypeStruct(lse_shape, jnp.float32), walk.along_lanes(0)
+    out, *lse = run(
         forward_kernel,
         walk,
         batch,
         _inputs(walk, q, k, v, extras),
-        {
-            "out": (_blank(like, config.queries, q.dtype, size), walk.rows_of(0, out_dim)),
-            "lse": (jax.ShapeDtypeStruct(lse_shape, jnp.float32), walk.along_lanes(0)),
-        },
+        outputs,
         {
             "scaled": pltpu.VMEM((size, dim), q.dtype),
             "top": pltpu.VMEM((size, LANES), jnp.float32),
@@ -261,7 +266,7 @@ def _forward(config: Config, q, k, v, extras):
         "sparse_attention_forward",
     )
     out = _restored(out, config.queries, config.heads, out_dim)
-    return out, lse[:, :, 0, : config.queries]
+    return out, lse[0][:, :, 0, : config.queries] if lse else None
 
 
 def _query_gradients(config: Config, q, k, v, extras, statistics):

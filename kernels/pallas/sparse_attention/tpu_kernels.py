@@ -132,6 +132,8 @@ def forward_kernel(config, refs, by_rows):
         safe = jnp.where(some, total, 1.0)
         out = refs.sum[...] * lanes(jnp.where(some, 1.0 / safe, 0.0), refs.sum.shape[1])
         refs.out[...] = out.astype(refs.out.dtype)
+        if refs.lse is None:
+            return
         lse = jnp.where(some, refs.top[...] * (1 / LOG2_E) + jnp.log(safe), -jnp.inf)
         refs.lse[...] = lse.T[:1]
 

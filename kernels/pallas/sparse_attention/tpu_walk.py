@@ -17,7 +17,7 @@ from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, TABLE, Schedul
 LANES = 128
 LOG2_E = math.log2(math.e)
 # Operands that a kernel may not have; it finds None in their place.
-OPTIONAL = ("span", "segments", "kv_segments", "k_scale", "v_scale", "bitmap")
+OPTIONAL = ("span", "segments", "kv_segments", "k_scale", "v_scale", "bitmap", "lse")
 # The compiler's own limit of vector memory is enough for blocks up to this size.
 LARGE_BLOCK = 512 * 512
 VMEM_BYTES = 48 << 20
@@ -38,6 +38,7 @@ class Config:
     soft_cap: float | None
     ramp: float
     interpret: Any
+    logsumexp: bool = True
 
     @property
     def group(self) -> int:
