@@ -84,13 +84,15 @@ def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | None) -> jax
       ``(*stack, out, 2)``.
     """
     xp = np if isinstance(w, np.ndarray) else jnp
-    both = xp.stack([w - approximation, w])
-    moved = both
-    if h is not None and xp is np:
-        moved = both @ h
-    elif h is not None:
-        moved = jnp.matmul(both, h, precision=jax.lax.Precision.HIGHEST)
-    return xp.moveaxis((moved * both).sum(-1), 0, -1)
+
+    def energy(e):
+        moved = e
+        if h is not None:
+            exact = {} if xp is np else {"precision": jax.lax.Precision.HIGHEST}
+            moved = xp.matmul(e, h, **exact)
+        return (moved * e).sum(-1)
+
+    return xp.stack([energy(w - approximation), energy(w)], -1)
 
 
 def error_of(energy: Any) -> float:
@@ -312,7 +314,12 @@ def rescaled(layer: Layer, scale: jax.Array) -> Layer:
 def _rescaled(w, scale):
     xp = np if isinstance(w, np.ndarray) else jnp
     scale = xp.broadcast_to(scale, (*w.shape[:-2], w.shape[-1]))
-    return (w * scale[..., None, :]).astype(w.dtype), scale, 1 / scale
+    if xp is np:
+        # Into an array that JAX takes as it is, without a copy in between.
+        product = np.multiply(w, scale[..., None, :], out=host.empty(w.shape, w.dtype))
+    else:
+        product = (w * scale[..., None, :]).astype(w.dtype)
+    return product, scale, 1 / scale
 
 
 def round_to_grid(

@@ -90,16 +90,17 @@ def _parts(w, mask, nm, fmt, clipping, percentile, path):
 
 @run.register
 def _(step: RTN, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    results = []
-    for layer in layers:
-        parts, values = _parts(
-            layer.weight,
-            layer.mask,
-            common.pattern(layer),
-            step.format,
-            step.clipping,
-            step.percentile,
-            layer.path,
-        )
-        results.append(common.quantized(layer, parts, values, step.activation))
-    return tuple(results)
+    return tuple(_quantized(step, layer) for layer in layers)
+
+
+def _quantized(step: RTN, layer: Layer) -> Layer:
+    parts, values = _parts(
+        layer.weight,
+        layer.mask,
+        common.pattern(layer),
+        step.format,
+        step.clipping,
+        step.percentile,
+        layer.path,
+    )
+    return common.quantized(layer, parts, values, step.activation)
