@@ -56,14 +56,14 @@ class Loaded(NamedTuple):
     saved: checkpoint.Saved | None
 
 
-def load_model(folder: pathlib.Path) -> Loaded:
-    """Loads a folder in Hugging Face layout, or one that ``compress`` wrote."""
+def load_model(folder: pathlib.Path, lazy: bool = False) -> Loaded:
+    """Loads a folder in Hugging Face layout (``lazy`` as of ``models.load``) or a checkpoint."""
     from jaxcomp import data, functional, models
 
     if not folder.is_dir():
         raise ModelError(f"model {folder}: there is no such folder; give a local folder.")
     if not checkpoint.is_checkpoint(folder):
-        model = models.load(folder)
+        model = models.load(folder, lazy=lazy)
         return Loaded(folder, model.config, model.apply, model.params, model.tokenizer, None)
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -135,7 +135,7 @@ def compress(
     finished = checkpoint.is_checkpoint(output) and not overwrite
     if not finished:
         checkpoint.check_output(output, overwrite)
-    loaded = load_model(model)
+    loaded = load_model(model, lazy=True)
     batches = _calibration(loaded, steps, calibration, samples, length, batch_size)
     identity = _identity(model, loaded, steps, batches)
     if finished:

@@ -25,6 +25,7 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
+from jaxcomp.io.stacked import densified
 from jaxcomp.journal import Journal
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
@@ -318,9 +319,9 @@ class _Run:
         started = time.perf_counter()
         for target in group:
             self._check_static(program, target.site)
-        layers = tuple(self._layer(t, statistics) for t in group)
         empty = statistics is not None and not bool(np.asarray(statistics.count).all())
-        layers = self._steps(layers)
+        # Not by a name: each step's weights can go when the next has made its own.
+        layers = self._steps(tuple(self._layer(t, statistics) for t in group))
         targets = self._producers(program, group, layers)
         records = []
         seconds = (time.perf_counter() - started) / len(group)
@@ -492,7 +493,7 @@ class _Run:
                     layout = self.graph.layouts.get(fold.path)
                     leaf = folding.apply(leaves[fold.path], layout, fold, index)
                     leaves[fold.path] = self.place.finished(leaf)
-        return [leaves[path] for path, _ in named]
+        return [densified(leaves[path]) for path, _ in named]
 
     def _assembled(self, path: str) -> CompressedArray:
         records = self.records[path]

@@ -14,6 +14,7 @@ import numpy as np
 import jaxcomp
 from jaxcomp.graph import Graph, _compat
 from jaxcomp.graph.program import Program
+from jaxcomp.io.stacked import Stacked
 from jaxcomp.recipe import Recipe
 
 _CHUNK = 2**24
@@ -90,6 +91,12 @@ def leaf_bytes(value: Any, most: int | None = None) -> Iterator[bytes]:
         for at, part in sorted(parts.items()):
             yield at.encode()
             yield from leaf_bytes(part, most)
+        return
+    if isinstance(value, Stacked):  # As of the stack, without making it.
+        for part in value.parts if most is None else value.parts[:1]:
+            rows = part if isinstance(part, Stacked) else np.ascontiguousarray(part)
+            yield from leaf_bytes(rows, most)
+            jaxcomp.io.safetensors.release(part)
         return
     array = np.asarray(value)
     flat = array.T if array.T.flags.c_contiguous else array

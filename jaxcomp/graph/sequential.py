@@ -24,6 +24,7 @@ from jaxcomp.graph.interpret import Handler, picked, quantizes_input, shard_mapp
 from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site, is_grouped, to_tokens
 from jaxcomp.graph.views import View
+from jaxcomp.io.stacked import densified
 
 Index = tuple[int, ...]
 
@@ -409,7 +410,9 @@ class Sequential:
                     "look into; put the shard_map inside the loop, or exclude this path"
                 )
         values = [
-            env[i].value if isinstance(env[i], _Leaf) and keep else self.read(program, env, i)
+            densified(env[i].value)
+            if isinstance(env[i], _Leaf) and keep
+            else self.read(program, env, i)
             for i, keep in zip(op.inputs, op.kept, strict=True)
         ]
         weights = {o.site.id: inputs[roots[o.inputs[o.site.operand]]] for o in sites}

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxcomp.errors import JaxcompError, ModelError
+from jaxcomp.io.stacked import Stacked
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -155,8 +156,12 @@ def release(array: Any) -> None:
     arrays that are not views of a memory map.
 
     Args:
-      array: what ``read`` returned, or any view of it.
+      array: what ``read`` returned, any view of it, or a ``Stacked`` of them.
     """
+    if isinstance(array, Stacked):
+        for part in array.parts:
+            release(part)
+        return
     root = array
     while isinstance(root, np.ndarray) and not isinstance(root.base, mmap.mmap):
         root = root.base

@@ -1,5 +1,6 @@
 """Reference models in Flax NNX, with loaders for local folders in Hugging Face layout."""
 
+from jaxcomp.io.stacked import densified
 from jaxcomp.models.bert import Bert, BertConfig
 from jaxcomp.models.generate import generate
 from jaxcomp.models.gpt2 import GPT2, GPT2Config
@@ -30,6 +31,7 @@ __all__ = [
     "Model",
     "build",
     "config_of",
+    "densified",
     "from_hf",
     "generate",
     "load",

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxcomp.errors import JaxcompError, ModelError
 from jaxcomp.functional import functional, path_names
 from jaxcomp.io import safetensors
+from jaxcomp.io.stacked import Stacked
 from jaxcomp.models import bert, gpt2, llama, mixtral
 from jaxcomp.models.config import Fields, read_json
 from jaxcomp.models.sizes import config_fields
@@ -64,17 +65,23 @@ class Model:
     folder: pathlib.Path | None = None
 
 
-def load(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Model:
+def load(
+    folder: str | os.PathLike, scan: bool = False, dtype: Any = None, lazy: bool = False
+) -> Model:
     """Loads a model from a local folder with ``config.json`` and safetensors weights.
 
     The weights keep the dtype in which they are stored and are views of memory maps: nothing is
-    read before it is used. With ``scan`` the layers' weights are stacked, which copies them.
+    read before it is used. What is stacked is copied into host memory: the experts of a layer, and
+    with ``scan`` the layers; unless it is ``lazy``.
 
     Args:
       folder: the model folder.
       scan: stack the layers on a leading axis and run them under ``lax.scan``.
       dtype: dtype of the activations, to which weights are cast where they are used; by default
         float32.
+      lazy: stacks are ``jaxcomp.io.stacked.Stacked``: of the right shape, and read when a layer is
+        needed. ``jc.compress`` and NumPy take them; JAX does not, ``models.densified`` makes
+        arrays of them.
 
     Returns:
       The model.
@@ -87,10 +94,10 @@ def load(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Mo
     model = load_architecture(folder, scan, dtype)
     config = model.config
     tensors = safetensors.read_folder(folder)
-    values = from_hf(tensors, config, str(folder))
+    values = from_hf(tensors, config, str(folder), lazy)
     family, _ = FAMILIES[type(config)]
     if scan:
-        values = _stack(values, family.LAYERS)
+        values = _stack(values, family.LAYERS, Stacked if lazy else _copied)
     flat = path_names(model.params)
     for path, want in flat.items():
         if values[path].shape != want.shape:
@@ -190,13 +197,16 @@ def parse_config(values: Mapping[str, Any], path: Any) -> tuple[Any, str]:
     return family.read_config(fields, kind), name or kind
 
 
-def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") -> dict[str, Any]:
+def from_hf(
+    tensors: Mapping[str, Any], config: Any, where: str = "checkpoint", lazy: bool = False
+) -> dict[str, Any]:
     """Finds each parameter of an unrolled model among the tensors of a checkpoint.
 
     Args:
       tensors: arrays by their Hugging Face names.
       config: the model's configuration.
       where: name of the checkpoint, for errors.
+      lazy: do not copy what is made of several tensors, give a ``Stacked``.
 
     Returns:
       Arrays by parameter path; transposed ones are views, those made of several tensors (a
@@ -230,8 +240,13 @@ def from_hf(tensors: Mapping[str, Any], config: Any, where: str = "checkpoint") 
                     "weights"
                 )
             parts.append(value.T if transposed else value)
-        if not missing:
-            values[path] = parts[0] if isinstance(names, str) else _stack_parts(parts, names, where)
+        if missing:
+            continue
+        if isinstance(names, str):
+            (values[path],) = parts
+        else:
+            _check_parts(parts, names, where)
+            values[path] = Stacked(parts) if lazy else _copied(parts)
     if missing:
         raise ModelError(
             f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}; the "
@@ -374,8 +389,8 @@ def _config_json(config, like):
     return values
 
 
-def _stack(values, layers):
-    """Parameters of the scanned model from those of the unrolled one."""
+def _stack(values, layers, stack):
+    """Parameters of the scanned model from those of the unrolled one, stacked by a function."""
     stacked: dict[str, Any] = {}
     groups: dict[str, dict[int, Any]] = {}
     for path, value in values.items():
@@ -385,12 +400,12 @@ def _stack(values, layers):
         else:
             stacked[path] = value
     for path, items in groups.items():
-        stacked[path] = _copied([items[i] for i in range(len(items))])
+        stacked[path] = stack([items[i] for i in range(len(items))])
     return stacked
 
 
-def _stack_parts(parts, names, where):
-    """One array of the tensors that a parameter is made of."""
+def _check_parts(parts, names, where):
+    """Refuses tensors that cannot be stacked."""
     for name, part in zip(names, parts, strict=True):
         if part.shape != parts[0].shape or part.dtype != parts[0].dtype:
             raise ModelError(
@@ -398,7 +413,6 @@ def _stack_parts(parts, names, where):
                 f"{parts[0].shape} {parts[0].dtype}, with which it is stacked; the checkpoint is "
                 "damaged"
             )
-    return _copied(parts)
 
 
 def _copied(items):
