@@ -1,6 +1,7 @@
 """Peak host memory of compressing and saving models of 4, 16 and 64 layers of the same width.
 
     python -m benchmarks.memory [--layers 4 16 64] [--recipe w8a8_smoothquant] [--save [NAME]]
+        [--hidden 1536] [--mlp 4096] [--dtype float32]
 
 Random weights are written to a safetensors file, from which they are memory-mapped; finished
 weights go to a journal on disk, and from there to a checkpoint (``jc.save``). Each model is handled
@@ -210,9 +211,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--recipe", default="w8a8_smoothquant", help="name of a preset")
-    parser.add_argument("--hidden", type=int, default=2048, help="width of the model")
-    parser.add_argument("--mlp", type=int, default=5632, help="width of its MLPs")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights in the file")
+    parser.add_argument("--hidden", type=int, default=1536, help="width of the model")
+    parser.add_argument("--mlp", type=int, default=4096, help="width of its MLPs")
+    parser.add_argument("--dtype", default="float32", help="of the weights in the file")
     parser.add_argument(
         "--save", nargs="?", const="memory", metavar="NAME", help="write results/NAME.txt"
     )
