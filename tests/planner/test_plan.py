@@ -102,14 +102,18 @@ def test_roofline_of_experts_by_hand():
 @needs_libtpu
 def test_a_mixture_of_experts_and_what_its_compiled_program_gathers(monkeypatch):
     monkeypatch.setattr(planner.report, "fields_of", lambda name: MOE)
-    found = planner.plan("tiny", None, "v5e:2x4", batch=8, context=256, chunk=64, tries=1)
-    (variant,) = found.variants
-    assert variant.best is not None, found.notes()
-    for phase in (variant.best.decode, variant.best.prefill):
+    recipe = presets.w4a16_rtn()
+    found = planner.plan("tiny", recipe, "v5e:2x4", batch=8, context=256, chunk=64, tries=1)
+    small, large = (variant.best for variant in found.variants)
+    assert small is not None and large is not None, found.notes()
+    for phase in (small.decode, small.prefill):
         assert phase["weights_to_ideal"] == pytest.approx(1, abs=0.05)
-        # XLA brings the experts of a ragged product together, and nothing else; the plan says so.
+        assert phase["implementations"] == {"kernel": 7}
+        assert phase["whole_weight_gathers"] == []
+    # XLA brings the dense experts of a ragged product together, nothing else; the plan says so.
+    for phase in (large.decode, large.prefill):
         assert {one["shape"][0] for one in phase["whole_weight_gathers"]} <= {8}
-    if variant.best.decode["whole_weight_gathers"]:
+    if large.decode["whole_weight_gathers"]:
         assert "decode: brings together whole weights: bf16[8," in found.notes()
     assert any("choose experts evenly" in text for text in found.to_dict()["assumptions"])
 
