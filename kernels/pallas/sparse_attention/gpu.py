@@ -1,23 +1,24 @@
-"""Block-sparse flash attention on Hopper GPUs: what fits, and the call of its kernel.
+"""Block-sparse flash attention on Hopper GPUs: what fits, and the calls of its kernels.
 
-The forward pass is the kernel's. Its gradient goes through plain JAX over the same listed blocks
-(``xla``), which computes the scores again. Nothing here was run on a GPU so far: the kernel was
-compared with float64 in interpret mode, and compiled for H100 by CUDA's assembler.
+Nothing here was run on a GPU so far: the kernels were compared with float64 in interpret mode, and
+compiled for H100 by CUDA's assembler.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.sparse_attention import gpu_lists, xla
+from jaxcomp.kernels.sparse_attention import gpu_lists
 from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
 _OLDEST = (0, 11)
 _DIMS = (64, 128)
+_LOG2_E = math.log2(math.e)
 
 
 def unfit(
@@ -63,12 +64,12 @@ def unfit(
 
 
 def _kernels():
-    """The module of kernels, imported late since that takes a second; None without Mosaic GPU."""
+    """The modules of kernels, imported late since that takes a second; None without Mosaic GPU."""
     try:
-        from jaxcomp.kernels.sparse_attention import gpu_kernel
+        from jaxcomp.kernels.sparse_attention import gpu_gradients, gpu_kernel
     except ImportError:
         return None
-    return gpu_kernel
+    return gpu_kernel, gpu_gradients
 
 
 def attention(
@@ -103,23 +104,63 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _attention(listed, scale, soft_cap, interpret, q, k, v, segments):
-    gpu_kernel = _kernels()
-    operands = {name: _aligned(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    operands |= {name: jnp.asarray(array) for name, array in gpu_lists.arrays(listed).items()}
-    if segments is not None:
-        names, sizes = ("segments", "kv_segments"), (listed.row_blocks, listed.column_blocks)
-        for name, ids, count in zip(names, segments, sizes, strict=True):
-            padding = ((0, 0), (0, count * BLOCK - ids.shape[1]))
-            operands[name] = jnp.pad(ids.astype(jnp.int32), padding, constant_values=-3)
-    problem = gpu_kernel.Problem(
+    kernel, _ = _kernels()
+    operands = _operands(listed, None, q, k, v, segments)
+    problem = _problem(listed, scale, soft_cap, interpret)
+    out, lse = kernel.forward(operands, problem, interpret)
+    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
+
+
+def _forward(listed, scale, soft_cap, interpret, q, k, v, segments):
+    out, lse = _attention(listed, scale, soft_cap, interpret, q, k, v, segments)
+    return (out, lse), (q, k, v, segments, out, lse)
+
+
+def _backward(listed, scale, soft_cap, interpret, saved, cotangents):
+    q, k, v, segments, out, lse = saved
+    d_out, d_lse = cotangents
+    # The gradient of a score is its share times (d_share - delta).
+    delta = jnp.einsum("bqhd,bqhd->bhq", d_out, out, preferred_element_type=jnp.float32) - d_lse
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * _LOG2_E
+    padding = ((0, 0), (0, 0), (0, listed.row_blocks * BLOCK - q.shape[1]))
+    statistics = [jnp.pad(lse, padding, constant_values=jnp.inf), jnp.pad(delta, padding)]
+    extras = {"d_out": _aligned(d_out.astype(q.dtype)), "statistics": jnp.stack(statistics)}
+    _, kernel = _kernels()
+    problem = _problem(listed, scale, soft_cap, interpret)
+
+    def run(group):
+        operands = _operands(listed, group, q, k, v, segments) | extras
+        return kernel.gradients(operands, problem, group is not None, interpret)
+
+    (dq,), (dk, dv) = run(None), run(q.shape[2] // k.shape[2])
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _problem(listed, scale, soft_cap, interpret):
+    """What the kernels compute."""
+    return _kernels()[0].Problem(
         codes=gpu_lists.codes(listed),
         rules=listed.rules,
         scale=scale,
         soft_cap=soft_cap,
         staged=bool(interpret),
     )
-    out, lse = gpu_kernel.forward(operands, problem, interpret)
-    return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
+
+
+def _operands(listed, group, q, k, v, segments) -> dict[str, jax.Array]:
+    """Operands that all kernels have, with the lists of queries or, for a group, of keys."""
+    operands = {name: _aligned(x) for name, x in (("q", q), ("k", k), ("v", v))}
+    lists = gpu_lists.arrays(listed, group)
+    operands |= {name: jnp.asarray(array) for name, array in lists.items()}
+    if segments is not None:
+        names, sizes = ("segments", "kv_segments"), (listed.row_blocks, listed.column_blocks)
+        for name, ids, count in zip(names, segments, sizes, strict=True):
+            padding = ((0, 0), (0, count * BLOCK - ids.shape[1]))
+            operands[name] = jnp.pad(ids.astype(jnp.int32), padding, constant_values=-3)
+    return operands
 
 
 def _aligned(x: jax.Array) -> jax.Array:
@@ -127,33 +168,3 @@ def _aligned(x: jax.Array) -> jax.Array:
     length = x.shape[1]
     rows = -length % 8 if length > 8 else 0
     return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, 0)))
-
-
-def _forward(listed, scale, soft_cap, interpret, q, k, v, segments):
-    results = _attention(listed, scale, soft_cap, interpret, q, k, v, segments)
-    return results, (q, k, v, segments)
-
-
-def _backward(listed, scale, soft_cap, interpret, saved, cotangents):
-    del interpret
-    *operands, segments = saved
-
-    def plain(q, k, v):
-        ids, kv_ids = (None, None) if segments is None else segments
-        return xla.attention(
-            q,
-            k,
-            v,
-            listed,
-            block_q=BLOCK,
-            block_k=BLOCK,
-            scale=scale,
-            soft_cap=soft_cap,
-            segment_ids=ids,
-            kv_segment_ids=kv_ids,
-        )
-
-    return *jax.vjp(plain, *operands)[1](cotangents), None
-
-
-_attention.defvjp(_forward, _backward)

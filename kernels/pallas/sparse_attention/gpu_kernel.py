@@ -21,17 +21,17 @@ from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK, WORDS
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import MOST_BLOCKS, RULE, TABLE
 
-_WORKERS = 2
-_ROWS = BLOCK // _WORKERS  # queries of a warpgroup
-_COPY_REGISTERS, _WORK_REGISTERS = 24, 240  # of 504 for three threads
+WORKERS = 2
+ROWS = BLOCK // WORKERS  # queries of a warpgroup
+COPY_REGISTERS, WORK_REGISTERS = 24, 240  # of 504 for three threads
 _SHARED_BYTES = 128 << 10  # for the stages: what is left beside the queries, and to spare
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 # A masked score is far below the first maximum: its weight is zero even in a row that has seen no
 # other score.
-_LOWEST, _MASKED = -1e30, -2e38
+LOWEST, MASKED = -1e30, -2e38
 # The bits of a block's number. Told so, the compiler knows positions to be positive, and divides by
 # the constants of a rule without a case for negative ones.
-_BLOCK_MASK = MOST_BLOCKS - 1
+BLOCK_MASK = MOST_BLOCKS - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +80,23 @@ def forward(
         return plgpu.SMEM((*shape, columns), q.dtype, transforms=swizzled)
 
     scratch = {
-        "q": tiles(_WORKERS, _ROWS),
+        "q": tiles(WORKERS, ROWS),
         "k": tiles(stages, BLOCK),
         "v": tiles(stages, BLOCK),
-        "lse": plgpu.SMEM((_WORKERS, _ROWS), jnp.float32),
-        "q_full": plgpu.Barrier(num_barriers=_WORKERS),
+        "lse": plgpu.SMEM((WORKERS, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_barriers=WORKERS),
         "k_full": plgpu.Barrier(
             num_arrivals=2 if "kv_segments" in operands else 1, num_barriers=stages
         ),
         "v_full": plgpu.Barrier(num_barriers=stages),
-        "k_empty": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=stages),
-        "v_empty": plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=stages),
-        "turn": plgpu.Barrier(num_arrivals=_WORKERS),
+        "k_empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        "v_empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        "turn": plgpu.Barrier(num_arrivals=WORKERS),
     }
     if "kv_segments" in operands:
         scratch["kv_segments"] = plgpu.SMEM((stages, BLOCK), jnp.int32)
     if problem.staged:
-        scratch["weights"] = tiles(_WORKERS, _ROWS, columns=BLOCK)
+        scratch["weights"] = tiles(WORKERS, ROWS, columns=BLOCK)
 
     def body(*refs, **scratch):
         refs = dict(zip([*operands, "out", "lse"], refs, strict=True))
@@ -110,7 +110,7 @@ def forward(
             worker=worker,
         )
         lax.cond(
-            worker == _WORKERS,
+            worker == WORKERS,
             functools.partial(_copy, refs, scratch, place, problem, stages),
             functools.partial(_attend, refs, scratch, place, problem, stages),
         )
@@ -123,7 +123,7 @@ def forward(
         ),
         grid=(heads, rows.shape[1], batch),
         grid_names=("head", "row", "batch"),
-        num_threads=_WORKERS + 1,
+        num_threads=WORKERS + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
@@ -150,18 +150,18 @@ class _Place:
 
     def start(self, refs) -> jax.Array:
         """The first query of the block."""
-        return (self.of_row(refs, 0) & _BLOCK_MASK) * BLOCK
+        return (self.of_row(refs, 0) & BLOCK_MASK) * BLOCK
 
     def keys(self, refs, step) -> jax.Array:
         """The first key of a step."""
-        return (refs["columns"][self.listed, step] & _BLOCK_MASK) * BLOCK
+        return (refs["columns"][self.listed, step] & BLOCK_MASK) * BLOCK
 
 
 def _copy(refs, scratch, place: _Place, problem: Problem, stages: int) -> None:
     """Fills the stages, as soon as they have been read."""
-    plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-    for worker in range(_WORKERS):
-        queries = pl.ds(place.start(refs) + worker * _ROWS, _ROWS)
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    for worker in range(WORKERS):
+        queries = pl.ds(place.start(refs) + worker * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(
             refs["q"].at[place.batch, queries, place.head],
             scratch["q"].at[worker],
@@ -197,11 +197,11 @@ def _copy(refs, scratch, place: _Place, problem: Problem, stages: int) -> None:
 
 def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None:
     """Goes over the blocks of a row with an online softmax."""
-    plgpu.set_max_registers(_WORK_REGISTERS, action="increase")
+    plgpu.set_max_registers(WORK_REGISTERS, action="increase")
     worker, dtype = place.worker, refs["q"].dtype
-    start, first = place.start(refs) + worker * _ROWS, place.of_row(refs, 1)
+    start, first = place.start(refs) + worker * ROWS, place.of_row(refs, 1)
     by_row = plgpu.Layout.WGMMA.reduce(1)
-    score_shape, out_shape = (_ROWS, BLOCK), (_ROWS, refs["q"].shape[-1])
+    score_shape, out_shape = (ROWS, BLOCK), (ROWS, refs["q"].shape[-1])
 
     def take_turns():
         plgpu.barrier_arrive(scratch["turn"])
@@ -226,7 +226,7 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
 
     segments = None
     if "segments" in refs:
-        ids = refs["segments"].at[place.batch, pl.ds(start, _ROWS)]
+        ids = refs["segments"].at[place.batch, pl.ds(start, ROWS)]
         segments = plgpu.load(ids, layout=by_row, optimized=False)
 
     def step(code, index, carry):
@@ -236,7 +236,7 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
         scores = product(queries, scratch["k"].at[stage].T, score_shape)
         if segments is None:
             plgpu.barrier_arrive(scratch["k_empty"].at[stage])
-        scores, factor = _capped(scores, problem)
+        scores, factor = capped(scores, problem)
         if segments is not None:
             kv_segments = plgpu.load(
                 scratch["kv_segments"].at[stage],
@@ -244,17 +244,17 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
                 optimized=False,
             )
             same = down(segments, score_shape) == across(kv_segments, score_shape)
-            scores = jnp.where(same, scores, _MASKED)
+            scores = jnp.where(same, scores, MASKED)
             plgpu.barrier_arrive(scratch["k_empty"].at[stage])
         if code == TABLE:
-            words = _words(refs, refs["tables"][place.listed, index], worker)
-            scores = jnp.where(_unpacked(words), scores, _MASKED)
+            words = words_of(refs["bits"], refs["tables"][place.listed, index], worker)
+            scores = jnp.where(unpacked(words), scores, MASKED)
         elif code >= RULE:
             positions = (
-                down(_count(_ROWS, 1) + start, score_shape),
-                across(_count(BLOCK, 0) + place.keys(refs, index), score_shape),
+                down(count(ROWS, 1) + start, score_shape),
+                across(count(BLOCK, 0) + place.keys(refs, index), score_shape),
             )
-            scores = jnp.where(problem.rules[code - RULE].allowed(*positions), scores, _MASKED)
+            scores = jnp.where(problem.rules[code - RULE].allowed(*positions), scores, MASKED)
 
         before, top = top, jnp.maximum(top, scores.max(axis=1) * factor)
         weights = jnp.exp2(scores * factor - down(top, score_shape))
@@ -273,13 +273,13 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
         return down(fade, out_shape) * acc + added, top, total
 
     def of_rows(value):
-        return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), by_row)
+        return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), by_row)
 
     queries = scratch["q"].at[worker]
     plgpu.barrier_wait(scratch["q_full"].at[worker])
     pl.when(worker == 1)(take_turns)
     acc = plgpu.layout_cast(jnp.zeros(out_shape, jnp.float32), plgpu.Layout.WGMMA)
-    carry = acc, of_rows(_LOWEST), of_rows(0.0)
+    carry = acc, of_rows(LOWEST), of_rows(0.0)
     for i, code in enumerate(problem.codes):
         bounds = place.of_row(refs, 1 + i), place.of_row(refs, 2 + i)
         carry = lax.fori_loop(*bounds, functools.partial(step, code), carry)
@@ -289,10 +289,10 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     share = jnp.where(some, 1.0 / safe, 0.0)
-    scratch["lse"][worker] = jnp.where(some, (top + jnp.log2(safe)) * (1 / _LOG2_E), -jnp.inf)
+    scratch["lse"][worker] = jnp.where(some, (top + jnp.log2(safe)) * (1 / LOG2_E), -jnp.inf)
     queries[...] = (acc * down(share, out_shape)).astype(dtype)
     plgpu.commit_smem()
-    rows = pl.ds(start, _ROWS)
+    rows = pl.ds(start, ROWS)
     plgpu.copy_smem_to_gmem(queries, refs["out"].at[place.batch, rows, place.head])
     plgpu.copy_smem_to_gmem(
         scratch["lse"].at[worker], refs["lse"].at[place.batch, place.head, rows]
@@ -300,17 +300,17 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
     plgpu.wait_smem_to_gmem(0)
 
 
-def _capped(scores, problem: Problem):
+def capped(scores, problem: Problem):
     """Scores, and the positive factor that makes them powers of two."""
     if problem.soft_cap:
         scores = jnp.tanh(scores * (problem.scale / problem.soft_cap))
-        return scores, problem.soft_cap * _LOG2_E
+        return scores, problem.soft_cap * LOG2_E
     if problem.scale > 0:
-        return scores, problem.scale * _LOG2_E
-    return scores * problem.scale, _LOG2_E
+        return scores, problem.scale * LOG2_E
+    return scores * problem.scale, LOG2_E
 
 
-def _count(size: int, reduced: int) -> jax.Array:
+def count(size: int, reduced: int) -> jax.Array:
     """0 to size - 1, along rows or columns of scores: one number for what shares it.
 
     An iota over the whole block would be computed, and kept in registers, element by element.
@@ -319,23 +319,19 @@ def _count(size: int, reduced: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
-def _words(refs, table, worker) -> list[jax.Array]:
-    """A warpgroup's rows of a bitmap, 32 keys in each array."""
-    rows = pl.ds(worker * _ROWS, _ROWS)
+def words_of(bits, table, worker) -> list[jax.Array]:
+    """A warpgroup's rows of a bitmap, 32 columns in each array."""
+    rows = pl.ds(worker * ROWS, ROWS)
     return [
-        plgpu.load(
-            refs["bits"].at[table, word, rows],
-            layout=plgpu.Layout.WGMMA.reduce(1),
-            optimized=False,
-        )
+        plgpu.load(bits.at[table, word, rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         for word in range(WORDS)
     ]
 
 
-def _unpacked(words: list[jax.Array]) -> jax.Array:
-    """Bits of ``_words`` as bool (rows, keys)."""
-    shape = (_ROWS, 32)
-    key = lax.broadcast_in_dim(_count(32, 0), shape, (1,))
+def unpacked(words: list[jax.Array]) -> jax.Array:
+    """Bits of ``words_of`` as bool (rows, columns)."""
+    shape = (ROWS, 32)
+    key = lax.broadcast_in_dim(count(32, 0), shape, (1,))
     parts = [
         lax.shift_right_logical(lax.broadcast_in_dim(word, shape, (0,)), key) & 1 for word in words
     ]

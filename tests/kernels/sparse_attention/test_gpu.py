@@ -16,7 +16,9 @@ from jaxcomp.kernels.sparse_attention import (
     global_,
     gpu,
     gpu_lists,
+    per_head,
     random,
+    window,
 )
 from jaxcomp.kernels.sparse_attention.schedule import SKIP, schedule
 
@@ -47,8 +49,7 @@ class TestInterpreted(Reference):
     sizes = {"dim": 64}  # noqa: RUF012
     run = staticmethod(interpreted)
 
-    # These need other dtypes or widths, or an adaptive span, and are refused (``TestRefused``);
-    # gradients are XLA's over the same blocks, and one test of them is enough.
+    # These need other dtypes or widths, or an adaptive span, and are refused (``TestRefused``).
     test_lengths_and_widths_that_differ = None
     test_all_options_together = None
     test_quantized_keys_and_values = None
@@ -67,28 +68,43 @@ class TestInterpreted(Reference):
             kv_segment_ids=np.sort(rng.integers(-1, 3, (2, 270)), 1).astype(np.int32),
         )  # fmt: skip
 
+    def test_gradients_with_segments_and_a_cap(self):
+        mask = window(64) & causal() | random(1, seed=2, block_size=64)
+        segments = np.repeat([[0, 1, -1]], [60, 70, 20], axis=1).astype(np.int32)
+        sizes = {"queries": 150, "keys": 150, "heads": 2, "kv_heads": 1, "dim": 64}
+        self.gradients(mask, "bfloat16", soft_cap=3.0, segment_ids=segments, **sizes)
+
+    @pytest.mark.slow
+    def test_gradients_of_heads_with_lists_of_their_own(self):
+        mask = per_head([causal(), window(40), ~full(), causal() & random(1)])
+        self.gradients(mask, "bfloat16", lse_too=False, queries=130, keys=140, dim=64)
+
 
 class TestLists:
     """What the kernel reads is the schedule's list, each row's by kind."""
 
+    @pytest.mark.parametrize("group", [None, 2])
     @pytest.mark.parametrize("name", [*cases.MASKS, "nothing"])
-    def test_all_steps_are_there_once(self, name):
-        mask = cases.MASKS.get(name, ~full())
-        listed = schedule(mask, 4, 500, 700, 128, 128)
-        found, kinds = gpu_lists.arrays(listed), gpu_lists.codes(listed)
+    def test_all_steps_are_there_once(self, name, group):
+        listed = schedule(cases.MASKS.get(name, ~full()), 4, 500, 700, 128, 128)
+        steps = listed.rows if group is None else listed.columns(group)
+        found, kinds = gpu_lists.arrays(listed, group), gpu_lists.codes(listed)
         rows, columns = found["rows"], found["columns"]
-        for i in range(listed.rows.lists):
-            assert sorted(rows[i, :, 0]) == list(range(listed.row_blocks))
+        members = found.get("members", np.zeros_like(columns))
+        assert ("members" in found) == (group is not None and name == "per head")
+        for i in range(steps.lists):
+            majors = listed.row_blocks if group is None else listed.column_blocks
+            assert sorted(rows[i, :, 0]) == list(range(majors))
             lengths = rows[i, :, -1] - rows[i, :, 1]
             assert (np.diff(lengths) <= 0).all()
             got = {
-                (row[0], columns[i, at], code)
+                (row[0], columns[i, at], code, members[i, at])
                 for row in rows[i]
                 for code, first, last in zip(kinds, row[1:-1], row[2:], strict=True)
                 for at in range(first, last)
             }
-            steps = (listed.rows.major[i], listed.rows.minor[i], listed.rows.code[i])
-            want = {step for step in zip(*steps, strict=True) if step[2] != SKIP}
+            fields = (steps.major[i], steps.minor[i], steps.code[i], steps.group[i])
+            want = {step for step in zip(*fields, strict=True) if step[2] != SKIP}
             assert got == want and lengths.sum() == len(want)
 
     def test_bits_are_the_bitmaps(self):
@@ -134,8 +150,8 @@ class TestRefused:
 
 
 def compiled(mask="causal", queries=2048, heads=32, kv_heads=8, dim=128, dtype="bfloat16",
-             segments=False, **options):  # fmt: skip
-    """Attention and the shapes of its arguments, for the compiler."""
+             segments=False, gradient=False, **options):  # fmt: skip
+    """Attention, or its gradients, and the shapes of its arguments, for the compiler."""
     struct = jax.ShapeDtypeStruct
     arguments = [struct((1, queries, heads, dim), dtype)]
     arguments += [struct((1, queries, kv_heads, dim), dtype)] * 2
@@ -147,7 +163,10 @@ def compiled(mask="causal", queries=2048, heads=32, kv_heads=8, dim=128, dtype="
             return_logsumexp=True, **options,
         )  # fmt: skip
 
-    return function, tuple(arguments)
+    def loss(*arguments):
+        return function(*arguments)[0].astype(jnp.float32).sum()
+
+    return (jax.grad(loss, (0, 1, 2)) if gradient else function), tuple(arguments)
 
 
 PROGRAMS = [
@@ -158,6 +177,9 @@ PROGRAMS = [
     {"mask": "bigbird", "segments": True, "soft_cap": 30.0},
     {"mask": "window", "queries": 1999},
     {"mask": "causal", "queries": 5},
+    {"mask": "causal", "queries": 16384, "gradient": True},
+    {"mask": "bigbird", "gradient": True, "dtype": "float16"},
+    {"mask": "heads", "gradient": True, "dim": 64, "segments": True, "soft_cap": 30.0},
 ]
 
 
@@ -173,9 +195,10 @@ def test_compiles_for_h100(index):
     assert index < len(results), results[-1]["error"]
     result = results[index]
     assert result["error"] is None, result["error"]
-    [kernel] = result["kernels"]
-    assert kernel["spill_stores"] == kernel["spill_loads"] == 0
-    assert not kernel["warnings"]
-    # Segments in whole blocks; else only what pads a length that is no multiple of 8.
-    if PROGRAMS[index].get("queries", 2048) % 8 == 0:
+    assert len(result["kernels"]) == (3 if PROGRAMS[index].get("gradient") else 1)
+    for kernel in result["kernels"]:
+        assert kernel["spill_stores"] == kernel["spill_loads"] == 0
+        assert not kernel["warnings"]
+    # Segments in whole blocks; else what pads a length that is no multiple of 8, and statistics.
+    if PROGRAMS[index].get("queries", 2048) % 8 == 0 and len(result["kernels"]) == 1:
         assert result["memory"]["temporaries"] < 1 << 16
