@@ -267,15 +267,17 @@ class _Run:
         # What the scale was folded into has been evaluated without it: the pass goes on with the
         # scale at the input.
         scale = next((jnp.asarray(fold.vector) for r in records for fold in r.folds), None)
-        results = [
-            _for_evaluation(self.place.shared(_input_scaled(r.array, scale))) for r in records
-        ]
+        results = [self._for_evaluation(_input_scaled(r.array, scale)) for r in records]
         # Files that were read on the way: the weights (where the device array shares the file's
         # memory, they were read again after ``_matrix``) and the journal's records.
         for target, record in zip(group, records, strict=True):
             for leaf in (target.leaf, *jax.tree.leaves(record.array)):
                 jaxcomp.io.safetensors.release(leaf)
         return results
+
+    def _for_evaluation(self, array: CompressedArray) -> Any:
+        """Dense, once for all batches, unless the input is to be quantized at run time."""
+        return self.place.shared(array) if quantizes_input(array) else self.place.weight(array)
 
     def _recall(self, path: str, index: Index) -> Record | None:
         if self.journal is None:
@@ -575,18 +577,10 @@ def _array(layer: Layer, scale, layout: Layout, target: Target) -> CompressedArr
     )
 
 
-def _for_evaluation(array: CompressedArray) -> Any:
-    """Dense, once for all batches, unless the input is to be quantized at run time."""
-    return array if quantizes_input(array) else _materialize(array)
-
-
 def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> CompressedArray:
     if scale is None:
         return array
     return array.replace(parts=tuple(formats.InputScale(p, scale) for p in array.parts))
-
-
-_materialize = jax.jit(lambda array: array.materialize())
 
 
 def _plain(value: Any) -> Any:

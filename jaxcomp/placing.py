@@ -6,6 +6,7 @@ On a mesh,
 - a weight to compress is a matrix whose rows (outputs) are split over all mesh axes where they
   divide, so that the column loops, the searches and the masks, which treat rows alone, need nothing
   from other devices; each device's rows are read from the host by themselves;
+- a finished weight is split over its outputs while batches are evaluated with it;
 - statistics, and whatever else all rows or batches need, are on every device: the sums over the
   batch are added up across devices by XLA;
 - what is read again later (activations between steps, finished weights) waits in host memory.
@@ -134,6 +135,10 @@ class Here:
             matrix = whole
         return host.to_device(matrix.astype(dtype, copy=False))
 
+    def weight(self, array: formats.CompressedArray) -> jax.Array:
+        """A compressed weight made dense, once for all batches that are evaluated with it."""
+        return jax.jit(_dense)(array)
+
     def finished(self, tree: Any) -> Any:
         """A compressed weight, as it waits for the end of the run."""
         return tree
@@ -243,6 +248,24 @@ class OnMesh(Here):
             matrix.shape, sharding, lambda index: matrix[index].astype(dtype, copy=False)
         )
 
+    def weight(self, array: formats.CompressedArray) -> jax.Array:
+        """Split over outputs, or the stack where that takes more devices.
+
+        XLA gathers what is smaller, the weight or the batch that it is multiplied with.
+        """
+        choices = [
+            (self._dividing(size), kind == "dim", axis)
+            for axis, (size, (kind, index)) in enumerate(
+                zip(array.shape, array._layout(), strict=True)
+            )
+            if kind == "stack" or index in array.out_axes[:1]
+        ]
+        devices = lambda names: math.prod(self.mesh.shape[n] for n in names)  # noqa: E731
+        most = lambda choice: (devices(choice[0]), choice[1])  # noqa: E731
+        names, _, axis = max(choices, key=most, default=((), False, 0))
+        spec = (*(None,) * axis, names or None)
+        return jax.jit(_dense, out_shardings=self._sharding(*spec))(self.shared(array))
+
     def finished(self, tree: Any) -> Any:
         """In host memory, whole."""
         return host.fetch(tree)
@@ -336,6 +359,10 @@ def ahead(load: Callable[[int], Any], count: int) -> Iterator[Any]:
     for b in range(count):
         given, following = following, load(b + 1) if b + 1 < count else None
         yield given
+
+
+def _dense(array: formats.CompressedArray) -> jax.Array:
+    return array.materialize()
 
 
 def _wide(dtype: Any) -> Any:

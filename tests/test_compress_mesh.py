@@ -1,6 +1,7 @@
 """``compress(mesh=..)`` gives what one device gives, however the mesh splits the work."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,33 @@ def test_gptq_needs_nothing_from_other_devices(rng):
             assert collective not in program, (order, collective)
         assert f"f32[{WIDTH},{HIDDEN}]" not in program  # nor does a device hold all rows
         options["static"] = True
+
+
+def test_a_weight_stays_split_while_it_is_evaluated(rng):
+    """Each device holds its outputs only, and small batches travel instead of the weight."""
+    place = placing.place(MESHES["2x2"]())
+    w = rng.standard_normal((WIDTH, HIDDEN)).astype(np.float32)
+    part = jc.formats.quantize(Int(4, group_size=8), w.T)
+    array = jc.CompressedArray.from_matrix(part, w.shape, w.dtype, (), (1,), (0,))
+    dense = place.weight(jax.tree.map(np.asarray, array))
+    assert dense.sharding.shard_shape(dense.shape) == (WIDTH, HIDDEN // 4)
+    np.testing.assert_array_equal(dense, array.materialize())
+    x = place.load(np.ones((4, 2, WIDTH), np.float32))
+    program = jax.jit(jnp.matmul).lower(x, dense).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", program)
+    assert gathered == [f"4,2,{WIDTH}"]
+    stack = jc.CompressedArray.from_matrix(
+        jc.formats.quantize(Int(4, group_size=8), np.stack([w.T[:6]] * 8)),
+        (WIDTH, 8, 6), w.dtype, (1,), (2,), (0,),
+    )  # fmt: skip
+    dense = place.weight(jax.tree.map(np.asarray, stack))
+    assert dense.sharding.shard_shape(dense.shape) == (WIDTH, 2, 6)
+    np.testing.assert_array_equal(dense, stack.materialize())
+    row = jc.formats.quantize(Int(4, group_size=8), w.T[:1])  # Without outputs there is no choice.
+    row = jc.CompressedArray.from_matrix(row, (WIDTH,), w.dtype, (), (), (0,))
+    dense = place.weight(jax.tree.map(np.asarray, row))
+    assert dense.sharding.is_fully_replicated
+    np.testing.assert_array_equal(dense, row.materialize())
 
 
 @pytest.mark.parametrize("mesh", ["data", jax.sharding.AbstractMesh((2,), ("data",))])
