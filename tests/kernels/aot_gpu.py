@@ -8,67 +8,22 @@ process:
 ``module:function(**options)`` returns a function and its arguments as ShapeDtypeStructs.
 """
 
-import functools
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 
+from jaxcomp.planner.cuda import H100, available, toolkit
+
+__all__ = ["available", "compile_cases"]
+
 ROOT = pathlib.Path(__file__).parents[2]
 MARK = "aot result: "
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def toolkit() -> pathlib.Path | None:
-    """The folder of a CUDA toolkit: the installed wheel's, or the machine's."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [pathlib.Path(x) / "cu13" for x in (spec and spec.submodule_search_locations) or ()]
-    if (compiler := shutil.which("nvcc")) is not None:
-        folders.append(pathlib.Path(compiler).resolve().parents[1])
-    folders.append(pathlib.Path("/usr/local/cuda"))
-    return next((x for x in folders if (x / "bin/ptxas").exists() and (x / "nvvm").exists()), None)
-
-
-@functools.cache
-def available() -> bool:
-    """Whether JAX's CUDA plugin and an assembler are installed."""
-    try:
-        plugin = importlib.util.find_spec("jax_plugins.xla_cuda13")
-    except ModuleNotFoundError:
-        plugin = None
-    return plugin is not None and toolkit() is not None
 
 
 def environment(dump: pathlib.Path) -> dict[str, str]:

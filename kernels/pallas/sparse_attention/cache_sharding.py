@@ -18,7 +18,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.sparse_attention.ring import by_query, share
-from jaxcomp.kernels.sparse_attention.sharding import check_parts, own_key_heads
+from jaxcomp.kernels.sparse_attention.sharding import (
+    check_key_heads,
+    check_parts,
+    own_key_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +101,8 @@ def placement(
             "the heads of k": (k.shape[2], kv_heads),
         },
     )
-    parts = count(heads, sizes)
-    if not kv_heads and parts % k.shape[2] and k.shape[2] % parts:
-        raise ValueError(
-            f"{told}: {parts} parts of the query heads are neither a multiple nor a divisor of the "
-            f"{k.shape[2]} key heads; split the heads another way"
-        )
+    if not kv_heads:
+        check_key_heads(told, count(heads, sizes), k.shape[2])
     return Placement(mesh, batch, cache, heads, kv_heads)
 
 

@@ -103,11 +103,8 @@ def placement(
         },
     )
     parts = count(heads, sizes)
-    if not kv_heads and parts % k.shape[2] and k.shape[2] % parts:
-        raise ValueError(
-            f"{told}: {parts} parts of the query heads are neither a multiple nor a divisor of the "
-            f"{k.shape[2]} key heads; split the heads another way"
-        )
+    if not kv_heads:
+        check_key_heads(told, parts, k.shape[2])
     if isinstance(mask, PerHead) and parts > 1:
         size = q.shape[2] // parts
         if mask.masks != mask.masks[:size] * parts:
@@ -139,6 +136,24 @@ def check_parts(told: str, sizes: dict[str, int], axes_of: dict[str, tuple[int, 
                 f"{told}: {axes} are {count(axes, sizes)} devices, which do not divide {name}, "
                 f"{size}; split it fewer ways" + (", or not" if "heads of k" in name else "")
             )
+
+
+def check_key_heads(told: str, parts: int, kv_heads: int) -> None:
+    """Raises unless each part of the query heads looks at a whole number of key heads, or at one.
+
+    Args:
+      told: what is split and how, the beginning of the message.
+      parts: of the query heads.
+      kv_heads: key heads, all of them on each device.
+
+    Raises:
+      ValueError: neither of the two is a multiple of the other.
+    """
+    if parts % kv_heads and kv_heads % parts:
+        raise ValueError(
+            f"{told}: {parts} parts of the query heads are neither a multiple nor a divisor of the "
+            f"{kv_heads} key heads; split the heads another way"
+        )
 
 
 def attention(
