@@ -17,6 +17,8 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
+from tests import xla
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 _JOIN = """\
@@ -94,7 +96,7 @@ def start(
     (run / "script.py").write_text(textwrap.dedent(source))
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla.flags(devices),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }

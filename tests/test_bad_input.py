@@ -312,8 +312,8 @@ def test_a_corrupted_checkpoint(folder, capsys):
         if not f.name.startswith(".")
     )
     chunk.write_bytes(chunk.read_bytes()[:-4])
-    for command in (["inspect"], ["evaluate", "--text", folder / "text.txt"]):
-        message = fails(capsys, command[0], folder / "out", *command[1:])
+    for command, *more in (["inspect", "--verify"], ["evaluate", "--text", folder / "text.txt"]):
+        message = fails(capsys, command, folder / "out", *more)
         says(message, folder / "out", repr(name), "make the checkpoint again")
     (folder / "out" / "jaxcomp.json").write_text("{")
     says(fails(capsys, "inspect", folder / "out"), "jaxcomp.json", "damaged")

@@ -13,7 +13,7 @@ import pytest
 import jaxcomp as jc
 from jaxcomp import cli, demo
 from jaxcomp.io import checkpoint
-from tests import tiny
+from tests import tiny, xla
 
 SMALL = ["--samples", "4", "--length", "16", "--batch-size", "2"]
 
@@ -154,7 +154,7 @@ def test_presets_by_name_and_no_data_where_none_is_needed(folder, capsys):
 
 
 def _start(folder, recipe, output, *more):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": xla.flags(None), "JAX_PLATFORMS": "cpu"}
     arguments = ["compress", folder / "model", "--recipe", recipe, "--output", output, *SMALL]
     arguments += ["--calibration", folder / "text.txt", *more]
     return subprocess.Popen(

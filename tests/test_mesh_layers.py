@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests import xla
+
 ROOT = pathlib.Path(__file__).parents[1]
 MESHES, KINDS, STEPS = ("1", "2x4", "4x2", "8x1"), ("scanned", "unrolled"), ("RTN", "GPTQ")
 LAYERS, TOKENS, WIDTH = 16, 80, 16
@@ -16,11 +18,10 @@ LAYERS, TOKENS, WIDTH = 16, 80, 16
 
 @pytest.fixture(scope="module")
 def found():
-    flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-m", "tests.mesh_layers"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": xla.flags(8), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=400,

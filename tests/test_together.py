@@ -13,6 +13,7 @@ import pytest
 
 import jaxcomp as jc
 from jaxcomp import pruning
+from tests import xla
 from tests.together import VARIANTS, Everything, tokens
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -148,7 +149,7 @@ def test_sharded_parameters_train_like_those_of_one_device():
     """Fully sharded parameters and optimizer state on eight devices, in float64."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": xla.flags(8),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
     }

@@ -274,6 +274,6 @@ def test_compiles(chip):
     assert not errors and len(results) == len(shapes), errors
     for shape, result in zip(shapes, results, strict=True):
         assert "tpu_custom_call" in result["hlo"]
-        # No copy of the experts' weights, decoded or not.
+        # No copy of the experts' weights, decoded or not: their codes alone would be this much.
         codes = shape.get("experts", 8) * shape["n"] * shape["k"] // 2
-        assert shape["n"] < 4096 or result["memory"]["temporaries"] < codes / 4, shape
+        assert shape["n"] < 4096 or result["memory"]["temporaries"] < codes / 2, shape
