@@ -260,11 +260,6 @@ def inspect(
         "metadata": saved.metadata,
         **jsonlib.loads(report.to_json()),
     }
-    if not json:
-        show(f"format version: {plain['format_version']}")
-        if saved.recipe is not None:
-            show(f"recipe:\n{saved.recipe.dumps()}")
-        show(report.table())
     if verify:
         progress = Progress("verify", len(plain["arrays"]), sys.stderr.isatty() and not json)
         try:
@@ -272,7 +267,12 @@ def inspect(
         finally:
             progress.close()
         values["verified"] = {"arrays": len(found), "bytes": sum(found.values())}
-        if not json:
+    if not json:
+        show(f"format version: {plain['format_version']}")
+        if saved.recipe is not None:
+            show(f"recipe:\n{saved.recipe.dumps()}")
+        show(report.table())
+        if verify:
             show(f"verified: {len(found)} arrays, {sum(found.values())} bytes as written.")
     return values
 
