@@ -197,3 +197,11 @@ def test_outlier_columns_and_sums(rng):
     leaf = CompressedArray.from_matrix((rest, part), w.shape, np.float32, (0,), (1,), (2,))
     np.testing.assert_array_equal(leaf.materialize(), w)
     assert leaf.nbits == w.size * 32 + 3 * (4 * 2 * 32 + 2 * 32)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 1001), (1, 40_000)])
+def test_values_find_their_places_at_any_size(shape, rng):
+    w = rng.standard_normal(shape).astype(np.float32)
+    mask = rng.random(shape) < 0.4
+    part = sparse.build(Sparse(), jnp.asarray(mask), jnp.asarray(w))
+    np.testing.assert_array_equal(part.materialize(), np.where(mask, w, 0))
