@@ -12,6 +12,7 @@ from jaxcomp.kernels.sparse_attention import (
     cache_sharding,
     decode,
     gpu,
+    gpu_decode,
     reference,
     sharding,
     tpu,
@@ -24,6 +25,7 @@ from jaxcomp.kernels.sparse_attention.schedule import schedule
 # Where more of the blocks than this are listed, gathering them costs more than the whole matrix.
 DENSE_FROM = 0.75
 QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
+_BY_NAME = "it was never run on a GPU; ask for it by name"
 
 
 def attention(
@@ -144,7 +146,7 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
         q, k, v, chips.H100 if interpret else chip, blocks, operands.get("span")
     )
     if implementation is None:
-        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
+        on_gpu = on_gpu or _BY_NAME
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
         {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
@@ -194,11 +196,13 @@ def decode_attention(
       soft_cap: bound of the scores.
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
-      block_k: keys in a block, a multiple of 128; chosen if None.
+      block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
       return_logsumexp: also return the log-sum-exps of the scores, by which results of parts of a
         cache can be merged.
-      implementation: "xla", "mosaic_tpu", or None for the best that fits.
-      interpret: run the kernel interpreted: False, or ``pltpu.InterpretParams(..)``.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best that fits. The kernel
+        for GPUs was never run on one: it is chosen by its name only.
+      interpret: run the kernel interpreted: False, ``pltpu.InterpretParams(..)``, or
+        ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       q_spec: mesh axes of q, on a mesh of Auto axes; Explicit ones are seen. Batch and heads may be
         split; those of the cache's batch and heads if None.
       kv_spec: mesh axes of k, v and their scales; those of q if None. The cache may be split along
@@ -257,12 +261,18 @@ def _decode(operands, start, out_dtype, *, block_k, implementation, interpret, *
     """Outputs and log-sum-exps from a cache, or the part from ``start`` on, that is at hand."""
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
+    on_tpu = several or decode.unfit(q, k, v, chip, interpret)
+    on_gpu = several or gpu_decode.unfit(q, k, v, chips.H100 if interpret else chip, block_k)
+    if implementation is None:
+        on_gpu = on_gpu or _BY_NAME
     chosen = implementations.choose(
         f"decode_attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": several or decode.unfit(q, k, v, chip, interpret), "xla": None},
+        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
         implementation,
     )
     options |= {"start": start, "out_dtype": out_dtype}
+    if chosen == "mosaic_gpu":
+        return gpu_decode.attention(**operands, **options, interpret=interpret)
     if chosen == "mosaic_tpu":
         return decode.mosaic(**operands, **options, block_k=block_k, interpret=interpret)
     return decode.plain(**operands, **options)

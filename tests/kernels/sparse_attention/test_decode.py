@@ -13,10 +13,11 @@ LENGTHS = (300, 5, 2, 129)
 
 
 def check(
-    run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, kv_heads=2, **options
-):
+    run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, kv_heads=2, dim=128,
+    **options,
+):  # fmt: skip
     """Compares each sequence with attention over its own keys; the rest of the cache is NaN."""
-    sizes = {"queries": 3, "keys": capacity, "heads": 4, "kv_heads": kv_heads, "dim": 128}
+    sizes = {"queries": 3, "keys": capacity, "heads": 4, "kv_heads": kv_heads, "dim": dim}
     q, k, v = (x.astype(dtype) for x in cases.operands(1, batch=len(lengths), **sizes))
     scales = {}
     if code:
@@ -56,19 +57,23 @@ class Moved(Mask):
 class TestPlain:
     """The reference."""
 
+    dtype = "float32"
+    sizes = {}  # noqa: RUF012
+
     def run(self, *args, **options):
         return decode_attention(*args, implementation="xla", **options)
 
     def test_lengths(self):
-        check(self.run)
+        check(self.run, dtype=self.dtype, **self.sizes)
 
     @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
     def test_quantized_cache(self, code):
-        check(self.run, causal(), "bfloat16", code, soft_cap=3.0)
+        check(self.run, causal(), "bfloat16", code, soft_cap=3.0, **self.sizes)
 
     def test_masks(self):
-        check(self.run, window(150, causal=True), scale=0.3)
-        check(self.run, window(40) | global_(2), lengths=(300, 64))
+        check(self.run, window(150, causal=True), self.dtype, scale=0.3, **self.sizes)
+        sizes = {**self.sizes, "lengths": (300, 64)}
+        check(self.run, window(40) | global_(2), self.dtype, **sizes)
 
 
 class TestInterpretedTpu(TestPlain):
