@@ -137,6 +137,28 @@ def _gram(x: jax.Array) -> jax.Array:
     return jnp.einsum("...ti,...tj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
 
 
+def total(parts: Statistics) -> Statistics:
+    """Statistics of all tokens from those of parts of them.
+
+    Args:
+      parts: statistics with one more axis in front, over the parts.
+
+    Returns:
+      Sums added, extremes combined.
+
+    Example:
+      >>> total(Statistics(count=jnp.ones(2), absmax=jnp.array([[3.0], [4.0]]))).absmax.tolist()
+      [4.0]
+    """
+    ops = {"absmax": jnp.max, "maximum": jnp.max, "minimum": jnp.min}
+    return Statistics(
+        **{
+            name: None if x is None else ops.get(name, jnp.sum)(x, axis=0)
+            for name, x in parts._asdict().items()
+        }
+    )
+
+
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """Statistics of the tokens of both.
 

@@ -3,15 +3,19 @@
 Each ``jnp`` operation that runs by itself is compiled once a shape, which takes far longer than
 the operation. And what a decision outside of ``jit`` reads is fetched whole by every process, so
 that all of them decide alike.
+
+Over the CPUs of several processes the heavy arithmetic is NumPy's too: each process does its own
+rows or tokens by itself, and what they found is put together afterwards.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def is_on_host(*arrays: Any) -> bool:
@@ -34,6 +38,92 @@ def _is_on_host(array: Any) -> bool:
         return False
     devices = array.devices()
     return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
+
+
+def is_whole(*arrays: Any) -> bool:
+    """Whether this process's CPU holds all of every array; others may hold copies.
+
+    Args:
+      *arrays: what is read; None is passed over.
+
+    Returns:
+      True where ``np.asarray`` costs nothing for them. What is computed from them is this
+      process's alone: see ``alone``.
+    """
+    return all(_is_on_host(a) or (_on_cpus(a) and a.is_fully_replicated) for a in arrays)
+
+
+def _on_cpus(array: Any) -> bool:
+    """Whether an array lies on CPUs, of several processes."""
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        return False
+    if array.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in array.sharding.device_set)
+
+
+def split_by_rows(array: Any) -> bool:
+    """Whether the CPUs of several processes hold a matrix's rows, each of them whole.
+
+    Args:
+      array: ``(rows, ..)``.
+
+    Returns:
+      True where ``own_rows`` can be called for it.
+    """
+    if not _on_cpus(array) or not isinstance(array.sharding, NamedSharding):
+        return False
+    return all(entry is None for entry in array.sharding.spec[1:])
+
+
+def own_rows(array: jax.Array) -> tuple[np.ndarray, dict[tuple[int, int], int]]:
+    """The rows of a matrix that the devices of this process hold.
+
+    Args:
+      array: one that ``split_by_rows``.
+
+    Returns:
+      The rows; and by first row and end, where those of a device begin among them.
+    """
+    pieces = {_rows(s.index, array.shape): s.data for s in array.addressable_shards}
+    pieces = {at: pieces[at] for at in sorted(pieces)}
+    ends = np.cumsum([end - start for start, end in pieces])
+    starts = dict(zip(pieces, (0, *map(int, ends[:-1])), strict=True))
+    return np.concatenate([np.asarray(p) for p in pieces.values()]), starts
+
+
+def from_own_rows(
+    rows: np.ndarray, starts: dict[tuple[int, int], int], like: jax.Array
+) -> jax.Array:
+    """An array over several processes, from the rows that each has; inverse to ``own_rows``.
+
+    Args:
+      rows: this process's, ``(own rows, ..)``.
+      starts: where those of a device begin.
+      like: has as many rows, split in the same way.
+
+    Returns:
+      ``(rows, ..)``.
+    """
+
+    def piece(index):
+        first, end = _rows(index, like.shape)
+        return rows[starts[first, end] : starts[first, end] + end - first]
+
+    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[:1]))
+    return jax.make_array_from_callback((like.shape[0], *rows.shape[1:]), sharding, piece)
+
+
+def _rows(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+    return index[0].indices(shape[0])[:2]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What is computed inside is this process's own, whatever mesh is in use around it."""
+    device = jax.local_devices(backend="cpu")[:1]
+    with jax.set_mesh(Mesh(np.array(device), ("alone",))), jax.default_device(device[0]):
+        yield
 
 
 def numpy(*arrays: Any) -> Any:

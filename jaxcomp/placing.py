@@ -14,6 +14,10 @@ On a mesh,
 A mesh may have devices of several processes. All of them then run the same program: each holds the
 parts of weights, inputs and activations that its devices compute with, and finished weights whole.
 What Python decides on (counts of masks, NaN, branches) is the same on all of them.
+
+Where these devices are CPUs, each process sums its own tokens by itself, which are added up once
+for each input; and finished weights are whole on each device if that spares exchanges (all batches
+are split over all devices): the memory is the process's own, which has them anyway.
 """
 
 import contextlib
@@ -28,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxcomp import formats, host
+from jaxcomp import calibration, formats, host
 from jaxcomp.errors import JaxcompError
 
 
@@ -53,6 +57,14 @@ class Waiting:
         pieces = {at: np.asarray(data) for at, data in shards.items()}
         return cls(value.shape, value.sharding, pieces)
 
+    def own(self) -> list[np.ndarray]:
+        """Those pieces that no process with a lower index holds as well."""
+        holders: dict[tuple[tuple[int, int], ...], int] = {}
+        for device, index in self.sharding.devices_indices_map(self.shape).items():
+            at = _bounds(index, self.shape)
+            holders[at] = min(device.process_index, holders.get(at, device.process_index))
+        return [p for at, p in self.pieces.items() if holders[at] == jax.process_index()]
+
     def load(self) -> jax.Array:
         """The value on its devices."""
         return jax.make_array_from_callback(
@@ -70,9 +82,11 @@ class Here:
     Attributes:
       mesh: None.
       processes: indices of the processes that take part, ascending.
+      hosts: whether they are several that compute on CPUs; ``own`` and ``summed`` are for these.
     """
 
     mesh: Mesh | None = None
+    hosts: bool = False
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -174,6 +188,9 @@ class OnMesh(Here):
             )
         kinds = (AxisType.Auto,) * len(mesh.axis_names)
         self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+        on_cpus = all(d.platform == "cpu" for d in mesh.devices.flat)
+        self.hosts = on_cpus and len(self._processes) > 1
+        self._data_parallel = self.hosts  # Until an input is seen that not all devices split.
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -196,6 +213,9 @@ class OnMesh(Here):
 
     def inputs(self, value: Any) -> Any:
         """Kept on the host."""
+        if not _is_key(value) and np.ndim(value):
+            split = math.prod(self.mesh.shape[n] for n in self._dividing(np.shape(value)[0]))
+            self._data_parallel &= split == self.mesh.size
         return self.keep(_auto(value))
 
     def load(self, value: Any) -> Any:
@@ -216,6 +236,39 @@ class OnMesh(Here):
     def item(self, value: Any, position: int) -> Any:
         """In host memory."""
         return self.keep(value.load()[position] if isinstance(value, Waiting) else value[position])
+
+    def own(self, value: Any) -> list[np.ndarray]:
+        """What of a kept value is this process's to count: over all of them it is each part once.
+
+        Args:
+          value: has at least one axis.
+
+        Returns:
+          Parts along the leading axis; they may be empty.
+        """
+        if isinstance(value, Waiting):
+            return value.own()
+        rank = self._processes.index(jax.process_index())
+        return [np.array_split(np.asarray(value), len(self._processes))[rank]]
+
+    def summed(self, statistics: calibration.Statistics) -> calibration.Statistics:
+        """Statistics of all processes' tokens, from those of this one's; NumPy's in and out.
+
+        Each sum is made once, in one order, and sent to all: they get the same bits.
+        """
+        devices = {d.process_index: d for d in self.mesh.devices.flat[::-1]}
+        one_each = Mesh(np.array([devices[p] for p in self._processes]), ("process",))
+        split = NamedSharding(one_each, PartitionSpec("process"))
+
+        def spread(a):
+            own = jax.device_put(np.asarray(a)[None], devices[jax.process_index()])
+            shape = (len(self._processes), *own.shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, split, [own])
+
+        everywhere = NamedSharding(one_each, PartitionSpec())
+        with jax.set_mesh(one_each):
+            add = jax.jit(calibration.total, out_shardings=everywhere)
+            return jax.tree.map(np.asarray, add(jax.tree.map(spread, statistics)))
 
     def stack(self, values: Sequence[Any]) -> Any:
         """In host memory."""
@@ -251,8 +304,11 @@ class OnMesh(Here):
     def weight(self, array: formats.CompressedArray) -> jax.Array:
         """Split over outputs, or the stack where that takes more devices.
 
-        XLA gathers what is smaller, the weight or the batch that it is multiplied with.
+        XLA gathers what is smaller, the weight or the batch that it is multiplied with. Neither
+        where each CPU has all of the weight and a part of each batch.
         """
+        if self._data_parallel:
+            return jax.jit(_dense, out_shardings=self._sharding())(self.shared(array))
         choices = [
             (self._dividing(size), kind == "dim", axis)
             for axis, (size, (kind, index)) in enumerate(

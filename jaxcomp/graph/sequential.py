@@ -22,7 +22,7 @@ from jaxcomp.formats import is_compressed
 from jaxcomp.graph import _compat, sharded
 from jaxcomp.graph.interpret import Handler, picked, quantizes_input, shard_mapped
 from jaxcomp.graph.program import Op, Program
-from jaxcomp.graph.sites import Site, is_grouped, to_tokens
+from jaxcomp.graph.sites import Site, is_grouped, splits_tokens, to_tokens
 from jaxcomp.graph.views import View
 from jaxcomp.io.stacked import densified
 
@@ -348,11 +348,16 @@ class Sequential:
             return [self.place.load(v[b]) if isinstance(v, Many) else v for v in operands]
 
         stack = site.layout.sizes(site.batch_axes)
-        state = self.place.shared(calibration.init(site.in_size, needs, stack))
-        function = None
-        for values in placing.ahead(load, count):
-            function = function or self.updating(op, values[1 - site.operand])
-            state = function(state, values)
+        state = calibration.init(site.in_size, needs, stack)
+        x = operands[1 - site.operand]
+        if self.place.hosts and isinstance(x, Many) and splits_tokens(op.eqn, site):
+            state = self.place.summed(self.own_statistics(op, x, state))
+        else:
+            state = self.place.shared(state)
+            function = None
+            for values in placing.ahead(load, count):
+                function = function or self.updating(op, values[1 - site.operand])
+                state = function(state, values)
         state = self.place.shared(host.to_device(state))
         for name, value in state._asdict().items():
             if value is not None and np.isnan(np.asarray(value)).any():
@@ -361,6 +366,14 @@ class Sequential:
                     "calibration data: the model makes NaN before this layer; check the weights, "
                     "the dtype (float16 overflows) and the data"
                 )
+        return state
+
+    def own_statistics(self, op: Op, x: Many, state: Any) -> calibration.Statistics:
+        """Adds the tokens that are this process's to count, of all batches, by NumPy."""
+        state = jax.tree.map(np.asarray, state)
+        for value in x:
+            for part in filter(len, self.place.own(value)):
+                state = calibration.update(state, to_tokens(op.eqn, op.site, part))
         return state
 
     def updating(self, op: Op, x: Any) -> Callable:

@@ -209,6 +209,11 @@ def features(eqn: Any, site: Site) -> tuple[int, ...]:
     return _dot_axes(eqn, site)[2] if site.kind == "dot_general" else (-1,)
 
 
+def splits_tokens(eqn: Any, site: Site) -> bool:
+    """Whether parts of a contraction's input along its leading axis hold other tokens each."""
+    return site.kind == "dot_general" and 0 in _dot_axes(eqn, site)[1]
+
+
 def to_tokens(eqn: Any, site: Site, x: jax.Array) -> jax.Array:
     """The input of a contraction as ``(*batch, tokens, in)``, in the order of the canonical matrix.
 

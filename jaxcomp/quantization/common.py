@@ -135,13 +135,32 @@ def splits_rows(w: Any, h: Any, fmt: Any) -> bool:
     Returns:
       True on the CPU for a single matrix of concrete values whose rows share no scale.
     """
+    if not _independent_rows(w, fmt):
+        return False
+    return jax.default_backend() == "cpu" and host.is_on_host(w, h)
+
+
+def spreads_rows(w: Any, h: Any, fmt: Any) -> bool:
+    """Whether several processes each run the column loop over the rows that their CPUs hold.
+
+    Args:
+      w: the weight.
+      h: its Hessian.
+      fmt: element format or None.
+
+    Returns:
+      True where ``splits_rows`` would be if one process held the weight. ``by_rows`` then calls its
+      function with NumPy arrays as well, so it must read nothing that lies on the mesh.
+    """
+    return _independent_rows(w, fmt) and host.split_by_rows(w) and host.is_whole(h)
+
+
+def _independent_rows(w: Any, fmt: Any) -> bool:
     if w.ndim != 2:
         return False
     if getattr(fmt, "out_group_size", 1) != 1 or getattr(fmt, "kind", None) == "nvfp4":
         return False
-    if fmt is not None and grid.fits_together(fmt):
-        return False
-    return jax.default_backend() == "cpu" and host.is_on_host(w, h)
+    return fmt is None or not grid.fits_together(fmt)
 
 
 def by_rows(function: Any, *operands: Any) -> Any:
@@ -153,10 +172,26 @@ def by_rows(function: Any, *operands: Any) -> Any:
       *operands: arrays ``(out, ..)``, or None.
 
     Returns:
-      The result for all rows.
+      The result for all rows; of a weight that ``spreads_rows`` it is split like the weight.
     """
+    first = operands[0]
+    if not host.split_by_rows(first):
+        operands = [None if a is None else np.asarray(a) for a in operands]
+        return host.to_device(_slabs(function, operands)[0])
+    # Nothing is exchanged: each process has the rows that it computes.
+    placed = [None if a is None else jax.device_put(a, first.sharding) for a in operands]
+    own = [None if a is None else host.own_rows(a)[0] for a in placed]
+    starts = host.own_rows(first)[1]
+    with host.alone():
+        whole, per_row = _slabs(function, own)
+    return jax.tree.map(
+        lambda a, rows: host.from_own_rows(a, starts, first) if rows else a, whole, per_row
+    )
+
+
+def _slabs(function: Any, operands: Sequence[np.ndarray | None]) -> tuple[Any, Any]:
+    """What ``by_rows`` gives for NumPy arrays, and for each array whether it has the rows first."""
     out = operands[0].shape[0]
-    operands = [None if a is None else np.asarray(a) for a in operands]
 
     def slab(a, start):
         if a is None:
@@ -168,17 +203,18 @@ def by_rows(function: Any, *operands: Any) -> Any:
         full[: len(piece)] = piece
         return full
 
-    whole = None
+    whole = per_row = None
     for start in range(0, out, ROWS):
         pieces = jax.tree.map(np.asarray, function(*(slab(a, start) for a in operands)))
         if whole is None:
+            per_row = jax.tree.map(lambda a: len(a) == ROWS, pieces)
             whole = jax.tree.map(
                 lambda a: host.empty((out, *a.shape[1:]), a.dtype) if len(a) == ROWS else a, pieces
             )
         for all_rows, piece in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
             if len(piece) == ROWS:
                 all_rows[start : start + ROWS] = piece[: out - start]
-    return host.to_device(whole)
+    return whole, per_row
 
 
 def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None = None) -> jax.Array:

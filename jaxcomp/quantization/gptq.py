@@ -173,7 +173,7 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
     checks.check_hessian(h, w, path)
     chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
     chosen |= {"static": static, "report": report}
-    if common.splits_rows(w, h, fmt):
+    if common.splits_rows(w, h, fmt) or common.spreads_rows(w, h, fmt):
         h = np.asarray(h)
         if known is None:
             h = h.astype(common.working_dtype(w), copy=False)
