@@ -58,9 +58,16 @@ TOGETHER = """
     import hashlib
     import numpy as np
     import jaxcomp as jc
-    from jaxcomp import evaluation
+    from jaxcomp import evaluation, host
     from jaxcomp.models import partition_rules
     from tests.test_compress_processes import CONFIG, RECIPES, llama
+
+    rows, shares = host.own_rows, []
+    def own_rows(array):
+        found = rows(array)
+        shares.append(len(found[0]) / len(array))
+        return found
+    host.own_rows = own_rows
 
     apply, params, tokens = llama()
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -71,6 +78,8 @@ TOGETHER = """
         print(name, hashlib.sha256(b"".join(a.tobytes() for a in leaves)).hexdigest())
         jc.save(FOLDER / name, result)
         if name == "gptq":
+            # GPTQ's column loops run over half of the rows on each process.
+            assert set(shares) == {0.5}, shares
             rules = partition_rules(CONFIG, tensor="model", scan=True)
             rules = [(path, spec) for path, spec in rules if "gate_proj" not in path]
             loaded = jc.load(FOLDER / name, mesh=mesh, rules=rules).params
@@ -160,6 +169,7 @@ def test_four_processes_with_a_part_of_weights_and_batches_each(tmp_path):
 DIFFERENT = """
     import numpy as np
     import jaxcomp as jc
+    from jaxcomp import calibration, placing
 
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((2, 8, 8)).astype(np.float32)
@@ -202,6 +212,21 @@ DIFFERENT = """
     np.testing.assert_allclose(
         result.params["w"].materialize(), alone[0].params["w"].materialize(), rtol=1e-5
     )
+    # Each token counts once, though devices of both processes have it: those of a batch that the
+    # mesh does not divide, and those of one that its first axis does.
+    crossed = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("d", "m"))
+    for rows, over in ((7, mesh), (6, crossed)):
+        place, tokens = placing.place(over), x[:rows]
+        kept = place.keep(place.load(tokens))
+        state = calibration.init(8, frozenset({"hessian", "range"}))
+        state = jax.tree.map(np.asarray, state)
+        for part in filter(len, place.own(kept)):
+            state = calibration.update(state, part)
+        total = place.summed(state)
+        assert total.count == rows
+        rounding = rows * np.finfo(np.float32).eps * (abs(tokens).T @ abs(tokens)).max()
+        np.testing.assert_allclose(total.hessian, tokens.T @ tokens, rtol=0, atol=rounding)
+        np.testing.assert_array_equal(total.minimum, tokens.min(0))
     print("well")
 """
 
