@@ -32,7 +32,7 @@ from jaxcomp.kernels.sparse_attention.gpu_kernel import (
     unpacked,
     words_of,
 )
-from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK
+from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK, WORDS
 from jaxcomp.kernels.sparse_attention.schedule import RULE, TABLE
 
 LSE, DELTA = 0, 1  # in one array, whose addresses take half the registers of two
@@ -63,8 +63,12 @@ def gradients(
     rows, dtype = operands["rows"], operands["q"].dtype
     operands = _with_positions(operands, batch, by_keys)
 
+    # Two sums of 128 columns and segments leave registers for fewer scores at once.
+    width = ROWS // 2 if by_keys and dim == 128 and "own" in operands else ROWS
+
     def tiles(*shape, columns=dim):
-        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        # A product's summed axis is whole spans of the swizzle, and a part's is its width.
+        swizzled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
         return plgpu.SMEM((*shape, columns), dtype, transforms=swizzled)
 
     scratch = {f"kept{i}": tiles(WORKERS, ROWS) for i in range(2)}
@@ -75,7 +79,7 @@ def gradients(
         "empty": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=_STAGES),
     }
     if problem.staged:
-        scratch["left"] = tiles(WORKERS, 2, ROWS, columns=ROWS)
+        scratch["left"] = tiles(WORKERS, 2, ROWS, columns=width)
     names = ("dk", "dv") if by_keys else ("dq",)
 
     def body(*refs, **scratch):
@@ -94,7 +98,7 @@ def gradients(
         lax.cond(
             worker == WORKERS,
             functools.partial(_copy, *arguments),
-            functools.partial(_work, *arguments, names),
+            functools.partial(_work, *arguments, names, width),
         )
 
     like = operands["k"] if by_keys else operands["q"]
@@ -201,12 +205,12 @@ def _copy(refs, scratch, place: _Place, problem: Problem, kept, moving) -> None:
         plgpu.barrier_wait(scratch["empty"].at[lax.rem(step - first, _STAGES)])
 
 
-def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names) -> None:
-    """Goes over the blocks of a list and sums up what each adds."""
+def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names, width: int) -> None:
+    """Goes over the blocks of a list, in parts of a width, and sums up what each adds."""
     plgpu.set_max_registers(WORK_REGISTERS, action="increase")
     worker, by_keys, dtype = place.worker, place.by_keys, refs["q"].dtype
     start, first = place.start(refs) + worker * ROWS, place.bound(refs, 0)
-    shape, out_shape = (ROWS, ROWS), (ROWS, refs["q"].shape[-1])
+    shape, out_shape = (ROWS, width), (ROWS, refs["q"].shape[-1])
     here = [scratch[f"kept{i}"].at[worker] for i in range(2)]
     down, across = (
         functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=(axis,))
@@ -227,18 +231,22 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names) -
     def statistic(i, at, head):
         if not by_keys:
             return down(statistics[i])
-        return across(of_columns(refs["statistics"].at[i, place.batch, head, pl.ds(at, ROWS)]))
+        return across(of_columns(refs["statistics"].at[i, place.batch, head, pl.ds(at, width)]))
 
     def masked(scores, code, step, within, at):
         """Scores, far down where a query may not look."""
         if code == TABLE:
             table = refs["tables"][place.listed, place.entry(refs, step)]
-            words = words_of(refs["bits"], table, worker)
-            words = [jnp.where(within == 0, *two) for two in zip(words[:2], words[2:], strict=True)]
+            every, count_here = words_of(refs["bits"], table, worker), width // 32
+            words = every[:count_here]
+            for first_word in range(count_here, WORDS, count_here):
+                chosen = within == first_word * 32
+                others = every[first_word : first_word + count_here]
+                words = [jnp.where(chosen, *two) for two in zip(others, words, strict=True)]
             scores = jnp.where(unpacked(words), scores, MASKED)
         elif code >= RULE:
             # Those that change are read: the compiler would hold all that it counts in registers.
-            columns = of_columns(refs["passing"].at[0, place.batch, pl.ds(at, ROWS)])
+            columns = of_columns(refs["passing"].at[0, place.batch, pl.ds(at, width)])
             columns &= _POSITION_MASK
             positions = [down(count(ROWS, 1) + start), across(columns)]
             positions = positions[::-1] if by_keys else positions
@@ -246,13 +254,13 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names) -
             scores = jnp.where(allowed, scores, MASKED)
         if "own" in refs:
             own = of_rows(refs["own"].at[place.batch, pl.ds(start, ROWS)])
-            other = of_columns(refs["passing"].at[1, place.batch, pl.ds(at, ROWS)])
+            other = of_columns(refs["passing"].at[1, place.batch, pl.ds(at, width)])
             scores = jnp.where(down(own) == across(other), scores, MASKED)
         return scores
 
     def add(sums, code, step, within):
         stage = lax.rem(step - first, _STAGES)
-        there = [scratch[f"moving{i}"].at[stage, pl.ds(within, ROWS)] for i in range(2)]
+        there = [scratch[f"moving{i}"].at[stage, pl.ds(within, width)] for i in range(2)]
 
         # Always zero, which the compiler cannot know: it would keep the addresses of all parts of
         # what is kept in registers.
@@ -292,10 +300,10 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names) -
                 stage = lax.rem(step - first, _STAGES)
                 plgpu.barrier_wait(scratch["full"].at[stage])
 
-                # A loop, so that no more addresses than those of one half are held in registers.
-                @pl.loop(0, BLOCK // ROWS)
-                def _half(half):
-                    add(sums, code, step, pl.multiple_of(half * ROWS, ROWS))
+                # A loop, so that no more addresses than those of one part are held in registers.
+                @pl.loop(0, BLOCK // width)
+                def _part(part):
+                    add(sums, code, step, pl.multiple_of(part * width, width))
 
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(scratch["empty"].at[stage])

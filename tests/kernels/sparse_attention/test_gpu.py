@@ -71,7 +71,7 @@ class TestInterpreted(Reference):
     def test_gradients_with_segments_and_a_cap(self):
         mask = window(64) & causal() | random(1, seed=2, block_size=64)
         segments = np.repeat([[0, 1, -1]], [60, 70, 20], axis=1).astype(np.int32)
-        sizes = {"queries": 150, "keys": 150, "heads": 2, "kv_heads": 1, "dim": 64}
+        sizes = {"queries": 150, "keys": 150, "heads": 2, "kv_heads": 1, "dim": 128}
         self.gradients(mask, "bfloat16", soft_cap=3.0, segment_ids=segments, **sizes)
 
     @pytest.mark.slow
@@ -179,7 +179,7 @@ PROGRAMS = [
     {"mask": "causal", "queries": 5},
     {"mask": "causal", "queries": 16384, "gradient": True},
     {"mask": "bigbird", "gradient": True, "dtype": "float16"},
-    {"mask": "heads", "gradient": True, "dim": 64, "segments": True, "soft_cap": 30.0},
+    {"mask": "heads", "gradient": True, "segments": True, "soft_cap": 30.0},
 ]
 
 
