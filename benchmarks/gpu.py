@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [--save FILE] [--budget SECONDS] [--sweep] [--only WORD] [--rehearse]
 
-Quantized matmuls are here, sparse attention and products in ``gpu_sparse``. First every kernel is
+Quantized matmuls are here, sparse attention and products in ``gpu_sparse``, decoding in
+``gpu_decode``. First every kernel is
 compared with float64, at sizes that do not divide the tiles, and run three times: an answer that
 changes is a race. Then medians: each sample times many calls at once, over distinct weights that
 together exceed the second-level cache several times, and the variants of a table take turns.
@@ -33,7 +34,7 @@ from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import gpu, reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 
-from benchmarks import common, gpu_sparse
+from benchmarks import common, gpu_decode, gpu_sparse
 from benchmarks.gpu_timing import MARK, Variants, copies, reply
 
 SHAPES = {"up": (14336, 4096), "down": (4096, 14336)}
@@ -173,10 +174,12 @@ def check_all(checks: list, start: int, interpret) -> None:
 
 
 def checks_of(arguments: argparse.Namespace) -> list:
-    """What is checked: with ``--only sparse`` only sparse kernels."""
+    """What is checked: with ``--only sparse`` or ``--only decode`` only those kernels."""
+    parts = {"table": CHECKS, "sparse": gpu_sparse.CHECKS, "decode": gpu_decode.CHECKS}
     if arguments.rehearse:
-        return [*REHEARSED, *gpu_sparse.REHEARSED]
-    return [*([] if "sparse" in arguments.only else CHECKS), *gpu_sparse.CHECKS]
+        parts = {"table": REHEARSED, "sparse": gpu_sparse.REHEARSED, "decode": gpu_decode.REHEARSED}
+    wanted = parts.keys() & set(arguments.only.split()) or parts
+    return [check for part, checks in parts.items() if part in wanted for check in checks]
 
 
 def batch(rng: np.random.Generator, m: int, n: int, k: int, weight_bytes: float) -> list:
@@ -337,6 +340,8 @@ def run_part(arguments: argparse.Namespace) -> None:
         name, m, deadline = options[0], int(options[1]), time.perf_counter() + float(options[2])
         if part == "sparse":
             rows, ratios = gpu_sparse.table_of(name, m, deadline, arguments.rehearse)
+        elif part == "decode":
+            rows, ratios = gpu_decode.table_of(m, deadline, arguments.rehearse)
         else:
             rows, ratios = table_of(name, m, arguments.sweep, deadline, arguments.rehearse)
         reply({"rows": rows, "ratios": ratios})
@@ -347,7 +352,7 @@ def main() -> int:
     parser.add_argument("--save", type=pathlib.Path, help="a file for what is printed")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
     parser.add_argument("--sweep", action="store_true", help="also try other tiles")
-    parser.add_argument("--only", default="", help="a shape, rows or both: 'up 16'; sparse")
+    parser.add_argument("--only", default="", help="a shape, rows or both: 'up 16'; sparse; decode")
     parser.add_argument("--rehearse", action="store_true", help="a small part, on a CPU")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -393,14 +398,16 @@ def main() -> int:
     columns = {
         "table": ("product", "us", "+-", "GB/s", "TFLOP/s", "times bf16"),
         "sparse": ("computed", "us", "+-", "% of blocks", "TFLOP/s", "times dense"),
+        "decode": ("decoded", "us", "+-", "GB/s", "% of bandwidth", "times cuDNN"),
     }
     cases = [("table", shape, m) for shape in SHAPES for m in ROWS]
     cases += [("sparse", *case) for case in gpu_sparse.tables()]
+    cases += [("decode", *case) for case in gpu_decode.tables()]
     if arguments.only:
         wanted = set(arguments.only.split())
         cases = [(part, n, m) for part, n, m in cases if wanted <= {part, n, str(m)}]
     if arguments.rehearse:
-        cases = [next(case for case in cases if case[0] == part) for part in columns]
+        cases = list({case[0]: case for case in reversed(cases)}.values())[::-1]
     for part, name, m in cases:
         seconds, title = left(), f"{part} of {name}, {m} rows"
         if seconds < 20:
@@ -419,9 +426,10 @@ def main() -> int:
 
     required = [("table", shape, m, name, least) for name, m, least, shape in REQUIRED]
     required += [("sparse", *each) for each in gpu_sparse.REQUIRED]
+    required += [("decode", *each) for each in gpu_decode.REQUIRED]
     for part, shape, m, name, least in required:
         ratio = ratios.get((part, shape, m), {}).get(name)
-        dense = "bf16" if part == "table" else "the dense kernel"
+        dense = {"table": "bf16", "sparse": "the dense kernel", "decode": "cuDNN"}[part]
         text = f"{name} at {m} rows, {shape}: at least {least} times {dense}"
         if ratio is None:
             out(f"not measured: {text}")

@@ -4,8 +4,9 @@ A site whose weight is compressed goes to an implementation:
 
 - "int8": the input's integer codes times the weight's, summed in int32, then scaled;
 - "fp8": the same with float8 values;
-- "kernel": the weight stays packed in memory and is decoded next to the matrix unit (on TPUs);
-  of experts elsewhere too, one after the other, each for its own rows;
+- "kernel": the weight stays packed in memory and is decoded next to the matrix unit (on TPUs; on
+  Hopper GPUs where a table of measurements says so, see ``jaxcomp.kernels.tuning``); of experts
+  elsewhere too, one after the other, each for its own rows;
 - "parts": the input through each part in turn (a scale, a thin product, some dense columns);
 - "rows": of an embedding only the rows that are looked up;
 - "materialize": the weight made dense inside the computation, then the equation as it stands.
@@ -344,7 +345,11 @@ def choose(
                 f"({told}); "
                 "leave implementation out to let each site choose"
             )
+        if forced == "kernel" and plain:
+            return forced, "asked for" + _forced_on_gpu(op, leaf, split)
         return forced, "asked for"
+    if plain and not reasons["kernel"] and chip.platform == "gpu":
+        return "kernel", f"measured to be faster than XLA on {chip.name}"
     if not reasons["parts"] and reasons["kernel"]:
         floats = _floats_pay(op, leaf, chip, not reasons["int8"], not reasons["fp8"])
         if floats:
@@ -434,6 +439,21 @@ def _no_kernel(
             "the sharding rules"
         )
     return ""
+
+
+def _forced_on_gpu(op: Op, leaf: formats.CompressedArray, split: NamedSharding | None) -> str:
+    """What runs on a GPU when a kernel is asked for; empty on other chips."""
+    chip = _chip_of(leaf, split and split.mesh)
+    if chip.platform != "gpu":
+        return ""
+    dtype, batched = op.eqn.invars[1 - op.site.operand].aval.dtype, bool(op.site.batch_axes)
+    problems = [
+        packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p), batched)
+        for p in leaf.parts
+    ]
+    if None in problems:
+        return f": decoded next to the matrix unit of an {chip.name}"
+    return f", and XLA runs it: {'; '.join(dict.fromkeys(problems))}"
 
 
 def _row_wise(op: Op, leaf: formats.CompressedArray) -> bool:

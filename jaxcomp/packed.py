@@ -5,14 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxcomp import formats, packed_sparse
 from jaxcomp.formats import base
 from jaxcomp.kernels import quantized_matmul as kernels
-from jaxcomp.kernels import tuning
+from jaxcomp.kernels import chips, tuning
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
+from jaxcomp.kernels.quantized_matmul import api, layout, reference, sharding, weights
 from jaxcomp.step import Activation
 
 _ACTIVATION_DTYPES = {"int8": "int8", "e4m3": "float8_e4m3fn"}
@@ -33,12 +33,18 @@ class Prepared(base.Part):
     table: jax.Array | None = None
 
     @classmethod
-    def of(cls, weight: weights.Weight) -> "Prepared":
-        """The part that holds a weight in the stored layout."""
+    def of(cls, weight: weights.Weight, chip: Chip | None = None) -> "Prepared":
+        """The part that holds a weight, stored so far, in the layout of a chip; TPUs' if None."""
         table = weight.table
         if table is not None:
             table = jnp.broadcast_to(table, (*weight.stack, *table.shape))
-        return cls(dataclasses.replace(layout.prepare(weight), table=None), table)
+        if chip is not None and chip.platform == "gpu":
+            from jaxcomp.kernels.quantized_matmul import gpu  # Pallas takes a while to import.
+
+            ready = gpu.prepare(weight)
+        else:
+            ready = layout.prepare(weight)
+        return cls(dataclasses.replace(ready, table=None), table)
 
     @property
     def whole(self) -> weights.Weight:
@@ -53,7 +59,7 @@ class Prepared(base.Part):
 
     def materialize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The dense matrix ``(*stack, out, in)`` in ``dtype``."""
-        return weights.dequantize(layout.restore(self.whole)).astype(dtype)
+        return weights.dequantize(api.restored(self.whole)).astype(dtype)
 
 
 def operand(part: Any) -> weights.Weight | str:
@@ -87,7 +93,9 @@ def prepared(part: Any, chip: Chip, activation: Activation | None = None) -> Any
         return part if activation is not None else packed_sparse.prepared(part, chip)
     if problem(part, chip, activation=activation) is not None or isinstance(part, Prepared):
         return part
-    return Prepared.of(operand(part))
+    if chip.platform == "gpu" and activation is not None:
+        return part  # Its products of codes read the stored layout.
+    return Prepared.of(operand(part), chip)
 
 
 def _other(part: Any) -> str:
@@ -198,17 +206,24 @@ def problem(
             return "the quantized input has zero points"
     if chip is None:
         return None
-    if chip.platform != "tpu":
-        return f"the chip is {chip.name}, not a TPU"
-    from jaxcomp.kernels.quantized_matmul import tpu  # Pallas takes a while to import.
+    if chip.platform == "cpu":
+        return f"the chip is {chip.name}, not a TPU or GPU"
+    from jaxcomp.kernels.quantized_matmul import gpu, tpu  # Pallas takes a while to import.
 
     if split is not None:
         weight = sharding.local(weight, split)
-    return tpu.unfit(weight, chip, reference.Options(None, quantized, "float32"), dtype)
+    options = reference.Options(None, quantized, "float32")
+    if chip.platform == "tpu":
+        return tpu.unfit(weight, chip, options, dtype)
+    if batched:
+        return "the kernel for GPUs takes one matrix at a time"
+    return gpu.reason(jax.ShapeDtypeStruct((1, weight.shape[1]), dtype), weight, options, chip)
 
 
 def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = None) -> str | None:
-    """Why XLA is to multiply a part that a kernel reads: the user's table of measurements says so.
+    """Why XLA is to multiply a part that a kernel reads: the table of measurements says so.
+
+    On a GPU it has to speak for the kernel, elsewhere against it.
 
     Args:
       part: arrays or shapes, without input transforms.
@@ -226,6 +241,11 @@ def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = Non
     (weight,) = found
     if isinstance(weight, str):
         return None
+    if chip.platform == "gpu":
+        from jaxcomp.kernels.quantized_matmul import gpu
+
+        quantized = activation and _ACTIVATION_DTYPES[activation.format]
+        return gpu.slower(rows, weight, reference.Options(None, quantized, "float32"), chip)
     other = "xla" if activation is None else "codes"
     kind = activation and activation.format
     shape = (rows, *weight.shape)
@@ -256,11 +276,21 @@ def matmul(
     """
     if isinstance(part, packed_sparse.PARTS):
         return packed_sparse.matmul(x, part, split)
+    chip = chips.chip_of(x, *jax.tree.leaves(part))
+    mesh = None if split is not None else chips.mesh_of(x, *jax.tree.leaves(part))
+    known = mesh is None or AxisType.Explicit in mesh.axis_types
+    implementation = None
+    if chip is not None and chip.platform == "gpu" and known:
+        # It was measured, or asked for: where it fits, nothing else is to run.
+        batched = x.ndim > 2
+        if problem(part, chip, x.dtype, split, activation, batched) is None:
+            implementation = "mosaic_gpu"
     return kernels.quantized_matmul(
         x,
         operand(part),
         activation_dtype=activation and _ACTIVATION_DTYPES[activation.format],
         x_scales=scale,
         out_dtype=jnp.float32,
+        implementation=implementation,
         weight_spec=split,
     )

@@ -61,8 +61,8 @@ def quantized_matmul(
       x_scales: f32, broadcasts against ``(*stack, .., 1)``: what rows are divided by before they
         are rounded, static scales for instance; None for each row's largest entry.
       out_dtype: dtype of y; None for x's.
-      implementation: "xla", "mosaic_tpu", "mosaic_gpu" (Hopper; never run on a GPU so far, so only
-        where it is asked for), or None for the best one.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
+        Hopper GPUs was never run on one: None takes it where a table of measurements says so.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
       weight_spec: mesh axes of the weight's stack axes, N and K, on a mesh of Auto axes; a
         NamedSharding where neither an array nor the mesh in use tells the mesh.
@@ -256,7 +256,7 @@ def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) 
         on_tpu = "the weight was prepared for GPUs"
     on_gpu = gpu.reason(x, weight, options, None if interpret else chip)
     if implementation is None:
-        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
+        on_gpu = on_gpu or gpu.slower(x.shape[0], weight, options, chip)
     chosen = implementations.choose(
         f"quantized_matmul of x {x.shape} {x.dtype} and {weight.format} {weight.shape} in "
         f"groups of {weight.group_size}",

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxcomp.kernels import tuning
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import layout, reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
@@ -20,6 +21,7 @@ except ImportError:  # a jaxlib without Mosaic GPU
     gpu_decode = gpu_kernel = Tiles = None
 
 _OLDEST = (0, 11)
+_ACTIVATIONS = {None: None, "int8": "int8", "float8_e4m3fn": "e4m3"}  # as tables call them
 LAYOUT = layout.GPU_LAYOUT  # codes in the order of ``gpu_decode.block_of``
 _CORES = 132
 _SHARED_BYTES = 227 * 1024
@@ -71,25 +73,28 @@ def reason(x: jax.Array, weight: Weight, options: Options, chip: Chip | None) ->
     return None
 
 
-def slower(x: jax.Array, weight: Weight, options: Options) -> str | None:
-    """Why XLA is the better choice for a product that the kernel can compute.
+def slower(rows: int, weight: Weight, options: Options, chip: Chip) -> str | None:
+    """Why XLA is to compute a product that the kernel can: no measurement speaks for the kernel.
 
     Args:
-      x: ``(M, K)``.
-      weight: without stack axes.
+      rows: of x.
+      weight: its product, that of one matrix of a stack.
       options: what is fused.
+      chip: that it would run on.
 
     Returns:
-      The reason, or None where the kernel is the better choice.
+      The reason, or None where the kernel was measured to be faster (``tuning``).
     """
-    del options
-    one_group = weight.group_size == weight.shape[1] and weight.zeros is None
-    if one_group and weight.format in ("int8", "int4", "fp8") and weight.layout == "stored":
-        return "XLA decodes one group a row within its own matmul"
-    limit = _table()["xla_above"].get(weight.format)
-    if limit is not None and x.shape[0] > limit:
-        return f"XLA is faster above {limit} rows of x"
-    return None
+    activation = _ACTIVATIONS[options.activation_dtype]
+    ways = ("kernel", "xla" if activation is None else "codes")
+    shape = (rows, *weight.shape)
+    fastest = tuning.fastest(chip.name, weight.format, activation, shape, weight.group_size, ways)
+    if fastest is None:
+        return (
+            f"no measurement on {chip.name} says that it is faster than XLA; ask for it by name, "
+            "or measure with python -m jaxcomp.kernels.tune"
+        )
+    return None if fastest == "kernel" else f"XLA was measured to be faster on {chip.name}"
 
 
 def run(

@@ -195,10 +195,7 @@ class TestReason:
         x, options = jnp.ones((1, 128), jnp.bfloat16), Options(None, None, "bfloat16")
         weight = self.weight(group_size=64)
         assert gpu.reason(x, weight, options, chips.H100) is None
-        assert gpu.slower(x, weight, options) is None
-        assert "one group a row" in gpu.slower(x, self.weight(), options)
-        many = jnp.ones((4096, 128), jnp.bfloat16)
-        assert "rows of x" in gpu.slower(many, self.weight(group_size=64, format="int8"), options)
+        assert "no measurement on h100" in gpu.slower(1, weight, options, chips.H100)
 
     @needs_mosaic
     def test_tiles_that_do_not_fit_are_refused(self):
