@@ -250,7 +250,8 @@ class Dispatcher(Plain):
         if site.kind == "ragged_dot":
             y = packed_experts.multiply(x, operands[2], weight, split)
             return [y.astype(op.eqn.outvars[0].aval.dtype)], state
-        y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split)
+        out_dtype = op.eqn.outvars[0].aval.dtype
+        y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split, out_dtype)
         return [from_tokens(op.eqn, site, y)], state
 
     def dense(self, path, view, leaf):

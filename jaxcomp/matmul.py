@@ -51,6 +51,7 @@ def matmul(
     weight: formats.CompressedArray,
     implementation: str = "parts",
     split: NamedSharding | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Product of an input with a compressed weight, part by part.
 
@@ -60,32 +61,34 @@ def matmul(
       implementation: "int8" or "fp8" multiply codes where a part has them, "kernel" reads packed
         parts where a kernel does; "parts" simulates.
       split: mesh axes of the weight's stack, out and in, for kernels on a mesh of Auto axes.
+      out_dtype: what the caller rounds to: a kernel may do so for a weight of one part.
 
     Returns:
-      ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs).
+      ``(*stack, tokens, out)`` in float32 (float64 for float64 inputs), or ``out_dtype``.
     """
     if x.dtype not in (jnp.bfloat16, jnp.float64) or implementation != "kernel":
         x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     total = None
+    out_dtype = out_dtype if len(weight.parts) == 1 else jnp.float32
     for part in weight.parts:
-        y = _part_matmul(x, part, implementation, split)
+        y = _part_matmul(x, part, implementation, split, out_dtype)
         total = y if total is None else total + y
     return total
 
 
 def _part_matmul(
-    x: jax.Array, part: Any, implementation: str, split: NamedSharding | None
+    x: jax.Array, part: Any, implementation: str, split: NamedSharding | None, out_dtype: Any
 ) -> jax.Array:
     if isinstance(part, formats.InputScale):
         if activation(part) is not None:  # A rounded product could be another code.
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scaled = x * part.scale[..., None, :].astype(x.dtype)
-        return _part_matmul(scaled, part.part, implementation, split)
+        return _part_matmul(scaled, part.part, implementation, split, out_dtype)
     if isinstance(part, formats.InputQuant):
-        return _quantized_part(x, part, implementation, split)
+        return _quantized_part(x, part, implementation, split, out_dtype)
     if implementation == "kernel":
         if packed.problem(part) is None and x.dtype != jnp.float64:
-            return packed.matmul(x, part, split)
+            return packed.matmul(x, part, split, out_dtype=out_dtype)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if isinstance(part, formats.LowRankPart):
         inner = jnp.matmul(x, jnp.swapaxes(part.b, -1, -2).astype(x.dtype))
@@ -99,7 +102,11 @@ def _part_matmul(
 
 
 def _quantized_part(
-    x: jax.Array, part: formats.InputQuant, implementation: str, split: NamedSharding | None
+    x: jax.Array,
+    part: formats.InputQuant,
+    implementation: str,
+    split: NamedSharding | None,
+    out_dtype: Any,
 ) -> jax.Array:
     scale, zero = part.scale, part.zero_point
     if scale is not None:
@@ -110,13 +117,15 @@ def _quantized_part(
         if packed.problem(inner, activation=spec) is None and x.dtype != jnp.float64:
             # The scale is that of the whole row, also where devices hold a part of it each.
             scale = input_scales(x, spec)[0] if scale is None else scale
-            return packed.matmul(x, inner, split, spec, scale.astype(jnp.float32))
+            scale = scale.astype(jnp.float32)
+            return packed.matmul(x, inner, split, spec, scale, out_dtype)
         implementation = "int8" if spec.format in ("int8", "int4") else "fp8"
     codable = (implementation == "int8" and integer(inner)) or (
         implementation == "fp8" and float8(inner)
     )
     if not codable:
-        return _part_matmul(rounded_input(x, spec, scale, zero), inner, implementation, None)
+        rounded = rounded_input(x, spec, scale, zero)
+        return _part_matmul(rounded, inner, implementation, None, jnp.float32)
     codes, scale, zero = quantize_input(x, spec, scale, zero)
     stack = codes.shape[:-2]
     scale, zero = (

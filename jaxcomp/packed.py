@@ -261,6 +261,7 @@ def matmul(
     split: NamedSharding | None = None,
     activation: Activation | None = None,
     scale: jax.Array | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Product of an input with a part that ``operand`` accepts, by its kernel.
 
@@ -270,16 +271,17 @@ def matmul(
       split: mesh axes of stack, out and in, on a mesh of Auto axes.
       activation: how the input is quantized on its way, or None.
       scale: of the quantized input, broadcasts against ``(*stack, tokens, 1)``.
+      out_dtype: what the caller rounds to; the kernel for GPUs does it on its way out.
 
     Returns:
-      ``(*stack, tokens, out)`` in float32.
+      ``(*stack, tokens, out)`` in float32, or from that kernel in ``out_dtype``.
     """
     if isinstance(part, packed_sparse.PARTS):
         return packed_sparse.matmul(x, part, split)
     chip = chips.chip_of(x, *jax.tree.leaves(part))
     mesh = None if split is not None else chips.mesh_of(x, *jax.tree.leaves(part))
     known = mesh is None or AxisType.Explicit in mesh.axis_types
-    implementation = None
+    implementation, narrow = None, jnp.dtype(out_dtype).itemsize <= 4
     if chip is not None and chip.platform == "gpu" and known:
         # It was measured, or asked for: where it fits, nothing else is to run.
         batched = x.ndim > 2
@@ -290,7 +292,7 @@ def matmul(
         operand(part),
         activation_dtype=activation and _ACTIVATION_DTYPES[activation.format],
         x_scales=scale,
-        out_dtype=jnp.float32,
+        out_dtype=out_dtype if implementation and narrow else jnp.float32,
         implementation=implementation,
         weight_spec=split,
     )

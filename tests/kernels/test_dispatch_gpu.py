@@ -97,6 +97,8 @@ def test_asked_for_it_runs(name, hopper):
     (choice,) = fast.report(params, rows(MANY))
     assert choice.reason == "asked for: decoded next to the matrix unit of an h100"
     assert kernels_of(fast, params, rows(MANY)) == 1
+    # It writes what the caller wants, not float32 to be turned and rounded.
+    assert "f32[1,128,2048]" not in str(jax.make_jaxpr(fast)(params, rows(MANY)))
     # What the kernel does not take, the operation does in XLA, and the report says so.
     (choice,) = fast.report(params, rows(FEW, jnp.float32))
     assert "asked for, and XLA runs it: x is float32" in choice.reason
