@@ -9,12 +9,18 @@ import numpy as np
 from jaxcomp import host
 
 
+# Rows of a Hessian on the host that are computed at a time.
+_ROWS = 256
+
+
 class Statistics(NamedTuple):
     """Sums over tokens of what algorithms ask of a layer's input; fields not asked for are None.
 
     Attributes:
       count: ``(*stack,)`` float32, tokens seen.
-      hessian: ``(*stack, in, in)`` float32, sum over tokens of x xᵀ.
+      hessian: ``(*stack, in, in)`` float32, sum over tokens of x xᵀ, symmetric to the bit. It may
+        be the largest array there is; of NumPy and writeable it belongs to the layers of one input
+        group, and a step may compute in its memory if it puts back what was there.
       absmax: ``(*stack, in)`` largest magnitude.
       abssum: ``(*stack, in)`` sum of magnitudes.
       sumsq: ``(*stack, in)`` sum of squares.
@@ -32,7 +38,22 @@ class Statistics(NamedTuple):
 
     def scaled(self, scale: jax.Array) -> "Statistics":
         """Statistics of ``x * scale``, for a positive per-channel ``scale (*stack, in)``."""
+        rest = self._replace(hessian=None)
+        if isinstance(self.hessian, np.ndarray) and host.is_on_host(scale):
+            hessian = _scaled_on_host(self.hessian, np.asarray(scale))
+            return host.call(_scaled, rest, scale)._replace(hessian=hessian)
         return host.call(_scaled, self, scale)
+
+
+def _scaled_on_host(hessian: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The same numbers as ``_scaled`` without a matrix of the factors."""
+    *stack, size = np.broadcast_shapes(scale.shape, hessian.shape[:-1])
+    out = host.empty((*stack, size, size), hessian.dtype)
+    for start in range(0, size, _ROWS):
+        rows = slice(start, start + _ROWS)
+        np.multiply(scale[..., rows, None], scale[..., None, :], out=out[..., rows, :])
+        out[..., rows, :] *= hessian[..., rows, :]
+    return out
 
 
 def _scaled(s: Statistics, scale: jax.Array) -> Statistics:
@@ -41,7 +62,9 @@ def _scaled(s: Statistics, scale: jax.Array) -> Statistics:
 
     return Statistics(
         count=s.count,
-        hessian=by(s.hessian, scale[..., :, None] * scale[..., None, :]),
+        hessian=None
+        if s.hessian is None
+        else s.hessian * (scale[..., :, None] * scale[..., None, :]),
         absmax=by(s.absmax, scale),
         abssum=by(s.abssum, scale),
         sumsq=by(s.sumsq, scale**2),
@@ -68,23 +91,28 @@ def init(in_size: int, needs: frozenset[str], stack: tuple[int, ...] = ()) -> St
       stack: leading axes (experts) that have statistics of their own.
 
     Returns:
-      Statistics over zero tokens.
+      Statistics over zero tokens, NumPy arrays.
     """
     wanted = {field for need in needs for field in FIELDS[need]}
     vector = (*stack, in_size)
     start = {"minimum": np.inf, "maximum": -np.inf}
     shape = {"hessian": (*vector, in_size), "count": stack}
-    return host.to_device(
-        Statistics(
-            **{
-                field: np.full(shape.get(field, vector), start.get(field, 0), np.float32)
-                for field in ("count", *sorted(wanted))
-            }
-        )
-    )
+
+    def full(field):
+        # JAX takes it without a copy.
+        array = host.empty(shape.get(field, vector), np.float32)
+        array.fill(start.get(field, 0))
+        return array
+
+    return Statistics(**{field: full(field) for field in ("count", *sorted(wanted))})
 
 
-def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None) -> Statistics:
+def update(
+    statistics: Statistics,
+    x: jax.Array,
+    weight: jax.Array | None = None,
+    in_place: bool = False,
+) -> Statistics:
     """Adds tokens to statistics.
 
     Args:
@@ -93,6 +121,7 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
         same library.
       weight: optional bool ``(*stack, tokens)``, False for tokens that do not count (padding of
         ragged expert groups).
+      in_place: with NumPy, add to the given Hessian in its own memory.
 
     Returns:
       The statistics of all tokens so far.
@@ -112,12 +141,18 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
         return None if old is None else op(old, new())
 
     def add(old, new):
-        # A Hessian may be the largest array there is: NumPy's takes the place of what is added.
-        return np.add(old, new, out=new) if xp is np else old + new
+        return old + new
 
+    hessian = s.hessian
+    if hessian is not None and xp is np:
+        hessian = hessian if in_place else np.array(hessian)
+        _add_gram(hessian, x)
+    elif hessian is not None:
+        exact = jax.lax.Precision.HIGHEST
+        hessian = hessian + jnp.einsum("...ti,...tj->...ij", x, x, precision=exact)
     return Statistics(
         count=s.count + count,
-        hessian=combine(s.hessian, add, lambda: _gram(x)),
+        hessian=hessian,
         absmax=combine(s.absmax, xp.maximum, lambda: abs(x).max(-2)),
         abssum=combine(s.abssum, add, lambda: abs(x).sum(-2)),
         sumsq=combine(s.sumsq, add, lambda: (x * x).sum(-2)),
@@ -126,15 +161,17 @@ def update(statistics: Statistics, x: jax.Array, weight: jax.Array | None = None
     )
 
 
-def _gram(x: jax.Array) -> jax.Array:
-    """Xᵀ X of ``(*stack, tokens, in)``."""
-    if isinstance(x, np.ndarray):
-        # NumPy sees that the result is symmetric, and does half of the work.
-        size = x.shape[-1]
-        return np.matmul(
-            x.swapaxes(-1, -2), x, out=host.empty((*x.shape[:-2], size, size), x.dtype)
-        )
-    return jnp.einsum("...ti,...tj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
+def _add_gram(total: np.ndarray, x: np.ndarray) -> None:
+    """Adds Xᵀ X of ``(*stack, tokens, in)`` to a symmetric matrix, some rows at a time.
+
+    Only what is right of the diagonal is computed: half of the work, and symmetric to the bit.
+    """
+    for start in range(0, x.shape[-1], _ROWS):
+        rows, after = slice(start, start + _ROWS), slice(start + _ROWS, None)
+        total[..., rows, start:] += np.matmul(x[..., rows].swapaxes(-1, -2), x[..., start:])
+        corner = total[..., rows, rows]
+        corner[...] = np.triu(corner) + np.triu(corner, 1).swapaxes(-1, -2)
+        total[..., after, rows] = total[..., rows, after].swapaxes(-1, -2)
 
 
 def total(parts: Statistics) -> Statistics:

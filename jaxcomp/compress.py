@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,7 @@ from jaxcomp.processes import Together
 from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report, Row
-from jaxcomp.step import Layer, run
+from jaxcomp.step import Deferred, Layer, run
 
 Index = tuple[int, ...]
 
@@ -349,13 +350,15 @@ class _Run:
         return self._keep([(t.site.path, t.index) for t in group], records)
 
     def _layer(self, target: Target, statistics: Any) -> Layer:
+        leaf = target.leaf
         axes = _slice_axes(target, self.graph.layouts[target.site.path])
-        return Layer(
-            target.site.path,
-            self._matrix(target.leaf, axes),
-            statistics=statistics,
-            original_dtype=target.leaf.dtype,
-        )
+        if self.place.rereads(leaf):
+            stack, out, in_ = ([leaf.shape[a] for a in given] for given in axes)
+            shape = (*stack, math.prod(out), math.prod(in_))
+            weight = Deferred(functools.partial(self._matrix, leaf, axes), shape)
+        else:
+            weight = self._matrix(leaf, axes)
+        return Layer(target.site.path, weight, statistics=statistics, original_dtype=leaf.dtype)
 
     def _matrix(self, leaf: Any, axes: tuple) -> jax.Array:
         matrix = self.place.matrix(leaf, axes)

@@ -18,6 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
+# Elements that ``any_rows`` looks at together.
+_ELEMENTS = 2**18
+
+
 def is_on_host(*arrays: Any) -> bool:
     """Whether arrays are concrete, and all of them NumPy's or on the CPU of this process.
 
@@ -154,6 +158,27 @@ def call(function: Callable, *args: Any) -> Any:
     if is_on_host(*leaves):
         args = jax.tree.unflatten(treedef, [np.asarray(a) for a in leaves])
     return to_device(function(*args))
+
+
+def any_rows(function: Callable, array: Any) -> bool:
+    """Whether a test is true of any element, without an array of all answers.
+
+    Args:
+      function: of a NumPy array, gives as many booleans.
+      array: of NumPy or JAX, fetched whole.
+
+    Returns:
+      The answer.
+
+    Example:
+      >>> any_rows(np.isnan, np.array([[1.0, 2.0], [3.0, np.nan]]))
+      True
+    """
+    array = np.asarray(array)
+    array = array if array.flags.c_contiguous else array.T
+    rows = array.reshape(-1, max((1, *array.shape[-1:])))
+    step = max(1, _ELEMENTS // rows.shape[-1])
+    return any(bool(function(rows[at : at + step]).any()) for at in range(0, len(rows), step))
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

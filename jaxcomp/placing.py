@@ -129,6 +129,10 @@ class Here:
         """Values that all batches or all rows need."""
         return tree
 
+    def rereads(self, leaf: Any) -> bool:
+        """Whether ``matrix`` costs so little that it is called whenever the matrix is read."""
+        return jax.default_backend() == "cpu" and not isinstance(leaf, jax.Array)
+
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:
         """A leaf as a float32 (or float64) matrix, read from the host once.
 
@@ -282,6 +286,10 @@ class OnMesh(Here):
         if everywhere.is_fully_addressable:
             return jax.device_put(tree, everywhere)
         return jax.tree.map(lambda a: _put(a, everywhere), tree)
+
+    def rereads(self, leaf: Any) -> bool:
+        """False: its parts travel to the devices."""
+        return False
 
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:
         """Split over rows, or the stack where that takes more devices; read shard by shard."""

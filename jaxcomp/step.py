@@ -8,6 +8,7 @@ of the input can be shared among them. Nothing here knows a model or a graph.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -52,13 +53,41 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 @dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A matrix that is made each time it is asked for, and by whoever asked let go.
+
+    Attributes:
+      read: makes it, always the same.
+      shape: its shape.
+    """
+
+    read: Callable[[], jax.Array]
+    shape: tuple[int, ...]
+
+
+class _Weight:
+    """The field of a layer that gives an array where it was set to a ``Deferred``."""
+
+    def __get__(self, layer: Any, owner: Any = None) -> jax.Array:
+        if layer is None:  # The class has no default.
+            raise AttributeError("weight")
+        held = layer.held_weight
+        return held.read() if isinstance(held, Deferred) else held
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        vars(layer)["weight"] = value
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """A weight on its way through the steps of a recipe.
 
     Attributes:
       path: name of the weight, for errors.
       weight: ``(*stack, out, in)`` float, what the next step is to approximate. Earlier steps have
-        already changed it: multiplied by a smoothing scale, zeroed by a mask.
+        already changed it: multiplied by a smoothing scale, zeroed by a mask. Where it was given as
+        a ``Deferred``, each access reads it anew, so that of an input group only that weight is in
+        memory which is computed with.
       statistics: of this layer's input, leaves with the same leading ``stack``; None when the
         recipe needs none. Already transformed by ``input_scale``.
       mask: bool ``(*stack, out, in)``, True where a pruning step kept the weight. Later steps keep
@@ -73,7 +102,7 @@ class Layer:
     """
 
     path: str
-    weight: jax.Array
+    weight: jax.Array = _Weight()
     statistics: Statistics | None = None
     mask: jax.Array | None = None
     input_scale: jax.Array | None = None
@@ -84,7 +113,24 @@ class Layer:
 
     def replace(self, **changes) -> "Layer":
         """Returns a copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **{"weight": self.held_weight, **changes})
+
+    @property
+    def held_weight(self) -> Any:
+        """The weight, or the ``Deferred`` that makes it."""
+        return vars(self)["weight"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*stack, out, in)``."""
+        return tuple(self.held_weight.shape)
+
+    def map_weight(self, function: Callable[[jax.Array], jax.Array]) -> "Layer":
+        """The layer with a function of its weight, which keeps the shape."""
+        held = self.held_weight
+        if not isinstance(held, Deferred):
+            return self.replace(weight=function(held))
+        return self.replace(weight=Deferred(lambda: function(held.read()), held.shape))
 
 
 @functools.singledispatch

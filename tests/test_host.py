@@ -42,3 +42,14 @@ def test_fetched_arrays_are_numpy_wherever_their_parts_are():
     found = host.fetch(tree)
     assert all(type(a) is np.ndarray for a in found.values())
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, tree))
+
+
+def test_any_rows_looks_at_every_element(monkeypatch):
+    monkeypatch.setattr(host, "_ELEMENTS", 6)
+    for shape in ((), (0,), (5,), (7, 4), (2, 3, 4)):
+        values = np.zeros(shape)
+        assert not host.any_rows(np.isnan, values)
+        for index in np.ndindex(shape):
+            values[index] = np.nan
+            assert host.any_rows(np.isnan, values) and host.any_rows(np.isnan, values.T)
+            values[index] = 0

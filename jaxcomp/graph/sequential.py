@@ -358,9 +358,14 @@ class Sequential:
             for values in placing.ahead(load, count):
                 function = function or self.updating(op, values[1 - site.operand])
                 state = function(state, values)
-        state = self.place.shared(host.to_device(state))
+        hessian = state.hessian
+        if self.place.mesh is None and isinstance(hessian, np.ndarray):
+            # It stays NumPy's, so that a step can compute in its memory.
+            state = host.to_device(state._replace(hessian=None))._replace(hessian=hessian)
+        else:
+            state = self.place.shared(host.to_device(state))
         for name, value in state._asdict().items():
-            if value is not None and np.isnan(np.asarray(value)).any():
+            if value is not None and host.any_rows(np.isnan, value):
                 raise DataError(
                     f"{site.path} {site.layout.leaf_shape}: the {name} of its input is NaN on the "
                     "calibration data: the model makes NaN before this layer; check the weights, "
@@ -373,7 +378,8 @@ class Sequential:
         state = jax.tree.map(np.asarray, state)
         for value in x:
             for part in filter(len, self.place.own(value)):
-                state = calibration.update(state, to_tokens(op.eqn, op.site, part))
+                tokens = to_tokens(op.eqn, op.site, part)
+                state = calibration.update(state, tokens, in_place=True)
         return state
 
     def updating(self, op: Op, x: Any) -> Callable:
@@ -383,6 +389,7 @@ class Sequential:
             return lambda state, operands: calibration.update(
                 jax.tree.map(np.asarray, state),
                 to_tokens(op.eqn, site, np.asarray(operands[1 - site.operand])),
+                in_place=True,
             )
         text = _compat.printable_params(op.eqn)
         layout = (site.view.axes, site.view.leaf_shape, site.operand)

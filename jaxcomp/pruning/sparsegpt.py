@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp import host
 from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
@@ -169,6 +170,7 @@ def _solve(w, h, allowed, path, options, report, known=None):
     checks.check_damping(damping, options["block_size"], path)
     checks.check_weight(w, path)
     checks.check_hessian(h, w, path)
+    h = host.to_device(h)  # Not again at each call.
     options |= {"nm": nm, "report": report}
     if nm is not None and common.splits_rows(w, h, fmt):
         if known is None:

@@ -184,6 +184,7 @@ def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, rep
     if step.grid_size < 1:
         raise JaxcompError(f"grid_size {step.grid_size} must be at least 1")
     options = dict(fmt=fmt, clipping=step.clipping, percentile=step.percentile)
+    hessians = host.to_device(hessians)  # Not again at each call.
     kmeans = isinstance(fmt, Codebook) and fmt.kind == "kmeans"
     dtype = common.working_dtype(*weights)
     absmean = common.shared(absmeans, stack).astype(dtype)

@@ -24,7 +24,9 @@ def _finite(a: Any) -> bool:
     if isinstance(a, jax.core.Tracer):
         return True
     # NumPy looks at the buffer where it is, without a compilation, when the array lives on the CPU.
-    return bool(np.isfinite(np.asarray(a)).all() if host.is_whole(a) else jnp.isfinite(a).all())
+    if host.is_whole(a):
+        return not host.any_rows(lambda rows: ~np.isfinite(rows), a)
+    return bool(jnp.isfinite(a).all())
 
 
 def check_finite(a: Any, what: str) -> None:

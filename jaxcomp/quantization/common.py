@@ -16,6 +16,7 @@ from jaxcomp.formats.spec import Codebook, Element
 from jaxcomp.formats.transforms import InputQuant, InputScale
 from jaxcomp.quantization.activation import check_activation, static_scales
 from jaxcomp.quantization.checks import sparse_format
+from jaxcomp.quantization.factored import Factored
 from jaxcomp.step import Activation, Layer
 
 
@@ -72,7 +73,7 @@ def over_stack(function, w: Any, *operands: Any):
     return function(w, *values)
 
 
-def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | None) -> jax.Array:
+def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | Factored | None) -> jax.Array:
     """Rows' shares of tr(E H Eᵀ) and tr(W H Wᵀ).
 
     Args:
@@ -83,6 +84,9 @@ def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | None) -> jax
     Returns:
       ``(*stack, out, 2)``.
     """
+    if isinstance(h, Factored):
+        share = lambda e: np.einsum("oi,oi->o", h.product(e), e)  # noqa: E731
+        return np.stack([share(w - approximation), share(w)], -1)
     xp = np if isinstance(w, np.ndarray) else jnp
 
     def energy(e):
@@ -228,7 +232,7 @@ def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None =
     Returns:
       A scalar over the whole stack.
     """
-    return _relative_error(w, approximation, h)
+    return _relative_error(w, approximation, None if h is None else host.to_device(h))
 
 
 def compressed(parts: Sequence[Any], w: Any) -> CompressedArray:
@@ -291,7 +295,7 @@ def input_shape(layer: Layer) -> tuple[int, ...]:
     Returns:
       The shape.
     """
-    return (*layer.weight.shape[:-2], layer.weight.shape[-1])
+    return (*layer.shape[:-2], layer.shape[-1])
 
 
 def shared_stack(layers: Sequence[Layer]) -> tuple[int, ...]:
@@ -303,7 +307,7 @@ def shared_stack(layers: Sequence[Layer]) -> tuple[int, ...]:
     Returns:
       Their stack where it is the same for all, otherwise () for one scale of all.
     """
-    stacks = {layer.weight.shape[:-2] for layer in layers}
+    stacks = {layer.shape[:-2] for layer in layers}
     return stacks.pop() if len(stacks) == 1 else ()
 
 
@@ -337,10 +341,12 @@ def rescaled(layer: Layer, scale: jax.Array) -> Layer:
     Returns:
       The layer, which computes the same. Its parts are dropped.
     """
-    weight, scale, inverse = host.call(_rescaled, layer.weight, scale)
+    layer = layer.map_weight(lambda weight: host.call(_rescaled, weight, scale))
+    scale = host.numpy(scale)
+    xp = np if isinstance(scale, np.ndarray) else jnp
+    inverse = host.to_device(1 / xp.broadcast_to(scale, input_shape(layer)))
     before = layer.input_scale
     return layer.replace(
-        weight=weight,
         statistics=None if layer.statistics is None else layer.statistics.scaled(inverse),
         input_scale=inverse if before is None else before * inverse,
         parts=None,
@@ -355,7 +361,7 @@ def _rescaled(w, scale):
         product = np.multiply(w, scale[..., None, :], out=host.empty(w.shape, w.dtype))
     else:
         product = (w * scale[..., None, :]).astype(w.dtype)
-    return product, scale, 1 / scale
+    return product
 
 
 def round_to_grid(

@@ -35,6 +35,7 @@ from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element, Int
 from jaxcomp.quantization import checks, common, obs
+from jaxcomp.quantization.factored import Factored, factored
 from jaxcomp.step import Activation, Layer, Step, run
 
 
@@ -80,20 +81,31 @@ _STATIC = ("fmt", "block_size", "static", "clipping", "percentile", "report")
 
 def _hessian(h, damping, *, order):
     """Factor of the inverse Hessian in the order of the columns, and that order."""
-    permutation = None
-    if order == "activation":
-        permutation = (-h.diagonal()).argsort(stable=True)
+    permutation = _permutation(h, order)
+    if permutation is not None:
         h = h[permutation][:, permutation]
     return obs.inverse_factor(h, damping), permutation
 
 
+def _permutation(h, order):
+    return (-h.diagonal()).argsort(stable=True) if order == "activation" else None
+
+
 def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, percentile, report):
-    """Quantizes rows of a matrix, on the host if they are NumPy's."""
-    dtype, size = upper.dtype, w.shape[-1]
-    w, h = w.astype(dtype, copy=False), h.astype(dtype, copy=False)
-    original, diagonal = w, h.diagonal()
+    """Quantizes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
+    size, on_host = w.shape[-1], isinstance(h, Factored)
+    dtype = upper.matrix.dtype if on_host else upper.dtype
+    w = w.astype(dtype, copy=False)
+    if on_host:  # In the order of the columns.
+        diagonal = h.diagonal if permutation is None else h.diagonal[permutation.argsort()]
+    else:
+        h = h.astype(dtype)
+        diagonal = h.diagonal()
+    original = w
     group = grid.group_size_of(fmt, size)
-    w = w * ~((diagonal <= 0) & (diagonal > 0).any())
+    dead = (diagonal <= 0) & (diagonal > 0).any()
+    if not on_host or dead.any():
+        w = w * ~dead
     importance = None
     if mask is not None:
         w = w * mask
@@ -107,6 +119,7 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
     if permutation is not None:
         column_group = permutation // group
         w = w[:, permutation]
+        original = original[:, permutation] if on_host else original
         mask = None if mask is None else mask[:, permutation]
     solution = obs.solve(
         w,
@@ -120,12 +133,37 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
         clipping=clipping,
         percentile=percentile,
     )
-    values, codes = solution.values, solution.codes
+    values, codes, qparams = solution.values, solution.codes, solution.qparams
+    del solution
+    if on_host:
+        energy = common.energies(original, values, h) if report else None
+        codes = codes.astype(_narrow(fmt), copy=False)
     if permutation is not None:
         back = permutation.argsort()
-        values, codes = values[:, back], codes[:, back]
-    energy = common.energies(original, values, h) if report else None
-    return _Rows(codes, solution.qparams, context, energy)
+        values, codes = None if on_host else values[:, back], codes[:, back]
+    if not on_host:
+        energy = common.energies(original, values, h) if report else None
+    return _Rows(codes, qparams, context, energy)
+
+
+def _narrow(fmt: Element) -> Any:
+    """A dtype that holds a format's codes: those of all rows wait until they are packed."""
+    if isinstance(fmt, Int):
+        return np.int8 if fmt.bits <= 8 else np.int16
+    return np.uint8
+
+
+def _in_memory_of(h, dtype, damping, order, owned) -> tuple[Factored, Any]:
+    """What ``_hessian`` gives, on the host.
+
+    The Hessian's own memory is taken if it is ``owned``, to be restored; otherwise a copy's.
+    """
+    permutation = _permutation(h, order)
+    if permutation is not None:
+        h = h[np.ix_(permutation, permutation)].astype(dtype, copy=False)
+    elif not (owned and h.dtype == dtype and h.flags.writeable and h.flags.c_contiguous):
+        h = np.array(h, dtype, order="C")
+    return factored(h, damping), permutation
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "order"))
@@ -137,7 +175,7 @@ def _gptq(w, h, mask, damping, *, order, **options):
     return common.over_stack(one, w, (h, 2), (mask, 2))
 
 
-def _solve(w, h, mask, nm, path, options, report, known=None):
+def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
     """Checks everything and runs the algorithm.
 
     Args:
@@ -148,11 +186,12 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
       path: its name.
       options: of ``gptq``.
       report: also compute the error.
-      known: what ``_hessian`` gave for this very ``h``, if it was called before.
+      known: what was returned last for this very ``h``, if it was called before.
+      owned: whether ``h``, of NumPy, may be written to: it has to be restored (``known``) after.
 
     Returns:
-      Parts, the damping used, the error (None without ``report``), and what ``_hessian`` gave where
-      it was called.
+      Parts, the damping used, the error (None without ``report``), and on the host the factor and
+      the order of the columns.
     """
     fmt, order, damping = options["fmt"], options["order"], options["damping"]
     checks.check_format(fmt, w, mask, nm, path)
@@ -170,17 +209,17 @@ def _solve(w, h, mask, nm, path, options, report, known=None):
             "integers only; use static_groups=True"
         )
     checks.check_weight(w, path)
-    checks.check_hessian(h, w, path)
+    if known is None:
+        checks.check_hessian(h, w, path)
     chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
     chosen |= {"static": static, "report": report}
     if common.splits_rows(w, h, fmt) or common.spreads_rows(w, h, fmt):
-        h = np.asarray(h)
         if known is None:
-            h = h.astype(common.working_dtype(w), copy=False)
-            known = _hessian(h, damping, order=order)
+            dtype = common.working_dtype(w)
+            known = _in_memory_of(np.asarray(h), dtype, damping, order, owned)
         factor, permutation = known
         rows = common.by_rows(
-            lambda w, mask: _rows(w, mask, h, factor.upper, permutation, **chosen), w, mask
+            lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen), w, mask
         )
     else:
         rows, factor, permutation = _gptq(w, h, mask, damping, order=order, **chosen)
@@ -260,15 +299,26 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     options = {"fmt": step.format, **{name: getattr(step, name) for name in names}}
     results = []
     hessian = known = None
-    for layer in layers:
-        checks.check_statistics(layer, "hessian")
-        if layer.statistics.hessian is not hessian:
-            hessian, known = layer.statistics.hessian, None
-        nm = common.pattern(layer)
-        parts, damping, error, known = _solve(
-            layer.weight, hessian, layer.mask, nm, layer.path, options, True, known
-        )
-        layer = common.quantized(layer, parts, None, step.activation, error)
-        common.report_damping(layer, damping, step.damping)
-        results.append(layer)
+    try:
+        for layer in layers:
+            if layer.statistics is None or layer.statistics.hessian is not hessian:
+                _restore(known, hessian)
+                known = None
+                checks.check_statistics(layer, "hessian")
+                hessian = layer.statistics.hessian
+            nm = common.pattern(layer)
+            parts, damping, error, known = _solve(
+                layer.weight, hessian, layer.mask, nm, layer.path, options, True, known, True
+            )
+            layer = common.quantized(layer, parts, None, step.activation, error)
+            common.report_damping(layer, damping, step.damping)
+            results.append(layer)
+    finally:
+        _restore(known, hessian)
     return tuple(results)
+
+
+def _restore(known: Any, hessian: Any) -> None:
+    """Puts a Hessian back in whose memory it was computed."""
+    if known is not None and known[0].matrix is hessian:
+        known[0].restore()

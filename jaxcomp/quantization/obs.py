@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
+from jaxcomp.quantization.factored import Factored, factored
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -80,7 +80,7 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
     """Upper Cholesky factor of the inverse of a damped Hessian.
 
     The damping is raised tenfold, from at least the dtype's resolution, until the factorization
-    exists. NumPy arrays are factorized by LAPACK.
+    exists. NumPy arrays are factorized by LAPACK, see ``factored``.
 
     Args:
       h: ``(in, in)`` symmetric, positive semidefinite up to rounding.
@@ -90,7 +90,8 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
       The factor; see ``Factor``.
     """
     if isinstance(h, np.ndarray):
-        return _factor_on_host(h, damping)
+        both = factored(np.array(h, order="C"), damping)
+        return Factor(both.upper(), both.dead, both.damping)
     # Written with few operations: compiling them takes longer than running them.
     index = jnp.arange(h.shape[-1])
     on_diagonal = index[:, None] == index
@@ -115,41 +116,6 @@ def inverse_factor(h: jax.Array, damping) -> Factor:
     unit = jnp.where(on_diagonal, 1 / jnp.sqrt(mean), 0)
     inverse = jax.lax.linalg.triangular_solve(lower, unit, left_side=True, lower=True)
     return Factor(inverse[::-1, ::-1], dead, used)
-
-
-def _factor_on_host(h: np.ndarray, damping: float) -> Factor:
-    """The same by LAPACK, in the memory of one matrix and a half beside ``h``."""
-    diagonal = np.diagonal(h)
-    dead = diagonal <= 0
-    mean = h.dtype.type(diagonal.sum() / max(int((~dead).sum()), 1) or 1)
-    unit = np.where(dead, 1, diagonal / mean)[::-1]
-    epsilon = np.finfo(h.dtype).eps
-    factorize, invert = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (h,))
-    following = h.dtype.type(damping)
-    for _ in range(24):
-        damping = following
-        # Columns of h are its rows; LAPACK factorizes columns in place.
-        lower = np.empty(h.shape, h.dtype, order="F")
-        np.divide(h.T[::-1, ::-1], mean, out=lower)
-        np.fill_diagonal(lower, unit + damping)
-        lower, failed = factorize(lower, lower=True, clean=True, overwrite_a=True)
-        if not failed and np.diagonal(lower).min() ** 2 > epsilon:
-            break
-        following = np.maximum(damping, 10 * epsilon) * 10
-    else:
-        lower[:] = np.nan
-    upper, _ = invert(lower, lower=True, overwrite_c=True)
-    upper /= np.sqrt(mean)
-    _reverse(upper.reshape(-1, order="F"))
-    return Factor(upper, dead, damping)
-
-
-def _reverse(flat: np.ndarray) -> None:
-    """Reverses an array in place; of a matrix's elements this reverses rows and columns."""
-    half = len(flat) // 2
-    first = flat[:half].copy()
-    flat[:half] = flat[: len(flat) - half - 1 : -1]
-    flat[len(flat) - half :] = first[::-1]
 
 
 def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[int, ...]:
@@ -199,7 +165,7 @@ def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[
 
 def solve(
     w: jax.Array,
-    upper: jax.Array,
+    upper: jax.Array | Factored,
     *,
     fmt=None,
     context=None,
@@ -216,7 +182,8 @@ def solve(
 
     Args:
       w: ``(out, in)``; of NumPy the columns' outermost loop runs there (without ``choose``).
-      upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``.
+      upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``; for ``w`` of NumPy
+        it may still be in a Hessian's memory.
       fmt: element format, or None to prune only.
       context: what ``grid.prepare`` gave for this matrix.
       qparams: scales of all groups, fixed before the loop. None fits each group to the weights as
@@ -403,31 +370,48 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         # Columns of zeros, on which no other depends, are found exactly and change nothing.
         added = ((0, 0), (0, spare))
         w, mask = np.pad(w, added), None if mask is None else np.pad(mask, added)
-        upper = np.pad(upper, (0, spare)) + np.diag(np.arange(in_size + spare) >= in_size)
         column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
-    upper = upper.astype(w.dtype, copy=False)
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
-    w, mask = np.ascontiguousarray(w.T), None if mask is None else mask.T
-    errors = np.zeros_like(w)
-    blocks = []
+    w, mask = np.array(w.T, order="C"), None if mask is None else mask.T
+    errors, codes, fitted = np.zeros_like(w), None, []
     for start in range(0, in_size, size):
         here = slice(start, start + size)
+        above, corner = _of_factor(upper, start, min(start + size, in_size), w.dtype)
+        current = w[here]
+        current[: above.shape[1]] -= above.T @ errors[:start]
         found = _solve_block(
-            w[here] - upper[:start, here].T @ errors[:start],
-            upper[here, here],
+            current,
+            np.pad(corner, (0, size - len(corner))) + np.diag(np.arange(size) >= len(corner)),
             jax.tree.map(lambda a, here=here: a[:, here], given),
             None if mask is None else mask[here],
             **options,
         )
         errors[here] = found.errors
-        blocks.append(found)
-    # Without what was filled up; of scales there is one a group.
-    join = lambda *a: np.concatenate(a)[: in_size * sum(map(len, a)) // len(w)]  # noqa: E731
-    found = jax.tree.map(join, *blocks)
+        w[here] = found.values  # Nobody reads these columns any more.
+        if found.codes is not None:
+            codes = np.empty(w.shape, np.int32) if codes is None else codes
+            codes[here] = found.codes
+        fitted.append(found.qparams)
     if qparams is None:
-        qparams = jax.tree.map(lambda a: a[..., 0].T, found.qparams)
-    rows = jax.tree.map(np.transpose, found._replace(qparams=None))
-    return rows._replace(qparams=qparams, mask=None if mask is None else mask[:in_size].T)
+        # Without what was filled up; of scales there is one a group.
+        join = lambda *a: np.concatenate(a)[: in_size * sum(map(len, a)) // len(w), :, 0].T  # noqa: E731
+        qparams = jax.tree.map(join, *fitted)
+    return Solution(
+        values=w[:in_size].T,
+        codes=None if codes is None else codes[:in_size].T,
+        qparams=qparams,
+        mask=None if mask is None else mask[:in_size].T,
+        errors=errors[:in_size].T,
+    )
+
+
+def _of_factor(upper: Any, start: int, stop: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A factor's columns from ``start`` to ``stop``: above and on its diagonal."""
+    if isinstance(upper, Factored):
+        above, corner = upper.above(start, stop), upper.corner(start, stop)
+    else:
+        above, corner = upper[:start, start:stop], upper[start:stop, start:stop]
+    return above.astype(dtype, copy=False), corner.astype(dtype, copy=False)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "clipping", "percentile"))
