@@ -121,7 +121,7 @@ def update(
         same library.
       weight: optional bool ``(*stack, tokens)``, False for tokens that do not count (padding of
         ragged expert groups).
-      in_place: with NumPy, add to the given Hessian in its own memory.
+      in_place: with NumPy, add to the given Hessian in its own memory, if it may be written to.
 
     Returns:
       The statistics of all tokens so far.
@@ -145,7 +145,7 @@ def update(
 
     hessian = s.hessian
     if hessian is not None and xp is np:
-        hessian = hessian if in_place else np.array(hessian)
+        hessian = hessian if in_place and hessian.flags.writeable else np.array(hessian)
         _add_gram(hessian, x)
     elif hessian is not None:
         exact = jax.lax.Precision.HIGHEST
