@@ -1,5 +1,6 @@
 """The compiler in processes of its own: programs go in, bytes and exchanges come out."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -95,6 +96,9 @@ class Compiler:
         return next((p.version for p in self._processes if p.version), "")
 
     def __enter__(self) -> "Compiler":
+        """Starts the processes: they load the compiler while the caller prepares its questions."""
+        for process in self._processes:
+            process.launch()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,21 +137,27 @@ class Compiler:
 
 
 class _Process:
-    """One process of the compiler, started when it is first asked."""
+    """One process of the compiler, started by ``launch`` or when it is first asked."""
 
     def __init__(self, workloads: dict[str, Workload], topology: Topology, timeout: float):
         self.workloads, self.topology, self.timeout = workloads, topology, timeout
         self.version = ""
         self._process: subprocess.Popen | None = None
+        self._ready = False
         self._errors: Any = None
 
     def ask(self, program: dict[str, Any]) -> dict[str, Any]:
         """Its answer to a program."""
-        if self._process is None:
-            self._start()
-        return self._ask(program)
+        self.launch()
+        if not self._ready:
+            self._greet()
+        self._tell(program)
+        return self._hear()
 
-    def _start(self) -> None:
+    def launch(self) -> None:
+        """Starts it if it does not run, and waits for nothing."""
+        if self._process is not None:
+            return
         on_tpu = self.topology.device.platform == "tpu"
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -159,7 +169,11 @@ class _Process:
             text=True,
         )
         workloads = {name: dataclasses.asdict(w) for name, w in self.workloads.items()}
-        told = self._ask({"topology": self.topology.jax_arguments, "workloads": workloads})
+        self._tell({"topology": self.topology.jax_arguments, "workloads": workloads})
+
+    def _greet(self) -> None:
+        """Waits until it knows the topology."""
+        told = self._hear()
         if told.get("error"):
             self.end()
             raise JaxcompError(
@@ -172,20 +186,24 @@ class _Process:
                 f"not {self.topology.devices}."
             )
         self.version = told["version"]
+        self._ready = True
 
-    def _ask(self, value: dict[str, Any]) -> dict[str, Any]:
+    def _tell(self, value: dict[str, Any]) -> None:
         process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None and process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # Why it ended is said where it should answer.
+            process.stdin.write(json.dumps(value) + "\n")
+            process.stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdout is not None
         timer = threading.Timer(self.timeout, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps(value) + "\n")
-            process.stdin.flush()
             for line in process.stdout:
                 if line.startswith(MARK):
                     return json.loads(line.removeprefix(MARK))
-        except BrokenPipeError:
-            pass
         finally:
             timer.cancel()
         self._errors.seek(0)
@@ -202,7 +220,7 @@ class _Process:
             self._process.kill()
             self._process.communicate()
             self._errors.close()
-            self._process = None
+            self._process, self._ready = None, False
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:

@@ -255,11 +255,11 @@ def search_all(
     Raises:
       JaxcompError: as of ``search``, or the compiler is not installed.
     """
-    servings = {name: Serving(workload) for name, workload in variants.items()}
     with (
         Compiler(variants, topology) as compiler,
         concurrent.futures.ThreadPoolExecutor(len(variants)) as pool,
     ):
+        servings = {name: Serving(workload) for name, workload in variants.items()}
         jobs = [
             pool.submit(search, n, s, topology, tries, say, compiler) for n, s in servings.items()
         ]
