@@ -61,7 +61,7 @@ def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> di
     Returns:
       Values that JSON can hold; bytes are those of one device.
     """
-    from jaxcomp.planner import hlo
+    from jaxcomp.planner import cost, hlo
 
     compiled = function.lower(*arguments).compile()
     memory = compiled.memory_analysis()
@@ -72,15 +72,18 @@ def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> di
     gathers = [c for c in exchanges if c.kind == "all-gather"]
     largest = max(gathers, key=lambda c: c.nbytes, default=None)
     whole = hlo.whole_weights(exchanges, serving.weight_shapes())
+    integer = {c.path for c in choices if c.implementation in ("int8", "kernel")}
     return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "accessed": cost.accessed(compiled),
         "sent": dict(sent),
         "largest_gather": None if largest is None else dataclasses.asdict(largest),
         "whole_weight_gathers": [dataclasses.asdict(c) for c in whole],
         "implementations": dict(collections.Counter(c.implementation for c in choices)),
+        "integer": sorted(integer & serving.integer_weights),
         "reasons": sorted({f"{c.implementation}: {c.reason}" for c in choices}),
     }
 

@@ -79,7 +79,7 @@ def collectives(text: str) -> list[Collective]:
       >>> [(c.kind, c.shape, c.sent) for c in collectives(program)]
       [('all-gather', (8,), 24.0)]
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     found: dict[object, Collective] = {}
     for line, times in _reached(bodies, entry, 1, ()):
         match = _COLLECTIVE.search(line)
@@ -117,7 +117,24 @@ def whole_weights(
     ]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computation(line: str) -> str | None:
+    """The name of the computation that begins in a line, if one does."""
+    match = _COMPUTATION.match(line)
+    return match[2] if match else None
+
+
+def called(line: str) -> list[str]:
+    """The computations that an operation runs."""
+    return _CALLED.findall(line)
+
+
+def is_loop(line: str) -> bool:
+    """Whether an operation is a loop."""
+    return " while(" in line
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of a program's computations by name, and the name of the one that runs first."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -139,14 +156,13 @@ def _reached(
     """Every line that a run executes, with how often."""
     for line in bodies.get(name, ()):
         yield line, times
-        called = _CALLED.findall(line)
-        repeat = times * _trips(line, bodies) if " while(" in line else times
-        for other in called:
+        repeat = times * trips(line, bodies) if is_loop(line) else times
+        for other in called(line):
             if other not in above:
                 yield from _reached(bodies, other, repeat, (*above, name))
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+def trips(line: str, bodies: dict[str, list[str]]) -> int:
     """How often a loop runs: what the compiler noted, or the constant of its condition."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
     if known:

@@ -15,7 +15,8 @@ BF16 = "bf16"
 _NOTES = (
     "Memory as the compiler counts it, for one device. Times are lower bounds: weights and cache "
     "read once, the products at the peak rate, what the compiled program sends over all links, "
-    "the three at once. Measured on no hardware."
+    "the three at once. Measured on no hardware. What XLA counts as accessed are operands and "
+    "results of all operations, also those that stay on the chip between two of them."
 )
 _MATERIALIZED = (
     "materialized weights are decoded by XLA, which may write them dense and read them again; the "
@@ -181,11 +182,19 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
     sequences = plan.batch if phase == "decode" else tried.split.data
     tokens = sequences * (1 if phase == "decode" else plan.chunk)
     if times is None:
-        names = ("read", "sent", "whole weights gathered", "matmuls run by", "roofline")
+        names = (
+            "read",
+            "accessed, by XLA",
+            "sent",
+            "whole weights gathered",
+            "matmuls run by",
+            "roofline",
+        )
         return rows | dict.fromkeys((*names, "bound by", "tokens/s, all devices"), "-")
     ran = ", ".join(f"{k} {v}" for k, v in sorted(found["implementations"].items()))
     return rows | {
         "read": _gib(times["read"]),
+        "accessed, by XLA": _gib(found["accessed"]),
         "sent": f"{times['sent'] / 2**20:.1f} MiB",
         "whole weights gathered": str(len(found["whole_weight_gathers"])),
         "matmuls run by": ran or "XLA",

@@ -110,11 +110,16 @@ def roofline(
     tied = getattr(config, "tie_word_embeddings", True)
     # Experts are split over "model", so every token of a data-parallel group may ask for each.
     weights, parameters = float(serving.weight_bytes(split)), 0.0
+    integer, integers = 0.0, serving.integer_weights
+    if compiled is not None:
+        integers = integers & set(compiled["integer"])
     for path, leaf in leaf_paths(serving.dense_params)[0]:
         multiplied, read = serving.expert_shares(path, tokens)
         if path == "embed_tokens/embedding" and not tied:
             multiplied, read = 0.0, 0.0  # Only the rows of the tokens are read.
         parameters += multiplied * float(np.prod(leaf.shape))
+        if path in integers:
+            integer += multiplied * float(np.prod(leaf.shape))
         if read < 1:
             weights -= (1 - read) * serving.weight_bytes(split, path)
     cache = serving.cache_bytes(split, phase)
@@ -122,17 +127,19 @@ def roofline(
     operations = (2 * parameters * tokens + attended) / split.model
     if compiled is None:
         sent = 2 * layers * tokens * config.hidden_size * 2 * 2 * (1 - 1 / split.model)
-        ran = {}
     else:
-        sent, ran = sum(compiled["sent"].values()), compiled["implementations"]
-    rate = device.int8 if device.int8 and set(ran) == {"int8"} else device.flops
+        sent = sum(compiled["sent"].values())
+    # Attention and what the recipe leaves alone are bfloat16's.
+    of_integers = 2 * integer * tokens / split.model
+    compute = of_integers / (device.int8 or device.flops)
+    compute += (operations - of_integers) / device.flops
     read = round(weights) + cache
     return Roofline(
         read,
         operations,
         sent,
         read / device.bandwidth,
-        operations / rate,
+        compute,
         sent / device.interconnect,
     )
 

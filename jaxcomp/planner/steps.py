@@ -6,6 +6,7 @@ Weights are split over the mesh axis "model", sequences over "data".
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcomp import models, sharding
+from jaxcomp import matmul, models, sharding
 from jaxcomp.dispatch import dispatch
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import is_compressed, nbits
@@ -84,6 +85,13 @@ class Serving:
             graph = trace(self.dense, self.dense_params, tokens)
             recipe = Recipe.loads(workload.recipe)
             self.params = compressed_shapes(graph, self.dense_params, recipe)
+
+    @functools.cached_property
+    def integer_weights(self) -> set[str]:
+        """Weights whose inputs become integers, which an integer matrix unit can multiply."""
+        found = {path: leaf for path, leaf in leaf_paths(self.params)[0] if is_compressed(leaf)}
+        kinds = {p: {q.spec.format for q in matmul.quantizers(leaf)} for p, leaf in found.items()}
+        return {path for path, formats in kinds.items() if formats and formats <= {"int8", "int4"}}
 
     def specs(self, split: Split, mesh: Any) -> Any:
         """The PartitionSpec of every array of the parameters.

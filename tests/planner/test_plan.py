@@ -6,15 +6,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import pytest
 
 import jaxcomp as jc
 from jaxcomp import planner, presets
 from jaxcomp.errors import JaxcompError, ModelError
-from jaxcomp.planner import compiler, cuda, hlo, search
+from jaxcomp.kernels import chips
+from jaxcomp.planner import compiler, cost, cuda, hlo, search
 from jaxcomp.planner.shapes import NAMED, config_from, fields_of
 from jaxcomp.planner.steps import Serving, Split, Workload
-from jaxcomp.planner.targets import topology
+from jaxcomp.planner.targets import DEVICES, topology
+from jaxcomp.step import Activation
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],
@@ -74,6 +77,24 @@ def test_roofline_of_bf16_by_hand():
     products = 2 * (matrices + 9 * 1024) * 8 + 4 * 8 * 256 * 1024 * 4
     assert found.operations == products / 8
     assert found.bound == "memory" and found.seconds == found.memory
+
+
+def test_roofline_of_integers_uses_the_integer_rate():
+    where, split = topology("v5e:2x4"), Split(1, 8, "length")
+    weight_only = presets.w4a16_rtn()
+    step = msgspec.structs.replace(weight_only.steps[0], activation=Activation())
+    floats, integers = map(serving, (weight_only, jc.Recipe(steps=(step,))))
+    matrices = 4 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2048)
+    slow, fast = (search.roofline(s, where, split, "prefill") for s in (floats, integers))
+    assert fast.operations == slow.operations == slow.compute * 197e12
+    products = 2 * matrices * 64 / 8
+    saved = products / 197e12 - products / 393e12
+    assert slow.compute - fast.compute == pytest.approx(saved)
+    # Where the program decodes a weight first, its products are bfloat16's.
+    told = {"integer": [], "sent": {}}
+    assert search.roofline(integers, where, split, "prefill", told).compute == slow.compute
+    for name, device in DEVICES.items():
+        assert bool(device.int8) == chips.BY_NAME[name].multiplies("int8")
 
 
 MOE = FIELDS | {
@@ -144,6 +165,15 @@ def test_exchanges_in_a_loop_count_once_a_trip_and_once_a_channel():
     assert one.sent == 5 * 2 * 3 / 4 * 8 * 64 * 4
     assert hlo.whole_weights([one], [(64, 64)]) == []
 
+    # XLA counts a loop's body once; here each trip counts as much, and reads its slice of w.
+    def bytes_of(trips):
+        shape = jax.ShapeDtypeStruct((trips, 64, 64), jnp.float32)
+        loop = jax.jit(lambda w, x: f(w, x)).lower(shape, jnp.zeros((8, 64))).compile()
+        return cost.accessed(loop)
+
+    few, more, many = map(bytes_of, (2, 4, 8))
+    assert many - more == 2 * (more - few) and more - few >= 2 * 64 * 64 * 4
+
     whole = jax.jit(lambda w: w, out_shardings=place())
     text = whole.lower(w).compile().as_text()
     assert [c.shape for c in hlo.whole_weights(hlo.collectives(text), [(5, 64, 64)])] == [
@@ -178,6 +208,8 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
             assert compiled["weights_to_ideal"] == pytest.approx(1, abs=0.05)
             assert compiled["implementations"] == ran
             assert compiled["whole_weight_gathers"] == []
+            # XLA's count has what is read at the least.
+            assert compiled["accessed"] > 0.9 * compiled["roofline"]["read"]
             # No second cache: each layer writes to the donated one.
             assert compiled["temporaries"] < tried["cache"] / 2
             # Two sums over devices a layer.
