@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.sparse_attention import decode, tpu
+from jaxcomp.kernels.sparse_attention import decode, tpu, tpu_walk
 from jaxcomp.kernels.sparse_attention import schedule as listed
 
 from benchmarks.schedules import Bundles, Case, Schedule
@@ -65,8 +65,10 @@ def _own(schedule: Schedule, chip: chips.Chip, mask: str) -> float:
     of = listed.schedule(programs.MASKS[mask], HEADS, LENGTH, LENGTH, *sizes(mask))
     counts = collections.Counter(of.rows.code.reshape(-1).tolist())
     skipped = counts.pop(listed.SKIP, 0)
-    computed = [counts[code] * HEADS for code in sorted(counts)]
-    return total(schedule, sum(computed) + skipped * HEADS, of.row_blocks * HEADS, computed)
+    block_q, block_k = sizes(mask)
+    turns = HEADS // tpu_walk.together(HEADS, HEADS, of.rows.lists, block_q * block_k)
+    computed = [counts[code] * turns for code in sorted(counts)]
+    return total(schedule, sum(computed) + skipped * turns, of.row_blocks * turns, computed)
 
 
 def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int) -> float:

@@ -133,10 +133,11 @@ def main() -> None:
     )
     parser.add_argument("--chip", choices=list(aot.TOPOLOGIES), action="append")
     parser.add_argument("--operation", choices=list(CASES), action="append")
-    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these, by commas")
     options = parser.parse_args()
     makes = [CASES[name] for name in options.operation or CASES]
-    cases = [case for make in makes for case in make() if options.only in case.name]
+    words = options.only.split(",")
+    cases = [c for make in makes for c in make() if any(word in c.name for word in words)]
     head = ("chip", "case", "cycles", "held against", "ratio", "MXU slots", "spills")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
     for name in options.chip or aot.TOPOLOGIES:

@@ -16,11 +16,20 @@ from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 from jaxcomp.kernels.sparse_attention.tpu_kernels import forward_kernel, key_kernel, query_kernel
-from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Config, Walk, run
+from jaxcomp.kernels.sparse_attention.tpu_walk import (
+    LANES,
+    LOG2_E,
+    Config,
+    Part,
+    Walk,
+    run,
+    together,
+)
 
 # Sizes of blocks, of which the one with the least cost is taken where the caller names none: larger
 # ones compute more of what a mask leaves out, and have fewer steps. In scheduled cycles of v6e a
-# step costs about as much as a quarter of a block of 512 by 512 (benchmarks/results).
+# step costs about as much as a quarter of a block of 512 by 512 (benchmarks/results), which the
+# heads that it computes together share.
 BLOCKS = (512, 1024)
 STEP = 512 * 512 // 4
 # A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
@@ -72,7 +81,10 @@ def fitting_blocks(
                 f"where heads have masks of their own it takes at most {MOST_GROUP} query heads a "
                 f"key head, not {group}"
             )
-        cost = listed.rows.count * (size[0] * size[1] + STEP)
+        area = size[0] * size[1]
+        cost = listed.rows.count * (
+            area + STEP // together(heads, kv_heads, listed.rows.lists, area)
+        )
         needed = listed.scalar_bytes(group)
         # Larger blocks make larger bitmaps, of what may have needed none.
         if needed <= SCALAR_BYTES and cost < lowest and not (best and len(listed.bitmaps)):
@@ -208,7 +220,7 @@ def _padded(x: jax.Array, block: int, value: float = 0) -> jax.Array:
     return jnp.pad(x, pad, constant_values=value)
 
 
-def _inputs(walk: Walk, q, k, v, extras) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+def _inputs(walk: Walk, q, k, v, extras) -> dict[str, tuple[jax.Array, Part]]:
     """Operands that all kernels have."""
     config = walk.config
     sizes = (config.block_q, config.block_k)
@@ -229,11 +241,11 @@ def _inputs(walk: Walk, q, k, v, extras) -> dict[str, tuple[jax.Array, pl.BlockS
             scale = jnp.moveaxis(extras[name].astype(jnp.float32), 1, 2)
             inputs[name] = (_padded(scale, sizes[1])[:, :, None], walk.along_lanes(1))
     if "span" in extras:
-        inputs["span"] = (extras["span"], pl.BlockSpec(memory_space=pltpu.SMEM))
+        inputs["span"] = (extras["span"], Part(pl.BlockSpec(memory_space=pltpu.SMEM)))
     return inputs
 
 
-def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, pl.BlockSpec]]:
+def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, Part]]:
     """Operands of the gradients."""
     d_out, block_q = statistics["d_out"], walk.config.block_q
     inputs = {"d_out": (_by_position(d_out, block_q), walk.rows_of(0, d_out.shape[-1]))}
@@ -243,7 +255,7 @@ def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, pl.BlockSp
 
 
 def _forward(config: Config, q, k, v, extras, logsumexp: bool):
-    walk = Walk(config, config.blocks.rows, by_rows=True)
+    walk = Walk(config, config.blocks.rows, by_rows=True, together=config.together)
     batch, size, dim, out_dim = q.shape[0], config.block_q, q.shape[-1], v.shape[-1]
     like = jax.ShapeDtypeStruct((*q.shape[:3], out_dim), q.dtype)
     lse_shape = (batch, config.heads, 1, _round_up(config.queries, size))
@@ -258,10 +270,10 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
         _inputs(walk, q, k, v, extras),
         outputs,
         {
-            "scaled": pltpu.VMEM((size, dim), q.dtype),
-            "top": pltpu.VMEM((size, LANES), jnp.float32),
-            "total": pltpu.VMEM((size, LANES), jnp.float32),
-            "sum": pltpu.VMEM((size, out_dim), jnp.float32),
+            "scaled": ((size, dim), q.dtype),
+            "top": ((size, LANES), jnp.float32),
+            "total": ((size, LANES), jnp.float32),
+            "sum": ((size, out_dim), jnp.float32),
         },
         "sparse_attention_forward",
     )
@@ -274,18 +286,20 @@ def _query_gradients(config: Config, q, k, v, extras, statistics):
     batch, size, dim = q.shape[0], config.block_q, q.shape[-1]
     outputs = {"dq": (_blank(q, config.queries, q.dtype, size), walk.rows_of(0, dim))}
     scratch = {
-        "scaled": pltpu.VMEM((size, dim), q.dtype),
-        "lse_column": pltpu.VMEM((size, LANES), jnp.float32),
-        "delta_column": pltpu.VMEM((size, LANES), jnp.float32),
-        "sum": pltpu.VMEM((size, dim), jnp.float32),
+        "scaled": ((size, dim), q.dtype),
+        "lse_column": ((size, LANES), jnp.float32),
+        "delta_column": ((size, LANES), jnp.float32),
+        "sum": ((size, dim), jnp.float32),
     }
     if "span" in extras:
         shape = (batch, config.heads, config.blocks.row_blocks, 1, LANES)
         outputs["d_span"] = (
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            walk.spec((None, None, None, 1, LANES), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0)),
+            Part(
+                walk.spec((None, None, None, 1, LANES), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0))
+            ),
         )
-        scratch["span_sum"] = pltpu.VMEM((size, LANES), jnp.float32)
+        scratch["span_sum"] = ((size, LANES), jnp.float32)
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
     dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, scratch, "sparse_attention_dq")
     dq = _restored(dq, config.queries, config.heads, dim)
@@ -307,9 +321,9 @@ def _key_gradients(config: Config, q, k, v, extras, statistics):
             "dv": (_blank(v, config.keys, q.dtype, size), walk.rows_of(1, dims[1])),
         },
         {
-            "scaled": pltpu.VMEM((size, dims[0]), q.dtype),
-            "k_sum": pltpu.VMEM((size, dims[0]), jnp.float32),
-            "v_sum": pltpu.VMEM((size, dims[1]), jnp.float32),
+            "scaled": ((size, dims[0]), q.dtype),
+            "k_sum": ((size, dims[0]), jnp.float32),
+            "v_sum": ((size, dims[1]), jnp.float32),
         },
         "sparse_attention_dkv",
     )

@@ -97,11 +97,11 @@ def _operand(ref, like):
     return ref[...].astype(like.dtype)
 
 
-# -- kernels ---------------------------------------------------------------------------------------
+# -- kernels: what a head does first, a block's products, what is added from them, and last --------
 
 
 def forward_kernel(config, refs, by_rows):
-    """Outputs and log-sum-exps, by an online softmax: what to do first, at each block, and last."""
+    """Outputs and log-sum-exps, by an online softmax."""
 
     def start():
         refs.scaled[...] = (refs.q[...].astype(jnp.float32) * config.factor).astype(refs.q.dtype)
@@ -109,8 +109,10 @@ def forward_kernel(config, refs, by_rows):
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
 
-    def add(rule):
-        products = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+    def products():
+        return dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+
+    def add(rule, products):
         scores, _, distance = _scores(config, refs, products, rule, by_rows)
         before = refs.top[...]
         top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
@@ -137,7 +139,7 @@ def forward_kernel(config, refs, by_rows):
         lse = jnp.where(some, refs.top[...] * (1 / LOG2_E) + jnp.log(safe), -jnp.inf)
         refs.lse[...] = lse.T[:1]
 
-    return start, add, finish
+    return start, products, add, finish
 
 
 def query_kernel(config, refs, by_rows):
@@ -151,9 +153,11 @@ def query_kernel(config, refs, by_rows):
         if refs.span is not None:
             refs.span_sum[...] = jnp.zeros_like(refs.span_sum)
 
-    def add(rule):
+    def products():
+        return dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+
+    def add(rule, products):
         k, v = _operand(refs.k, refs.q), _operand(refs.v, refs.q)
-        products = dot(refs.scaled[...], k, transposed=True)
         scores, tanh, distance = _scores(config, refs, products, rule, by_rows)
         shares = jnp.exp2(scores - lanes(refs.lse_column[...], config.block_k))
         d_shares = dot(refs.d_out[...], v, transposed=True)
@@ -175,7 +179,7 @@ def query_kernel(config, refs, by_rows):
         if refs.span is not None:
             refs.d_span[...] = refs.span_sum[...].sum(axis=0, keepdims=True)
 
-    return start, add, finish
+    return start, products, add, finish
 
 
 def key_kernel(config, refs, by_rows):
@@ -187,9 +191,11 @@ def key_kernel(config, refs, by_rows):
         refs.k_sum[...] = jnp.zeros_like(refs.k_sum)
         refs.v_sum[...] = jnp.zeros_like(refs.v_sum)
 
-    def add(rule):
+    def products():
+        return dot(refs.scaled[...], refs.q[...], transposed=True)
+
+    def add(rule, products):
         q, d_out = refs.q[...], refs.d_out[...]
-        products = dot(refs.scaled[...], q, transposed=True)
         scores, tanh, distance = _scores(config, refs, products, rule, by_rows)
         shares = jnp.exp2(scores - refs.lse[...])
         weights = shares
@@ -206,4 +212,4 @@ def key_kernel(config, refs, by_rows):
         refs.dk[...] = (refs.k_sum[...] * config.scale).astype(refs.dk.dtype)
         refs.dv[...] = refs.v_sum[...].astype(refs.dv.dtype)
 
-    return start, add, finish
+    return start, products, add, finish

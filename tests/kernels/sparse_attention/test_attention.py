@@ -69,7 +69,7 @@ class TestReference:
             check(self.run, q, k, v, cases.MASKS[name], self.dtype)
 
     def test_bfloat16(self):
-        check(self.run, *cases.operands(1, dim=128, heads=2, kv_heads=1), causal(), "bfloat16")
+        check(self.run, *cases.operands(1, dim=128, heads=2), causal(), "bfloat16")
 
     def test_lengths_and_widths_that_differ(self):
         operands = cases.operands(2, batch=2, queries=70, keys=150, dim=24, out_dim=40)
@@ -87,7 +87,8 @@ class TestReference:
 
     @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
     def test_quantized_keys_and_values(self, code):
-        q, k, v = cases.operands(4, queries=100, keys=140, heads=2, kv_heads=1)
+        kv_heads = 1 if code == "int8" else 2
+        q, k, v = cases.operands(4, queries=100, keys=140, heads=2, kv_heads=kv_heads)
         (k, k_scale), (v, v_scale) = (cases.quantized(x, code) for x in (k, v))
         check(self.run, q, k, v, causal(40), k_scale=k_scale, v_scale=v_scale)
 

@@ -31,7 +31,7 @@ def test_bytes_are_those_of_the_longest_packed_list(name):
 
 def test_blocks_grow_while_that_costs_less_and_until_their_list_fits():
     diagonal = blocks(np.eye(8), 512)
-    for length, mask, want in [
+    for length, mask, want, *heads in [
         (2048, causal(), (512, 512)),
         (4096, causal(), (1024, 1024)),
         (4096, diagonal, (512, 512)),
@@ -40,8 +40,12 @@ def test_blocks_grow_while_that_costs_less_and_until_their_list_fits():
         (300, causal(), (384, 384)),
         (1 << 18, causal(), (1024, 1024)),
         (1 << 20, window(512), (512, 512)),
+        (3072, causal(), (1024, 1024)),
+        # Two heads of a step share what it costs.
+        (3072, causal(), (512, 512), 2),
+        (3072, per_head([causal(), causal()]), (1024, 1024), 2),
     ]:
-        q, k, v = operands(length)
+        q, k, v = operands(length, *heads)
         assert tpu.fitting_blocks(q, k, mask) == (want, None)
         out = jax.eval_shape(
             lambda *x, mask=mask: attention(*x, mask, implementation="mosaic_tpu", interpret=True),
