@@ -26,7 +26,7 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.io.stacked import densified
+from jaxcomp.io.stacked import Stacked, densified
 from jaxcomp.journal import Journal
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
@@ -36,6 +36,7 @@ from jaxcomp.report import Report, Row
 from jaxcomp.step import Deferred, Layer, run
 
 Index = tuple[int, ...]
+_STACK = ("stack",)  # In place of an index: all slices of a weight, in one record.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -506,12 +507,28 @@ class _Run:
             return records[()].array
         layout = self.graph.layouts[path]
         first = next(iter(records.values())).array
-        stacked = stack_arrays([records[i].array for i in sorted(records)])
         depth = len(next(iter(records)))
         sizes = layout.sizes(layout.stack_axes[:depth])
-        parts = jax.tree.map(lambda a: a.reshape((*sizes, *a.shape[1:])), stacked.parts)
+        arrays = [records[i].array for i in sorted(records)]
         axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
-        return CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
+        if self.journal is None:
+            stacked = stack_arrays(arrays)
+            parts = jax.tree.map(lambda a: a.reshape((*sizes, *a.shape[1:])), stacked.parts)
+            return CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
+
+        def put():
+            if self._recall(path, _STACK) is None:
+                parts = stack_arrays(arrays, functools.partial(_on_disk, sizes=sizes)).parts
+                parts = jax.tree.map(
+                    lambda a: a if isinstance(a, Stacked) else a.reshape((*sizes, *a.shape[1:])),
+                    parts,
+                )
+                array = CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
+                self._put(path, _STACK, Record(array, [], {}, 0.0))
+
+        # From slice to slice, on the disk: the stack is never in memory.
+        self.together.step("stack " + path, put)
+        return self._recall(path, _STACK).array
 
     def report(self, dense: dict, leaves: list, seconds: float) -> Report:
         """The report."""
@@ -588,6 +605,13 @@ def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> Compressed
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else float(value)
+
+
+def _on_disk(leaves: Sequence[Any], sizes: Sequence[int]) -> Stacked:
+    """Slices in the order of their indices, as a stack ``(*sizes, ..)`` that is not made."""
+    for size in reversed(sizes[1:]):
+        leaves = [Stacked(leaves[i : i + size]) for i in range(0, len(leaves), size)]
+    return Stacked(leaves)
 
 
 def _journal_key(path: str, index: Index) -> str:

@@ -23,6 +23,7 @@ import pathlib
 import re
 import shutil
 import struct
+import sys
 from typing import Any, Self
 
 import ml_dtypes
@@ -32,8 +33,9 @@ from jaxcomp.errors import JaxcompError
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows: a journal works there, without the guard against two writers.
-    fcntl = None
+    fcntl = resource = None
 
 FORMAT_VERSION = 1
 _MAGIC = b"JCREC\x00\x00\x01"
@@ -132,7 +134,8 @@ class Journal:
 
         Args:
           key: name of the record, any text.
-          arrays: named NumPy or JAX arrays of any dtype.
+          arrays: named NumPy or JAX arrays of any dtype, or a ``Stacked`` of them, which is
+            written part by part.
           meta: JSON-able.
 
         Returns:
@@ -142,27 +145,27 @@ class Journal:
           JournalError: the disk is full. Finished records stay.
         """
         file = self._file(key)
-        arrays = {name: _contiguous(value) for name, value in arrays.items()}
+        held = {name: [_contiguous(a) for a in _parts(value)] for name, value in arrays.items()}
         entries, offset = [], 0
-        for name, array in arrays.items():
+        for name, parts in held.items():
             offset = _aligned(offset)
             entries.append(
                 {
                     "name": name,
-                    "dtype": array.dtype.name,
-                    "shape": list(array.shape),
+                    "dtype": parts[0].dtype.name,
+                    "shape": list(np.shape(arrays[name])),
                     "offset": offset,
                 }
             )
-            offset += array.nbytes
+            offset += sum(part.nbytes for part in parts)
         header = {"arrays": entries, "key": key, "meta": meta}
         encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
         start = _aligned(_PREFIX.size + len(encoded))
         pieces: list[Any] = [encoded, bytes(start - _PREFIX.size - len(encoded))]
         position = 0
-        for array in arrays.values():
-            pieces += [bytes(_aligned(position) - position), _raw(array)]
-            position = _aligned(position) + array.nbytes
+        for parts in held.values():
+            pieces += [bytes(_aligned(position) - position), *map(_raw, parts)]
+            position = _aligned(position) + sum(part.nbytes for part in parts)
         digest = hashlib.sha256(len(encoded).to_bytes(8, "little"))
         for piece in pieces:
             digest.update(piece)
@@ -264,10 +267,7 @@ def _write(file: pathlib.Path, pieces: list[Any]) -> None:
 def _read_record(
     file: pathlib.Path, key: str, verify: bool = True
 ) -> tuple[dict[str, np.ndarray], Any]:
-    with open(file, "rb") as stream:
-        if os.fstat(stream.fileno()).st_size < _PREFIX.size:
-            raise _damaged(file, "it is cut short")
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    data = _mapped(file)
     header, start = _header(file, data)
     if verify and hashlib.sha256(memoryview(data)[40:]).digest() != data[8:40]:
         raise _damaged(file, "its checksum does not match its contents")
@@ -284,6 +284,33 @@ def _read_record(
         array = whole[first : first + count * dtype.itemsize]
         arrays[entry["name"]] = array.view(dtype).reshape(entry["shape"])
     return arrays, header["meta"]
+
+
+def _mapped(file: pathlib.Path) -> mmap.mmap:
+    """A file's contents. A map keeps a descriptor open, and there is one for each weight."""
+    try:
+        return _map(file)
+    except OSError as error:
+        if error.errno != errno.EMFILE or resource is None:
+            raise
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        raise JournalError(
+            f"journal record {file}: {soft} files are open, which is the limit, and each finished "
+            "weight keeps one open; raise it (ulimit -n) and run again, finished records are kept."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return _map(file)
+
+
+def _map(file: pathlib.Path) -> mmap.mmap:
+    options: dict[str, Any] = {"access": mmap.ACCESS_READ}
+    if sys.version_info >= (3, 13):
+        options["trackfd"] = False
+    with open(file, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size < _PREFIX.size:
+            raise _damaged(file, "it is cut short")
+        return mmap.mmap(stream.fileno(), 0, **options)
 
 
 def _header(file: pathlib.Path, data: Any) -> tuple[dict[str, Any], int]:
@@ -397,6 +424,12 @@ def _free(path: pathlib.Path) -> int:
 def _contiguous(value: Any) -> np.ndarray:
     array = np.asarray(value)
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _parts(value: Any) -> list[Any]:
+    """The arrays that follow one another in a stack, however deep; an array is one by itself."""
+    parts = getattr(value, "parts", None)
+    return [value] if parts is None else [a for part in parts for a in _parts(part)]
 
 
 def _raw(array: np.ndarray) -> memoryview | bytes:

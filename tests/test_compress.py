@@ -672,6 +672,25 @@ def test_a_run_resumes_from_its_journal_to_the_same_bytes(tmp_path, monkeypatch)
     same(jax.tree.leaves(again.params), jax.tree.leaves(whole.params))
 
 
+def test_a_scanned_models_stacks_are_files_of_the_journal(tmp_path):
+    params, data = blocks(), inputs()
+    recipe = Recipe(steps=(GPTQ(format=INT4),))
+    plain = jc.compress(scanned, params, recipe, data)
+    first = jc.compress(scanned, params, recipe, data, journal=str(tmp_path / "j"))
+    names = sorted(recorded(tmp_path / "j"))
+    again = jc.compress(scanned, params, recipe, data, journal=str(tmp_path / "j"))
+    assert sorted(recorded(tmp_path / "j")) == names
+    for found in (first, again):
+        same(jax.tree.leaves(found.params), jax.tree.leaves(plain.params))
+        for row in found.report.rows:
+            leaf = found.params
+            for key in row.path.split("/"):
+                leaf = leaf[key]
+            for array in jax.tree.leaves(leaf):
+                assert isinstance(array, np.ndarray) and not array.flags.owndata
+                assert not array.flags.writeable
+
+
 def test_a_journal_of_another_run_is_refused(tmp_path):
     data, recipe = inputs(), Recipe(steps=(GPTQ(format=INT4),))
     jc.compress(mlp, MLP, recipe, data, journal=str(tmp_path / "j"))

@@ -12,6 +12,7 @@ import pytest
 
 from jaxcomp import journal as journal_module
 from jaxcomp.errors import JaxcompError
+from jaxcomp.io.stacked import Stacked
 from jaxcomp.journal import Journal, write_atomically
 
 RUN = {"recipe": "r" * 64, "model": "m" * 64, "data": "d" * 64, "jaxcomp": "0.1.0"}
@@ -54,6 +55,40 @@ def test_records_come_back_exactly(tmp_path, rng):
         assert found_meta == meta
         assert journal.get("layers/0/kernel.3.") == ({}, None)
         assert journal.keys() == ["layers/0/kernel.3.", "layers/0/kernel[3]"]
+
+
+def test_a_stack_is_written_from_its_parts(tmp_path, rng):
+    parts = [rng.standard_normal((2, 5)).astype(ml_dtypes.bfloat16) for _ in range(6)]
+    parts[3] = np.asfortranarray(parts[3])
+    nested = Stacked([Stacked(parts[i : i + 3]) for i in (0, 3)])
+    whole = {"odd": np.zeros(3, np.int8), "stack": np.stack(parts).reshape(2, 3, 2, 5)}
+    with Journal.open(tmp_path / "j", RUN) as journal:
+        _same(journal.put("lazy", {**whole, "stack": nested})[0], whole)
+        journal.put("lazy", whole)
+        expected = next((tmp_path / "j" / "records").iterdir()).read_bytes()
+        journal.put("lazy", {**whole, "stack": nested})
+        assert next((tmp_path / "j" / "records").iterdir()).read_bytes() == expected
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="maps need no open file")
+def test_more_weights_than_files_may_be_open(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)
+    count = probe + 8  # Descriptors are numbered from below.
+    with Journal.open(tmp_path / "j", RUN) as journal:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
+            kept = [journal.put(str(k), {"a": np.full(3, k)})[0] for k in range(12)]
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+            assert [int(arrays["a"][0]) for arrays in kept] == list(range(12))
+            monkeypatch.setattr(resource, "getrlimit", lambda kind: (count, count))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count, before[1]))
+            with pytest.raises(JaxcompError, match=r"ulimit -n"):
+                journal.get("0")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_arrays_are_mapped_not_copied_and_read_only(tmp_path):

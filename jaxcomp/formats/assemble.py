@@ -1,6 +1,6 @@
 """Putting compressed slices together, and saying in words what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,16 @@ from jaxcomp.formats.sparse import NMPart, SparsePart
 from jaxcomp.formats.transforms import InputQuant, InputScale
 
 
-def stack_arrays(arrays: Sequence[CompressedArray]) -> CompressedArray:
+def stack_arrays(
+    arrays: Sequence[CompressedArray], stack: Callable[[Sequence[Any]], Any] = np.stack
+) -> CompressedArray:
     """Compressed slices of a stacked weight as one array with a new leading axis.
 
     Dense outlier columns are padded to the widest slice.
 
     Args:
       arrays: slices with the same parts.
+      stack: of leaves on the host.
 
     Returns:
       An array whose leaves are the slices' leaves stacked, on the host if they lie there.
@@ -40,7 +43,7 @@ def stack_arrays(arrays: Sequence[CompressedArray]) -> CompressedArray:
                 f"{describe(arrays[0])} and {describe(array)}; unstack the weight or use one recipe"
             )
 
-    def stack(*leaves):
+    def stacked(*leaves):
         if len({leaf.shape for leaf in leaves}) > 1:
             raise JaxcompError(
                 f"layers of one stacked weight hold parts of different shapes "
@@ -48,9 +51,9 @@ def stack_arrays(arrays: Sequence[CompressedArray]) -> CompressedArray:
                 f"layer"
             )
         host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
-        return np.stack(leaves) if host else jnp.stack([jnp.asarray(v) for v in leaves])
+        return stack(leaves) if host else jnp.stack([jnp.asarray(v) for v in leaves])
 
-    return jax.tree.map(stack, *arrays)
+    return jax.tree.map(stacked, *arrays)
 
 
 def _padded(arrays: list[CompressedArray]) -> list[CompressedArray]:
