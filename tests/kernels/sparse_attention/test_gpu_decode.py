@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.sparse_attention import causal, decode_attention, gpu_decode, window
+from jaxcomp.kernels.sparse_attention import causal, decode, decode_attention, gpu_decode, window
 
 from tests.kernels import aot_gpu
+from tests.kernels.sparse_attention import cases
 from tests.kernels.sparse_attention.test_decode import TestPlain as Plain
 from tests.kernels.sparse_attention.test_decode import check
 from tests.kernels.sparse_attention.test_gpu import OLD, needs_mosaic
@@ -32,6 +33,26 @@ class TestInterpreted(Plain):
     def test_narrow_heads_in_float16_and_a_cache_of_odd_size(self):
         options = {"lengths": (150,), "capacity": 152, "dim": 64}
         check(self.run, dtype="float16", scale=-0.2, soft_cap=3.0, **options)
+
+
+@needs_mosaic
+def test_a_part_of_a_cache():
+    """As a device has it that holds the positions from 128 on; one sequence ends before them."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in cases.operands(2, 2, 2, 320, dim=64))
+    parts, lengths = (k[:, 128:], v[:, 128:]), jnp.array([300, 100])
+    options = {"scale": 0.2, "start": jnp.int32(128), "out_dtype": jnp.float32}
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    rule = window(150, causal=True)
+    out, lse = gpu_decode.attention(
+        q, *parts, lengths, rule, interpret=interpret, splits=1, **options
+    )
+    want, want_lse = decode.plain(q, *parts, lengths, rule, **options)
+    assert out.dtype == jnp.float32
+    cases.assert_close(out, want, "bfloat16")
+    cases.assert_close(lse, want_lse, "bfloat16")
+    assert not out[1].any() and jnp.isneginf(lse[1]).all()
 
 
 def test_a_result_of_nothing_merges_to_nothing():
