@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxcomp.kernels import sparse_attention as sparse
 from jaxcomp.kernels.sparse_attention.schedule import schedule
-from jaxcomp.kernels.sparse_matmul import BlockSparse, block_sparse, block_sparse_matmul
+from jaxcomp.kernels.sparse_matmul import (
+    BlockSparse,
+    block_sparse,
+    block_sparse_matmul,
+    nm_matmul,
+    nm_sparse,
+    nm_stored,
+    prepare_nm,
+)
 
 from benchmarks.gpu_timing import Variants, copies
 
@@ -32,7 +40,7 @@ SHAPES = {"up": (14336, 4096), "down": (4096, 14336)}
 DENSITY = 0.1
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 # (table, its rows, variant, least ratio to the dense kernel)
-REQUIRED = [("attention", LENGTH, "random blocks", 5.0)]
+REQUIRED = [("attention", LENGTH, "random blocks", 5.0), ("up", 16, "2:4", 1.4)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,41 @@ class Blocks:
         return max(map(distance, answers[0], want)), stable(answers)
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoOfFour:
+    """A product with a 2:4 weight whose numbers are checked."""
+
+    m: int
+    n: int
+    k: int
+    activation: str | None = None
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        text = f"2:4, {self.m} x {self.n} x {self.k}"
+        return text + (f", bias, {self.activation}" if self.activation else "")
+
+    def error(self, rng: np.random.Generator, interpret) -> tuple[float, bool]:
+        """The relative error, and whether three runs agree."""
+        w = jnp.asarray(rng.normal(size=(self.n, self.k)) / 32, jnp.bfloat16)
+        order = rng.random((self.n, self.k // 4, 4)).argsort(-1)
+        mask = (order < 2).reshape(w.shape)
+        weight = nm_sparse(w, mask)
+        x = jnp.asarray(rng.normal(size=(self.m, self.k)), jnp.bfloat16)
+        bias = jnp.asarray(rng.normal(size=self.n), jnp.float32) if self.activation else None
+
+        def run(x, weight):
+            options = {"implementation": "mosaic_gpu", "interpret": interpret}
+            return (nm_matmul(x, weight, bias, self.activation, **options),)
+
+        answers = repeated(jax.jit(run), (x, weight), interpret)
+        x, w = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, w))
+        z = x @ (w * mask).T
+        z = z if bias is None else z + np.asarray(bias, np.float64)
+        want = z / (1.0 + np.exp(-z)) if self.activation else z
+        return distance(answers[0][0], want), stable(answers)
+
+
 CHECKS = [
     Attention("full", 512, 1024),
     Attention("full", 700, 300, dtype="float16", dim=64),
@@ -151,10 +194,13 @@ CHECKS = [
     *(Blocks(m, 1024, 4096, (256, 128), "silu") for m in (1, 100, 2048)),
     *(Blocks(m, *SHAPES["up"]) for m in (1, 2048)),
     *(Blocks(m, 1024, 768, (128, 256), gradient=True) for m in (7, 500)),
+    *(TwoOfFour(m, 640, 1280, "silu") for m in (1, 13, 64, 300)),
+    *(TwoOfFour(m, *SHAPES["down"]) for m in (1, 16)),
 ]
 REHEARSED = [
     Attention("bigbird", 140, 140, dim=64, heads=1, kv_heads=1, soft_cap=20.0),
     Blocks(3, 256, 250),
+    TwoOfFour(3, 128, 512),
 ]
 
 
@@ -198,7 +244,7 @@ def distance(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def check_one(check: Attention | Blocks, interpret) -> tuple[float, bool]:
+def check_one(check: Attention | Blocks | TwoOfFour, interpret) -> tuple[float, bool]:
     """The relative error of the kernel's answer, and whether three runs agree."""
     return check.error(np.random.default_rng(zlib.crc32(str(check).encode())), interpret)
 
@@ -284,11 +330,22 @@ def _block_table(shape: str, m: int, deadline: float, small: bool) -> tuple[list
             run = functools.partial(block_sparse_matmul, implementation=implementation)
             variants.add(name, run, xs, weights)
 
+    # The first of each four inputs or the second, and the third or the fourth.
+    codes = jnp.asarray(rng.integers(0, 256, (n, k // 8), dtype=np.uint8) & 0x55 | 0x88)
+    half = whole[:, ::2]
+    halves = [nm_stored(half * (1 + i / 64), codes) for i in range(copies(1.125 * n * k))]
+    halves = halves if small else [prepare_nm(weight) for weight in halves]
+    for name, implementation in (("2:4", "mosaic_gpu"), ("XLA, 2:4", "xla")):
+        if not small or implementation == "xla":
+            run = functools.partial(nm_matmul, implementation=implementation)
+            variants.add(name, run, xs, halves)
+
     medians = variants.measure()
     base = medians.get("XLA bf16, dense", (float("nan"), 0.0))[0]
     title, found, ratios = f"{shape} {n} x {k}, {m} rows", [], {}
     for name, (seconds, spread) in medians.items():
         share = 1.0 if "dense" in name else count / (n // 128 * (k // 128))
+        share = 0.5 if "2:4" in name else share
         ratios[name] = base / seconds
         found.append(_row(f"{title}: {name}", seconds, spread, share, 2 * m * n * k * share, base))
     return found + _failed(variants, title), ratios

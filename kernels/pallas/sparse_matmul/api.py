@@ -9,10 +9,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
-from jaxcomp.kernels.sparse_matmul import blocks, gpu, nm, reference, sharding, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul import (
+    blocks,
+    gpu,
+    gpu_nm,
+    nm,
+    reference,
+    sharding,
+    tpu,
+    tpu_nm,
+)
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
+
+_BY_NAME = "it was never run on a GPU; ask for it by name"
 
 
 def block_sparse_matmul(
@@ -84,10 +95,10 @@ def nm_matmul(
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias) with N of every M inputs of W stored.
 
-    On TPUs this saves storage and bandwidth, not arithmetic: the matrix unit multiplies W written
-    out in VMEM. 2:4 in bf16 is 1.78x fewer bytes than dense bf16; with int4 codes in groups of 128
-    about 5x, but decoding those takes longer than reading them. Gradients go to x, to values (or
-    the scales of codes) and the bias, through XLA.
+    The kernels save storage and bandwidth, not arithmetic: the matrix unit multiplies W written out
+    in VMEM or, on GPUs, in registers. 2:4 in bf16 is 1.78x fewer bytes than dense bf16; with int4
+    codes in groups of 128 about 5x, but decoding those takes longer than reading them. Gradients go
+    to x, to values (or the scales of codes) and the bias, through XLA.
 
     Args:
       x: ``(.., K)``, bf16 or f32.
@@ -96,8 +107,10 @@ def nm_matmul(
       bias: ``(N,)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       out_dtype: dtype of y; None for x's.
-      implementation: "xla", "mosaic_tpu", or None for the best one.
-      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
+        GPUs, of bf16 values, was never run on one: it is chosen by its name only.
+      interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU;
+        ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       weight_spec: mesh axes of N and K, on a mesh of Auto axes; a NamedSharding where neither an
         array nor the mesh in use tells the mesh.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
@@ -150,8 +163,8 @@ def prepare_nm(w: NMSparse, chip: str | None = None) -> NMSparse:
     """
     nm.check_layout(w)
     known = chips.chip_of(w.values) if chip is None else chips.BY_NAME[chip]
-    fits = w.layout == "stored" and tpu_nm.unfit(w, known) is None
-    return nm.prepare(w) if fits else w
+    fits = tpu_nm.unfit(w, known) is None or gpu_nm.unfit(jnp.bfloat16, w, known) is None
+    return nm.prepare(w) if fits and w.layout == "stored" else w
 
 
 def _options(x, shape, bias, activation, out_dtype) -> Options:
@@ -205,7 +218,7 @@ def _chosen(implementation, interpret, x, weight) -> str:
     chip = chips.H100 if interpret else chips.chip_of(x)
     on_gpu = problem or gpu.unfit(x.dtype, weight, chip)
     if implementation is None:
-        on_gpu = on_gpu or "it was never run on a GPU; ask for it by name"
+        on_gpu = on_gpu or _BY_NAME
     return implementations.choose(
         f"block_sparse_matmul of x {x.shape} {x.dtype} and {len(weight.values)} "
         f"{weight.values.dtype} blocks of {weight.block} of {weight.shape}",
@@ -225,14 +238,21 @@ def _run_blocks(implementation, interpret, x, weight, bias, options):
 def _run_nm(implementation, interpret, x, weight, bias, options):
     chip = _chip(x, interpret)
     problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
+    on_tpu = problem or tpu_nm.unfit(weight, chip, x.dtype)
+    hopper = chips.H100 if interpret else chips.chip_of(x)
+    on_gpu = problem or gpu_nm.unfit(x.dtype, weight, hopper)
+    if implementation is None:
+        on_gpu = on_gpu or _BY_NAME
     chosen = implementations.choose(
         f"nm_matmul of x {x.shape} {x.dtype} and {weight.n}:{weight.m} {weight.values.dtype} "
         f"{weight.shape}",
-        {"mosaic_tpu": problem or tpu_nm.unfit(weight, chip, x.dtype), "xla": None},
+        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
         implementation,
     )
     if chosen == "xla":
         return reference.nm_matmul(x, weight, bias, options)
+    if chosen == "mosaic_gpu":
+        return gpu_nm.matmul(x, weight, bias, options, interpret)
     return tpu_nm.matmul(x, weight, bias, options, chip, interpret)
 
 
