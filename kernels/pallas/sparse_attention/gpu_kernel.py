@@ -224,20 +224,18 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
 
         return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
-    segments = None
-    if "segments" in refs:
-        ids = refs["segments"].at[place.batch, pl.ds(start, ROWS)]
-        segments = plgpu.load(ids, layout=by_row, optimized=False)
-
     def step(code, index, carry):
         acc, top, total = carry
         stage = lax.rem(index - first, stages)
         plgpu.barrier_wait(scratch["k_full"].at[stage])
         scores = product(queries, scratch["k"].at[stage].T, score_shape)
-        if segments is None:
+        if "segments" not in refs:
             plgpu.barrier_arrive(scratch["k_empty"].at[stage])
         scores, factor = capped(scores, problem)
-        if segments is not None:
+        if "segments" in refs:
+            # Read again by each step: to hold them takes registers that are not there.
+            ids = refs["segments"].at[place.batch, pl.ds(start, ROWS)]
+            segments = plgpu.load(ids, layout=by_row, optimized=False)
             kv_segments = plgpu.load(
                 scratch["kv_segments"].at[stage],
                 layout=plgpu.Layout.WGMMA.reduce(0),

@@ -174,6 +174,7 @@ PROGRAMS = [
     {"mask": "full", "dtype": "float16", "dim": 64},
     {"mask": "heads", "dim": 64},
     {"mask": "strided", "segments": True},
+    {"mask": "bigbird", "segments": True},
     {"mask": "bigbird", "segments": True, "soft_cap": 30.0},
     {"mask": "window", "queries": 1999},
     {"mask": "causal", "queries": 5},
