@@ -41,7 +41,8 @@ def main() -> None:
         try:
             serving = served(program["workload"])
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                found = measure(*serving.step(program["phase"], split, mesh), serving)
+                cached = serving.layer_cache(split, program["phase"])
+                found = measure(*serving.step(program["phase"], split, mesh), serving, cached)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         found["seconds"] = time.perf_counter() - started
@@ -49,7 +50,9 @@ def main() -> None:
         _say(found)
 
 
-def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> dict[str, Any]:
+def measure(
+    function: Any, arguments: tuple, choices: tuple, serving: Any, cached: tuple[int, ...]
+) -> dict[str, Any]:
     """Compiles a program and reads what the compiler says about it.
 
     Args:
@@ -57,6 +60,7 @@ def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> di
       arguments: shapes with shardings.
       choices: of the implementations at compressed weights.
       serving: whose weights no all-gather should put together.
+      cached: shape of the keys that one layer keeps for the sequences of a data-parallel group.
 
     Returns:
       Values that JSON can hold; bytes are those of one device.
@@ -82,6 +86,7 @@ def measure(function: Any, arguments: tuple, choices: tuple, serving: Any) -> di
         "sent": dict(sent),
         "largest_gather": None if largest is None else dataclasses.asdict(largest),
         "whole_weight_gathers": [dataclasses.asdict(c) for c in whole],
+        "cache_gathered": round(sum(c.sent for c in hlo.whole_weights(exchanges, [cached]))),
         "implementations": dict(collections.Counter(c.implementation for c in choices)),
         "integer": sorted(integer & serving.integer_weights),
         "reasons": sorted({f"{c.implementation}: {c.reason}" for c in choices}),

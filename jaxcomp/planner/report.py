@@ -210,6 +210,12 @@ def _remarks(best: search.Tried) -> list[str]:
     if "materialize" in best.decode["implementations"]:
         lines.append(_MATERIALIZED)
     for phase in PHASES:
+        gathered, sent = (getattr(best, phase)[name] for name in ("cache_gathered", "sent"))
+        if gathered:
+            lines.append(
+                f"{phase}: {gathered / 2**20:.0f} of {sum(sent.values()) / 2**20:.0f} MiB sent "
+                "bring each layer's cached keys and values together"
+            )
         found = getattr(best, phase)["whole_weight_gathers"]
         shapes = {f"{c['dtype']}[{','.join(map(str, c['shape']))}]" for c in found}
         if shapes:

@@ -149,6 +149,11 @@ class Serving:
         total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
         return total // (split.data * split.model)
 
+    def layer_cache(self, split: Split, phase: str) -> tuple[int, ...]:
+        """Shape of the keys that one layer keeps for the sequences of a data-parallel group."""
+        _, heads, size = self.config.cache_shape
+        return self.sequences(split, phase) // split.data, self.workload.context, heads, size
+
     def unfit(self, split: Split) -> str | None:
         """Why a split is not possible, or None."""
         w = self.workload

@@ -208,6 +208,8 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
             assert compiled["weights_to_ideal"] == pytest.approx(1, abs=0.05)
             assert compiled["implementations"] == ran
             assert compiled["whole_weight_gathers"] == []
+            # Decoding, each device attends to the positions that it holds.
+            assert phase == "prefill" or compiled["cache_gathered"] == 0
             # XLA's count has what is read at the least.
             assert compiled["accessed"] > 0.9 * compiled["roofline"]["read"]
             # No second cache: each layer writes to the donated one.
