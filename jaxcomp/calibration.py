@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxcomp import host
 
-
 # Rows of a Hessian on the host that are computed at a time.
 _ROWS = 256
 

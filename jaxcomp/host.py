@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
 # Elements that ``any_rows`` looks at together.
 _ELEMENTS = 2**18
 

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 
 from jaxcomp import formats, packed_sparse
 from jaxcomp.formats import base
-from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels import chips, tuning
+from jaxcomp.kernels import quantized_matmul as kernels
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import api, layout, reference, sharding, weights
 from jaxcomp.step import Activation

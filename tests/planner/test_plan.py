@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import pytest
+from jaxcomp.kernels import chips
 
 import jaxcomp as jc
 from jaxcomp import planner, presets
 from jaxcomp.errors import JaxcompError, ModelError
-from jaxcomp.kernels import chips
 from jaxcomp.planner import compiler, cost, cuda, hlo, search
 from jaxcomp.planner.shapes import NAMED, config_from, fields_of
 from jaxcomp.planner.steps import Serving, Split, Workload
