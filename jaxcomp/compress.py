@@ -356,7 +356,10 @@ class _Run:
         if self.place.rereads(leaf):
             stack, out, in_ = ([leaf.shape[a] for a in given] for given in axes)
             shape = (*stack, math.prod(out), math.prod(in_))
-            weight = Deferred(functools.partial(self._matrix, leaf, axes), shape)
+            stored = formats.to_matrix(leaf, *axes) if isinstance(leaf, np.ndarray) else None
+            if stored is not None and not np.may_share_memory(stored, leaf):
+                stored = None
+            weight = Deferred(functools.partial(self._matrix, leaf, axes), shape, stored)
         else:
             weight = self._matrix(leaf, axes)
         return Layer(target.site.path, weight, statistics=statistics, original_dtype=leaf.dtype)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import msgspec
+import numpy as np
 
 from jaxcomp.calibration import Statistics
 
@@ -59,10 +60,13 @@ class Deferred:
     Attributes:
       read: makes it, always the same.
       shape: its shape.
+      stored: the same values in the dtype in which they are stored, a view of host memory, where
+        there is one.
     """
 
     read: Callable[[], jax.Array]
     shape: tuple[int, ...]
+    stored: np.ndarray | None = None
 
 
 class _Weight:
@@ -119,6 +123,12 @@ class Layer:
     def held_weight(self) -> Any:
         """The weight, or the ``Deferred`` that makes it."""
         return vars(self)["weight"]
+
+    @property
+    def stored_weight(self) -> Any:
+        """The weight in any float dtype, if that spares a copy: for who converts it by rows."""
+        held = self.held_weight
+        return self.weight if getattr(held, "stored", None) is None else held.stored
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -85,8 +85,12 @@ def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | Factored | N
       ``(*stack, out, 2)``.
     """
     if isinstance(h, Factored):
-        share = lambda e: np.einsum("oi,oi->o", h.product(e), e)  # noqa: E731
-        return np.stack([share(w - approximation), share(w)], -1)
+        shares = []
+        for start in range(0, len(w), _ENERGY_ROWS):  # Not as large as the slab once more.
+            piece = w[start : start + _ENERGY_ROWS].astype(h.matrix.dtype, copy=False)
+            pair = (piece - approximation[start : start + _ENERGY_ROWS], piece)
+            shares.append(np.stack([np.einsum("oi,oi->o", h.product(e), e) for e in pair], -1))
+        return np.concatenate(shares)
     xp = np if isinstance(w, np.ndarray) else jnp
 
     def energy(e):
@@ -121,6 +125,8 @@ def _relative_error(w, approximation, h):
     return jnp.sqrt(jnp.maximum(lost, 0) / jnp.where(whole > 0, whole, 1))
 
 
+# Rows whose energy is computed at a time on the CPU.
+_ENERGY_ROWS = 64
 # Rows that a compiled loop takes at a time on the CPU.
 ROWS = 256
 

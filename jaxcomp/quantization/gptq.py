@@ -94,12 +94,10 @@ def _permutation(h, order):
 def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, percentile, report):
     """Quantizes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
     size, on_host = w.shape[-1], isinstance(h, Factored)
-    dtype = upper.matrix.dtype if on_host else upper.dtype
-    w = w.astype(dtype, copy=False)
-    if on_host:  # In the order of the columns.
+    if on_host:  # In the order of the columns; the solver converts the weight.
         diagonal = h.diagonal if permutation is None else h.diagonal[permutation.argsort()]
     else:
-        h = h.astype(dtype)
+        w, h = w.astype(upper.dtype), h.astype(upper.dtype)
         diagonal = h.diagonal()
     original = w
     group = grid.group_size_of(fmt, size)
@@ -137,20 +135,12 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
     del solution
     if on_host:
         energy = common.energies(original, values, h) if report else None
-        codes = codes.astype(_narrow(fmt), copy=False)
     if permutation is not None:
         back = permutation.argsort()
         values, codes = None if on_host else values[:, back], codes[:, back]
     if not on_host:
         energy = common.energies(original, values, h) if report else None
     return _Rows(codes, qparams, context, energy)
-
-
-def _narrow(fmt: Element) -> Any:
-    """A dtype that holds a format's codes: those of all rows wait until they are packed."""
-    if isinstance(fmt, Int):
-        return np.int8 if fmt.bits <= 8 else np.int16
-    return np.uint8
 
 
 def _in_memory_of(h, dtype, damping, order, owned) -> tuple[Factored, Any]:
@@ -308,7 +298,7 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
                 hessian = layer.statistics.hessian
             nm = common.pattern(layer)
             parts, damping, error, known = _solve(
-                layer.weight, hessian, layer.mask, nm, layer.path, options, True, known, True
+                layer.stored_weight, hessian, layer.mask, nm, layer.path, options, True, known, True
             )
             layer = common.quantized(layer, parts, None, step.activation, error)
             common.report_damping(layer, damping, step.damping)

@@ -33,6 +33,7 @@ import numpy as np
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
+from jaxcomp.formats.spec import Int
 from jaxcomp.quantization.factored import Factored, factored
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -58,7 +59,7 @@ class Solution(NamedTuple):
 
     Attributes:
       values: ``(out, in)``, the quantized and pruned weight.
-      codes: int32 ``(out, in)``, or None without a format.
+      codes: integers ``(out, in)``, or None without a format.
       qparams: scales and zero points of the groups, or None without a format.
       mask: bool ``(out, in)``, or None where nothing is pruned.
       errors: ``(out, in)``, the e_k.
@@ -181,7 +182,8 @@ def solve(
     """Quantizes and prunes one matrix column by column, spreading each error over later columns.
 
     Args:
-      w: ``(out, in)``; of NumPy the columns' outermost loop runs there (without ``choose``).
+      w: ``(out, in)``; of NumPy the columns' outermost loop runs there (without ``choose``), and
+        it is converted to the dtype of a ``Factored``.
       upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``; for ``w`` of NumPy
         it may still be in a Hessian's memory.
       fmt: element format, or None to prune only.
@@ -372,7 +374,8 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         w, mask = np.pad(w, added), None if mask is None else np.pad(mask, added)
         column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
-    w, mask = np.array(w.T, order="C"), None if mask is None else mask.T
+    dtype = upper.matrix.dtype if isinstance(upper, Factored) else w.dtype
+    w, mask = np.array(w.T, dtype, order="C"), None if mask is None else mask.T
     errors, codes, fitted = np.zeros_like(w), None, []
     for start in range(0, in_size, size):
         here = slice(start, start + size)
@@ -389,7 +392,7 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         errors[here] = found.errors
         w[here] = found.values  # Nobody reads these columns any more.
         if found.codes is not None:
-            codes = np.empty(w.shape, np.int32) if codes is None else codes
+            codes = np.empty(w.shape, _code_dtype(options["fmt"])) if codes is None else codes
             codes[here] = found.codes
         fitted.append(found.qparams)
     if qparams is None:
@@ -403,6 +406,13 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         mask=None if mask is None else mask[:in_size].T,
         errors=errors[:in_size].T,
     )
+
+
+def _code_dtype(fmt: Any) -> Any:
+    """A dtype that holds a format's codes: those of all rows wait until they are packed."""
+    if isinstance(fmt, Int):
+        return np.int8 if fmt.bits <= 8 else np.int16
+    return np.uint8
 
 
 def _of_factor(upper: Any, start: int, stop: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -123,3 +123,20 @@ def test_weights_of_a_group_are_read_one_at_a_time(steps):
     assert 1 <= most <= 2
     for a, b in zip(layers, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.parts, b.parts)
+
+
+def test_gptq_converts_the_rows_of_a_stored_weight_as_it_goes():
+    x = np.random.default_rng(0).standard_normal((90, 32)).astype(np.float32)
+    given = statistics(x, {"hessian"})
+    stored = np.random.default_rng(1).standard_normal((300, 32)).astype(jnp.bfloat16)
+
+    def read():
+        raise AssertionError("read whole")
+
+    lazy = Layer("w", Deferred(read, stored.shape, stored), given)
+    whole = lazy.replace(weight=jnp.asarray(stored, jnp.float32))
+    for order in ("natural", "activation"):
+        step = GPTQ(format=Int(4, 8), order=order)
+        (found,), (expected,) = run(step, (lazy,)), run(step, (whole,))
+        jax.tree.map(np.testing.assert_array_equal, found.parts, expected.parts)
+        assert found.metrics == expected.metrics
