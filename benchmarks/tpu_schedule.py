@@ -21,6 +21,8 @@ from benchmarks import tpu_attention
 from benchmarks.schedules import Case, Schedule, schedules
 from tests.kernels import aot
 
+_MODULE = "tests.kernels.quantized_matmul.aot_cases"
+
 
 def measure(chip: chips.Chip, cases: list[Case]) -> list[tuple[Case, Schedule | None, str | None]]:
     """Compiles cases for a chip in one process, and reads what the compiler wrote.
@@ -44,11 +46,34 @@ def measure(chip: chips.Chip, cases: list[Case]) -> list[tuple[Case, Schedule | 
     return out
 
 
+def _dense_cycles(schedule: Schedule, tile, outputs: int, times: list[int], decodes: bool) -> float:
+    """Scheduled cycles of the kernels of many rows.
+
+    Args:
+      schedule: of the kernel, or of the bf16 one in its tiling.
+      tile: of the kernel.
+      outputs: tiles of outputs.
+      times: for each tile of outputs, how many steps decode a weight and how many find it decoded.
+      decodes: False for bf16, whose steps are all alike.
+
+    Returns:
+      Cycles; NaN where the compiler has made other loops than the source has.
+    """
+    # Of the loops inside a step, those count that hold a product, not a few odd slots.
+    inner = [loop for loop in schedule.inner() if loop.used.get("MXU", 0) > 128]
+    if len(inner) != (2 if decodes else 1):
+        return float("nan")
+    times = times if decodes else [sum(times)]
+    total = sum(times) * schedule.step().bundles
+    for loop, count in zip(inner, times, strict=True):
+        total += loop.bundles * (tile.n // tile.columns) * count
+    return total * outputs
+
+
 def quantized_matmul() -> list[Case]:
     """Llama-3-8B's W4A16 g128 products, and the dense ones that the large ones are held against."""
     from jaxcomp.kernels.quantized_matmul import tpu_tiles
 
-    module = "tests.kernels.quantized_matmul.aot_cases"
     cases = []
     for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
         size = n * k / 2 + n * (k // 128) * 2
@@ -60,62 +85,66 @@ def quantized_matmul() -> list[Case]:
 
             def dense(schedule, chip, decodes, m=m, n=n, k=k):
                 tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
-                rows, outputs = -(-m // tile.m), -(-n // tile.n)
-                # The first tile of rows decodes the weights for the others, in a loop of its own.
-                # Of the loops inside a step, those count that hold a product, not a few odd slots.
-                inner = [loop for loop in schedule.inner() if loop.used.get("MXU", 0) > 128]
-                if decodes and len(inner) != 2:
-                    return float("nan")  # not the loops that the source has: no number, then
-                times = [1, rows - 1] if decodes else [rows] * len(inner)
-                total = rows * outputs * schedule.step().bundles
-                for loop, count in zip(inner, times, strict=True):
-                    total += loop.bundles * (tile.n // tile.columns) * count * outputs
-                return total
+                times = [1, -(-m // tile.m) - 1]
+                return _dense_cycles(schedule, tile, -(-n // tile.n), times, decodes)
 
-            options = {"m": m, "n": n, "k": k}
+            shape = {"m": m, "n": n, "k": k}
             name = f"W4A16 g128 M={m} {n}x{k}"
+            kernel, target = "quantized_matmul_int4", f"{_MODULE}:quantized"
             if m <= 16:
-                case = Case(
-                    f"few {name}",
-                    "quantized_matmul_int4",
-                    f"{module}:quantized",
-                    options,
-                    few,
-                    size,
-                )
-                cases.append(case)
-                continue
-            kernels = (("quantized_matmul_dense_int4", "quantized"), ("bf16_matmul", "bf16"))
-            for kernel, function in kernels:
-                title = f"many {name}" if function == "quantized" else f"many bf16 M={m} {n}x{k}"
-                count = functools.partial(dense, decodes=function == "quantized")
-                cases.append(Case(title, kernel, f"{module}:{function}", options, count))
+                cases.append(Case(f"few {name}", kernel, target, shape, few, size))
+            else:
+                kernel = "quantized_matmul_dense_int4"
+                cases += _against_bf16(f"many {name}", kernel, target, shape, dense)
     return cases
 
 
+def _against_bf16(name, kernel, target, options, cycles) -> list[Case]:
+    """A product of many rows after the bf16 one in its tiling."""
+    dense = f"{name} in bf16"
+    alike = functools.partial(cycles, decodes=False)
+    return [
+        Case(dense, "bf16_matmul", f"{_MODULE}:bf16", options, alike),
+        Case(
+            name,
+            kernel,
+            target,
+            options,
+            functools.partial(cycles, decodes=True),
+            against=dense,
+        ),
+    ]
+
+
 def grouped_matmul() -> list[Case]:
-    """Mixtral's W4A16 g128 experts, for 16 tokens of two experts each that meet all eight."""
+    """Mixtral's W4A16 g128 experts, for 16 and for 2048 tokens of two experts each.
+
+    Where an expert's rows begin within a tile is data: the most visits that there can be are
+    counted, and of the 2048 tokens also by the bf16 kernel, which they are held against.
+    """
     from jaxcomp.kernels.quantized_matmul import tpu_tiles
 
-    cases, experts, m = [], 8, 32
+    cases, experts = [], 8
     for n, k in ((14336, 4096), (4096, 14336)):
 
-        def cycles(schedule, chip, n=n, k=k):
-            tile = tpu_tiles.grouped_few(chip.name, m, experts, n, k, 128, 128, 1)
-            visits = -(-m // tile.m) + experts - 1  # the most that there can be
+        def few(schedule, chip, n=n, k=k):
+            tile = tpu_tiles.grouped_few(chip.name, 32, experts, n, k, 128, 128, 1)
+            visits = -(-32 // tile.m) + experts - 1
             steps = -(-n // tile.n) * k / tile.k
             return sum(loop.bundles for loop in schedule.loops) * visits * steps
 
-        cases.append(
-            Case(
-                f"experts W4A16 g128 M={m} E={experts} {n}x{k}",
-                "grouped_matmul_int4",
-                "tests.kernels.quantized_matmul.aot_cases:grouped",
-                {"m": m, "n": n, "k": k, "experts": experts},
-                cycles,
-                experts * (n * k / 2 + n * (k // 128) * 2),
-            )
-        )
+        def dense(schedule, chip, decodes, n=n, k=k):
+            tile = tpu_tiles.grouped_dense(chip.name, 4096, experts, n, k, chip.mxu)
+            times = [experts, -(-4096 // tile.m) - 1]
+            return _dense_cycles(schedule, tile, -(-n // tile.n), times, decodes)
+
+        target = f"{_MODULE}:grouped"
+        size = experts * (n * k / 2 + n * (k // 128) * 2)
+        shapes = [{"m": m, "n": n, "k": k, "experts": experts} for m in (32, 4096)]
+        names = [f"experts W4A16 g128 M={s['m']} E={experts} {n}x{k}" for s in shapes]
+        cases.append(Case(names[0], "grouped_matmul_int4", target, shapes[0], few, size))
+        kernel = "grouped_matmul_dense_int4"
+        cases += _against_bf16(names[1], kernel, target, shapes[1], dense)
     return cases
 
 

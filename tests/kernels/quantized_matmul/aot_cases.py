@@ -86,9 +86,15 @@ def prepared(mesh, stack, n, k, format, group_size, zeros, scale_dtype) -> weigh
     return jax.tree.map(lambda a: struct(a.shape, a.dtype), shapes)
 
 
-def bf16(mesh, chip: str, m: int, n: int, k: int):
-    """A bf16 product in the tiling of the kernel of many rows, to hold that one against."""
-    tile = tpu_tiles.dense(chip, m, n, k, chips.BY_NAME[chip].mxu)
+def bf16(mesh, chip: str, m: int, n: int, k: int, experts: int | None = None):
+    """A bf16 product in the tiling of the kernel of many rows, to hold that one against.
+
+    Of experts it has one's weight only: what a step does is the same.
+    """
+    columns = chips.BY_NAME[chip].mxu
+    tile = tpu_tiles.dense(chip, m, n, k, columns)
+    if experts is not None:
+        tile = tpu_tiles.grouped_dense(chip, m, experts, n, k, columns)
 
     def kernel(x_ref, w_ref, y_ref):
         def one(i, _):
