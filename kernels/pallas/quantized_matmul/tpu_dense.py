@@ -2,6 +2,8 @@
 
 The decoded tile, all inputs of some outputs in bf16, then serves every tile of rows, so what the
 decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
+Sums go through VMEM after each slab of inputs: what the matrix unit returns for a tile of rows is
+more than the registers hold.
 """
 
 import functools
@@ -17,6 +19,9 @@ from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+# Inputs of a slab: what the matrix units of a core take at a time, of any chip.
+_SLAB = 512
 
 
 def matmul(
@@ -71,7 +76,7 @@ def matmul(
         in_specs=[spec for _, spec in operands.values()],
         out_specs=pl.BlockSpec((tm, tn), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
-        scratch_shapes=[pltpu.VMEM((tn, k), jnp.bfloat16)],
+        scratch_shapes=scratch(tile, k),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if interpret else ("parallel", "arbitrary"),
             vmem_limit_bytes=48 << 20,
@@ -82,21 +87,26 @@ def matmul(
     return y[:m]
 
 
-def _kernel(refs, y_ref, w_ref, *, meta, options, columns):
+def scratch(tile: Tile, k: int) -> list:
+    """Memory of the kernel: the decoded weights of a tile, and sums of a block of them."""
+    return [
+        pltpu.VMEM((tile.n, k), jnp.bfloat16),
+        pltpu.VMEM((tile.m, tile.columns), jnp.float32),
+    ]
+
+
+def _kernel(refs, y_ref, w_ref, acc_ref, *, meta, options, columns):
     """All inputs of one tile of y."""
 
-    def multiply(block):
-        y_ref[:, block] = product(refs, w_ref, block, options)
+    def multiply(meta, block):
+        y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, meta)
 
-    def decode_and_multiply(block):
-        # In one block of code, so that the matrix unit works while others decode.
-        w_ref[block, :] = scaled(refs, block, meta)
-        multiply(block)
+    def run(meta):
+        blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
 
-    outputs = y_ref.shape[1]
     first = pl.program_id(1) == 0
-    pl.when(first)(lambda: blocks(outputs, columns, decode_and_multiply))
-    pl.when(jnp.logical_not(first))(lambda: blocks(outputs, columns, multiply))
+    pl.when(first)(lambda: run(meta))
+    pl.when(jnp.logical_not(first))(lambda: run(None))
 
 
 def scale_dtype(weight: Weight, chip: Chip):
@@ -115,24 +125,45 @@ def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None
     jax.lax.fori_loop(0, outputs // columns, one, None)
 
 
-def product(refs, w_ref, block, options) -> jax.Array:
-    """A tile of rows times some decoded outputs, finished."""
-    y = jax.lax.dot_general(
-        refs["x"][...],
-        w_ref[block, :],
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+def product(refs, w_ref, acc_ref, block, options, meta=None) -> jax.Array:
+    """A tile of rows times some outputs, finished.
+
+    Args:
+      refs: with "x".
+      w_ref: decoded weights.
+      acc_ref: f32 of the shape of the result.
+      block: a slice of outputs.
+      options: what is fused.
+      meta: the format and group size of weights that are yet to be decoded, or None. Each slab is
+        decoded where it is multiplied, so that the matrix unit works while others decode.
+
+    Returns:
+      ``(rows, outputs)``.
+    """
+    k = refs["x"].shape[1]
+    for start in range(0, k, _SLAB):
+        inputs = pl.ds(start, min(_SLAB, k - start))
+        if meta is not None:
+            w_ref[block, inputs] = _scaled(refs, block, inputs, meta)
+        y = jax.lax.dot_general(
+            refs["x"][:, inputs],
+            w_ref[block, inputs],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        y = acc_ref[...] + y if start else y
+        if start + _SLAB < k:
+            acc_ref[...] = y
     bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
     return reference.finish(y, bias, options)
 
 
-def scaled(refs, block, meta) -> jax.Array:
-    """bf16 weights of some outputs, all inputs."""
+def _scaled(refs, block, inputs, meta) -> jax.Array:
+    """bf16 weights of some outputs and inputs."""
     format, group_size = meta
     width = min(group_size, _LANES)
     parts = []
-    for start in range(0, refs["x"].shape[1], _LANES):
+    for start in range(inputs.start, inputs.start + inputs.size, _LANES):
         w = decode(refs, block, start, _LANES, format).astype(refs["scales"].dtype)
         scales = _spread(refs["scales"], block, start, width, group_size)
         if "zeros" in refs:

@@ -261,12 +261,12 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     return _call(
         body, operands, bounds, weight, bias, options, interpret,
         rows=(m, tile.m), outputs=tile.n, steps=(),
-        scratch=[pltpu.VMEM((tile.n, k), jnp.bfloat16)],
+        scratch=tpu_dense.scratch(tile, k),
         memory=48 << 20, name=f"grouped_matmul_dense_{weight.format}",
     )  # fmt: skip
 
 
-def _dense_kernel(refs, v, y_ref, w_ref, *, meta, options, columns):
+def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, meta, options, columns):
     """One visit; the first of an expert decodes its weights for the others."""
     visit = pl.program_id(1)
     works = v.first[visit] < v.last[visit]
@@ -274,17 +274,15 @@ def _dense_kernel(refs, v, y_ref, w_ref, *, meta, options, columns):
     known = jnp.logical_and(visit > 0, v.expert[before] == v.expert[visit])
     known = jnp.logical_and(known, v.first[before] < v.last[before])
 
-    def multiply(block):
-        y = tpu_dense.product(refs, w_ref, block, options)
+    def multiply(meta, block):
+        y = tpu_dense.product(refs, w_ref, acc_ref, block, options, meta)
         _keep(v, visit, y_ref, block, y)
 
-    def decode_and_multiply(block):
-        w_ref[block, :] = tpu_dense.scaled(refs, block, meta)
-        multiply(block)
+    def run(meta):
+        tpu_dense.blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
 
-    blocks = functools.partial(tpu_dense.blocks, y_ref.shape[1], columns)
-    pl.when(jnp.logical_and(works, jnp.logical_not(known)))(lambda: blocks(decode_and_multiply))
-    pl.when(jnp.logical_and(works, known))(lambda: blocks(multiply))
+    pl.when(jnp.logical_and(works, jnp.logical_not(known)))(lambda: run(meta))
+    pl.when(jnp.logical_and(works, known))(lambda: run(None))
     _nothing(v, visit, y_ref, jnp.logical_not(works))
 
 

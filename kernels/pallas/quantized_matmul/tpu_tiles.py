@@ -83,8 +83,10 @@ def dense(chip: str, m: int, n: int, k: int, columns: int) -> Tile | None:
     outputs = next((outputs for inputs, outputs in sizes["outputs"] if k <= inputs), None)
     if outputs is None:
         return None
-    rows = min(sizes["rows"] if k <= 16384 else 128, -(-m // 16) * 16)
-    return Tile(rows, min(outputs, -(-n // columns) * columns), k, columns)
+    most = sizes["rows"] if k <= 16384 else 128
+    # As many tiles as it takes, and no larger than they have to be.
+    rows = -(-m // -(-m // most))
+    return Tile(-(-rows // 16) * 16, min(outputs, -(-n // columns) * columns), k, columns)
 
 
 def grouped_few(
@@ -130,6 +132,7 @@ def grouped_dense(chip: str, m: int, experts: int, n: int, k: int, columns: int)
     if each <= table(chip, "few")["rows"]:
         return None
     tile = dense(chip, m, n, k, columns)
-    # Half a tile, on average, is multiplied in vain at each end of an expert's rows.
-    rows = table(chip, "dense")["rows"] // (1 if each >= 1024 else 2)
+    # A tile in which experts meet is multiplied for each of them: it is smaller than of one weight.
+    # With fewer rows a wide matrix unit waits for weights.
+    rows = table(chip, "dense")["rows"] // (2 if each >= 1024 or columns > LANES else 4)
     return tile and dataclasses.replace(tile, m=min(tile.m, rows))

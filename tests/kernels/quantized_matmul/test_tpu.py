@@ -64,8 +64,10 @@ class TestMosaicTpu(test_reference.TestXla):
 
     @pytest.mark.parametrize("format", list(cases.BITS))
     def test_many_rows(self, rng, format):
-        case = cases.make(rng, format, (136, 512), 64, zeros=format == "int8")
-        x = cases.rows(rng, (270, 512), "bfloat16")
+        # Two tiles of rows, of which one decodes, and more inputs than are multiplied at a time.
+        k = 1024 if format == "int2" else 640
+        case = cases.make(rng, format, (136, k), 64, zeros=format == "int8")
+        x = cases.rows(rng, (520, k), "bfloat16")
         bias = jnp.asarray(rng.normal(size=136), jnp.float32)
         y = self.run(x, case, bias=bias, activation="relu")
         cases.assert_close(y, cases.product(x, case, bias, "relu"), "bfloat16")
