@@ -104,9 +104,19 @@ def _kernel(refs, y_ref, w_ref, acc_ref, *, meta, options, columns):
     def run(meta):
         blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
 
+    keep_in_memory(acc_ref)
     first = pl.program_id(1) == 0
     pl.when(first)(lambda: run(meta))
     pl.when(jnp.logical_not(first))(lambda: run(None))
+
+
+def keep_in_memory(acc_ref) -> None:
+    """Touches the sums' memory outside of the loops.
+
+    Sums that one block of code alone stores and loads the compiler would keep in registers, of
+    which there are too few. A step with one tile of rows has only one such block.
+    """
+    acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
 
 
 def scale_dtype(weight: Weight, chip: Chip):

@@ -278,6 +278,8 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, meta, options, columns):
         y = tpu_dense.product(refs, w_ref, acc_ref, block, options, meta)
         _keep(v, visit, y_ref, block, y)
 
+    tpu_dense.keep_in_memory(acc_ref)
+
     def run(meta):
         tpu_dense.blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
 

@@ -83,7 +83,8 @@ def dense(chip: str, m: int, n: int, k: int, columns: int) -> Tile | None:
     outputs = next((outputs for inputs, outputs in sizes["outputs"] if k <= inputs), None)
     if outputs is None:
         return None
-    most = sizes["rows"] if k <= 16384 else 128
+    # Rows of long inputs fill VMEM, twice: the next ones are loaded meanwhile.
+    most = sizes["rows"] // (1 if k <= 8192 else 2 if k <= 16384 else 4)
     # As many tiles as it takes, and no larger than they have to be.
     rows = -(-m // -(-m // most))
     return Tile(-(-rows // 16) * 16, min(outputs, -(-n // columns) * columns), k, columns)
