@@ -213,7 +213,7 @@ def _before(counts: jax.Array) -> jax.Array:
     """Sums of all entries before each, int32, along the last axis.
 
     Level by level: on a CPU, XLA passes over the whole array once for each doubling of the length
-    of a cumulative sum, so one of millions of entries took ten times as long as these short ones.
+    of a cumulative sum, so one of millions of entries takes far longer than these short ones.
     """
     size = counts.shape[-1]
     if size <= 256:

@@ -5,6 +5,8 @@ ones that their published peak rates imply.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -93,6 +95,23 @@ def mesh_of(*arrays: jax.Array) -> jax.sharding.AbstractMesh | None:
     for mesh in (jax.sharding.get_abstract_mesh(), *map(_mesh_of, arrays)):
         if mesh is not None and not mesh.empty and mesh.size > 1:
             return None if AxisType.Manual in mesh.axis_types else mesh
+    return None
+
+
+def lacks_mosaic_gpu(chip: Chip | None, kernels: Callable[[], Any]) -> str | None:
+    """Why kernels for Hopper GPUs do not run: another chip, or a JAX that cannot compile them.
+
+    Args:
+      chip: that they would run on, None for an unknown one.
+      kernels: imports their modules, late since that takes a second; false where it cannot.
+
+    Returns:
+      The reason, or None where they run.
+    """
+    if chip is None or chip.name != "h100":
+        return f"it runs on Hopper GPUs, not on {chip.name if chip else 'an unknown chip'}"
+    if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11) or not kernels():
+        return f"it needs jax 0.11, and this is {jax.__version__}"
     return None
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention import gpu_lists
 from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
-_OLDEST = (0, 11)
 _DIMS = (64, 128)
 _LOG2_E = math.log2(math.e)
 
@@ -42,11 +42,8 @@ def unfit(
     Returns:
       The reason, or None where it does.
     """
-    if chip is None or chip.name != "h100":
-        return f"it runs on Hopper GPUs, not on {chip.name if chip else 'an unknown chip'}"
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < _OLDEST or not _kernels():
-        return f"it needs jax {'.'.join(map(str, _OLDEST))}, and this is {jax.__version__}"
+    if lacking := chips.lacks_mosaic_gpu(chip, _kernels):
+        return lacking
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, not {q.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention.masks import causal
 from jaxcomp.kernels.sparse_attention.ring import share
 from jaxcomp.kernels.sparse_attention.rules import Mask
 
-_OLDEST = (0, 11)
 _DIMS = (64, 128)
 _CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
 _CORES = 132
@@ -36,12 +36,9 @@ def unfit(
     Returns:
       The reason, or None where it does.
     """
-    if chip is None or chip.name != "h100":
-        return f"it runs on Hopper GPUs, not on {chip.name if chip else 'an unknown chip'}"
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    kernel = None if version < _OLDEST else _kernel()
-    if kernel is None:
-        return f"it needs jax {'.'.join(map(str, _OLDEST))}, and this is {jax.__version__}"
+    if lacking := chips.lacks_mosaic_gpu(chip, _kernel):
+        return lacking
+    kernel = _kernel()
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, not {q.dtype}"
     if k.dtype != v.dtype or (k.dtype != q.dtype and jnp.dtype(k.dtype).name not in _CODES):

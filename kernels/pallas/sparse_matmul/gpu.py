@@ -6,12 +6,12 @@ compiled for H100 by CUDA's assembler. The choice of tiles is therefore a guess.
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import reference
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
-_OLDEST = (0, 11)
 _WIDTH = 128  # of the kernels' tiles
 _ALIGNED = 8  # 16 bytes, which the strides of copied arrays are multiples of
 _CORES = 132
@@ -29,11 +29,8 @@ def unfit(dtype: jax.typing.DTypeLike, weight: BlockSparse, chip: Chip | None) -
     Returns:
       A reason, or None.
     """
-    if chip is None or chip.name != "h100":
-        return f"it runs on Hopper GPUs, not on {chip.name if chip else 'an unknown chip'}"
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < _OLDEST or not _kernels():
-        return f"it needs jax {'.'.join(map(str, _OLDEST))}, and this is {jax.__version__}"
+    if lacking := chips.lacks_mosaic_gpu(chip, _kernels):
+        return lacking
     if dtype != jnp.bfloat16 or weight.values.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16, not x of {dtype} and values of {weight.values.dtype}"
     if any(size % _WIDTH for size in weight.block):

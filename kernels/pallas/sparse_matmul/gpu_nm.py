@@ -6,12 +6,12 @@ compiled for H100 by CUDA's assembler. The choice of tiles is therefore a guess.
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
-_OLDEST = (0, 11)
 _PARTS = 4
 _CORES = 132
 
@@ -27,12 +27,9 @@ def unfit(dtype: jax.typing.DTypeLike, weight: NMSparse, chip: Chip | None) -> s
     Returns:
       A reason, or None.
     """
-    if chip is None or chip.name != "h100":
-        return f"it runs on Hopper GPUs, not on {chip.name if chip else 'an unknown chip'}"
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    kernel = None if version < _OLDEST else _kernel()
-    if kernel is None:
-        return f"it needs jax {'.'.join(map(str, _OLDEST))}, and this is {jax.__version__}"
+    if lacking := chips.lacks_mosaic_gpu(chip, _kernel):
+        return lacking
+    kernel = _kernel()
     if (weight.n, weight.m) != (2, _PARTS):
         return f"it takes 2:4 sparsity, not {weight.n}:{weight.m}"
     if dtype != jnp.bfloat16 or weight.values.dtype != jnp.bfloat16:
