@@ -1,10 +1,12 @@
 """Several processes on this machine, joined by ``jax.distributed`` over gloo on CPU.
 
     with processes.start(source, 2, tmp_path) as group:
-        outputs = group.wait()
+        printed = group.wait()
 
 ``source`` is a script that runs in every process after JAX was joined; it finds ``PROCESS``,
-``PROCESSES`` and ``FOLDER`` (a ``pathlib.Path`` they share) as names.
+``PROCESSES`` and ``FOLDER`` (a ``pathlib.Path`` they share) as names. What it prints is kept apart
+from what libraries write to the process's own output, where gloo's lines come in the middle of
+others.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 _JOIN = """\
 import pathlib, sys
 import jax
-address, PROCESSES, PROCESS, heartbeat, folder, script = sys.argv[1:]
+address, PROCESSES, PROCESS, heartbeat, folder, script, printed = sys.argv[1:]
 PROCESSES, PROCESS, FOLDER = int(PROCESSES), int(PROCESS), pathlib.Path(folder)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 # These scripts compile much and compute little.
@@ -33,6 +35,7 @@ jax.distributed.initialize(
     address, PROCESSES, PROCESS, initialization_timeout=60,
     heartbeat_timeout_seconds=int(heartbeat), shutdown_timeout_seconds=60,
 )
+sys.stdout = open(printed, "w", buffering=1)
 exec(compile(open(script).read(), script, "exec"))
 """
 
@@ -42,19 +45,26 @@ class Group:
 
     Attributes:
       running: the processes, by their number.
-      outputs: files that hold what each printed, standard error included.
+      folder: where the files ``printed-K`` and ``output-K`` of process K are: what its script
+        printed, and everything else, standard error included.
     """
 
-    def __init__(self, running: Sequence[subprocess.Popen], outputs: Sequence[pathlib.Path]):
-        self.running, self.outputs = list(running), list(outputs)
+    def __init__(self, running: Sequence[subprocess.Popen], folder: pathlib.Path):
+        self.running, self.folder = list(running), folder
 
     def kill(self, process: int) -> None:
         """Ends one process at once, as the machine's death would (SIGKILL)."""
         self.running[process].kill()
 
     def output(self, process: int) -> str:
-        """What a process printed so far."""
-        return self.outputs[process].read_text(errors="replace")
+        """Everything that came from a process so far."""
+        output = (self.folder / f"output-{process}").read_text(errors="replace")
+        return self.printed(process) + output
+
+    def printed(self, process: int) -> str:
+        """What a process's script printed so far."""
+        path = self.folder / f"printed-{process}"
+        return path.read_text() if path.exists() else ""
 
     def codes(self, timeout: float = 120) -> list[int]:
         """Waits for all to end and gives their exit codes; TimeoutError if one goes on."""
@@ -69,13 +79,13 @@ class Group:
         return [process.returncode for process in self.running]
 
     def wait(self, timeout: float = 120) -> list[str]:
-        """Waits for all to end well and gives what they printed; AssertionError if one failed."""
+        """Waits for all to end well and gives what their scripts printed; AssertionError if one failed."""
         codes = self.codes(timeout)
         failed = [k for k, code in enumerate(codes) if code]
         assert not failed, "".join(
             f"\nprocess {k} ended with {codes[k]}:\n{self.output(k)}" for k in failed
         )
-        return [self.output(k) for k in range(len(codes))]
+        return [self.printed(k) for k in range(len(codes))]
 
 
 @contextlib.contextmanager
@@ -100,13 +110,13 @@ def start(
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }
-    outputs = [run / f"output-{k}.txt" for k in range(count)]
     address = f"localhost:{_free_port()}"
     with contextlib.ExitStack() as stack:
         running = []
-        for k, output in enumerate(outputs):
-            arguments = [address, count, k, heartbeat, folder, run / "script.py"]
-            stream = stack.enter_context(open(output, "wb"))
+        for k in range(count):
+            paths = folder, run / "script.py", run / f"printed-{k}"
+            arguments = [address, count, k, heartbeat, *paths]
+            stream = stack.enter_context(open(run / f"output-{k}", "wb"))
             process = subprocess.Popen(
                 [sys.executable, "-c", _JOIN, *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
@@ -116,7 +126,7 @@ def start(
             )
             stack.callback(_end, process)
             running.append(process)
-        yield Group(running, outputs)
+        yield Group(running, run)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -92,11 +92,9 @@ TOGETHER = """
 
 def test_two_processes_compress_save_load_and_evaluate(tmp_path):
     with processes.start(TOGETHER, 2, tmp_path) as group:
-        outputs = [o[o.index("rtn ") :].splitlines() for o in group.wait(timeout=400)]
-    # Without what gloo says whenever it connects to others for the first time.
-    outputs = [" ".join(s for s in o if not s.startswith("[Gloo]")).split() for o in outputs]
-    assert outputs[0] == outputs[1]
-    said = dict(zip(outputs[0][::2], outputs[0][1::2], strict=True))
+        printed = group.wait(timeout=400)
+    assert printed[0] == printed[1]
+    said = dict(line.split() for line in printed[0].splitlines())
     for name in RECIPES:
         one, both = alone(name), jc.load(tmp_path / name)
         assert_same(jax.tree.map(np.asarray, both.params), jax.tree.map(np.asarray, one.params))
