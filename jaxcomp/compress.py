@@ -14,11 +14,12 @@ import numpy as np
 
 import jaxcomp
 from jaxcomp import agreement, folding, formats, host, out_of_memory, placing
+from jaxcomp.assembly import Assembly
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError, OutOfMemoryError
 from jaxcomp.fingerprint import fingerprints
 from jaxcomp.formats import CompressedArray, is_compressed
-from jaxcomp.formats.assemble import describe, stack_arrays
+from jaxcomp.formats.assemble import describe
 from jaxcomp.graph import Graph, trace
 from jaxcomp.graph.coupling import producers
 from jaxcomp.graph.interpret import quantizes_input
@@ -26,17 +27,14 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.io.stacked import Stacked, densified
-from jaxcomp.journal import Journal
+from jaxcomp.io.stacked import densified
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
 from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
+from jaxcomp.records import Index, Record, Store
 from jaxcomp.report import Report, Row
 from jaxcomp.step import Deferred, Layer, run
-
-Index = tuple[int, ...]
-_STACK = ("stack",)  # In place of an index: all slices of a weight, in one record.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +51,6 @@ class Result:
     params: Any
     report: Report
     recipe: Recipe
-
-
-@dataclasses.dataclass
-class Record:
-    """The finished weight at one position of its stack.
-
-    Attributes:
-      array: compressed, without loop axes.
-      folds: channel scales that move into other parameters.
-      metrics: numbers and notes for the report.
-      seconds: time its algorithms took.
-    """
-
-    array: CompressedArray
-    folds: list[folding.Fold]
-    metrics: dict
-    seconds: float
 
 
 def compress(
@@ -156,7 +137,7 @@ def _compress(apply, params, recipe, batches, journal, place, progress) -> Resul
     run_ = _Run(graph, recipe, plan, dict(named), shown, place, together)
     if journal is not None:
         manifest = functools.partial(fingerprints, recipe, graph, named, batches)
-        run_.journal = agreement.open_journal(journal, manifest, together)
+        run_.store.journal = agreement.open_journal(journal, manifest, together)
     try:
         if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
             run_.calibrated(named, batches)
@@ -235,7 +216,7 @@ class _Run:
         self.place = place or placing.Here()
         self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
         self.together = together or Together("compress", self.place.processes)
-        self.journal: Journal | None = None
+        self.store = Store(self.together)
         self.contractions = 0
         uses: dict[str, int] = {}
         for item in (*graph.sites, *graph.other_uses):
@@ -260,7 +241,7 @@ class _Run:
 
     def compress(self, program: Program, group: Sequence[Target], statistics: Any) -> list[Any]:
         """Compresses an input group, or reads it from the journal."""
-        records = [self._recall(t.site.path, t.index) for t in group]
+        records = [self.store.get(t.site.path, t.index) for t in group]
         if any(r is None for r in records):
             records = self._compress(program, group, statistics)
         for target, record in zip(group, records, strict=True):
@@ -280,44 +261,6 @@ class _Run:
     def _for_evaluation(self, array: CompressedArray) -> Any:
         """Dense, once for all batches, unless the input is to be quantized at run time."""
         return self.place.shared(array) if quantizes_input(array) else self.place.weight(array)
-
-    def _recall(self, path: str, index: Index) -> Record | None:
-        if self.journal is None:
-            return None
-        found = self.journal.get(_journal_key(path, index))
-        if found is None:
-            return None
-        arrays, meta = found
-        folds = [
-            folding.Fold(p, kind, axis, tuple(loops), arrays[f"fold/{k}"])
-            for k, (p, kind, axis, loops) in enumerate(meta["folds"])
-        ]
-        array = formats.from_arrays(arrays, meta["structure"])
-        return Record(array, folds, meta["metrics"], meta["seconds"])
-
-    def _keep(self, keys: Sequence[tuple[str, Index]], records: list[Record]) -> list[Record]:
-        """Finished weights as they wait for the end of the run: in the journal, if there is one."""
-        if self.journal is None:
-            return records
-
-        def put():
-            for (path, index), record in zip(keys, records, strict=True):
-                self._put(path, index, record)
-
-        # A full disk of one process is an error of all: they would wait for it at the next sum.
-        self.together.step("keep " + _journal_key(*keys[0]), put)
-        return [self._recall(path, index) for path, index in keys]
-
-    def _put(self, path: str, index: Index, record: Record) -> None:
-        arrays, structure = formats.to_arrays(record.array)
-        arrays |= {f"fold/{k}": fold.vector for k, fold in enumerate(record.folds)}
-        meta = {
-            "structure": structure,
-            "folds": [[f.path, f.kind, f.axis, list(f.loops)] for f in record.folds],
-            "metrics": record.metrics,
-            "seconds": record.seconds,
-        }
-        self.journal.put(_journal_key(path, index), arrays, meta)
 
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
@@ -348,7 +291,7 @@ class _Run:
                 notes.append("some experts saw no calibration tokens")
             metrics["notes"] = "; ".join(notes)
             records.append(Record(array, folds, metrics, seconds))
-        return self._keep([(t.site.path, t.index) for t in group], records)
+        return self.store.keep([(t.site.path, t.index) for t in group], records)
 
     def _layer(self, target: Target, statistics: Any) -> Layer:
         leaf = target.leaf
@@ -452,7 +395,7 @@ class _Run:
         """Each weight by itself, as a whole stack, without evaluating the model."""
         for path in self.plan:
             layout = self.graph.layouts[path]
-            record = self._recall(path, ())
+            record = self.store.get(path, ())
             if record is None:
                 started = time.perf_counter()
                 leaf = self.leaves[path]
@@ -468,7 +411,7 @@ class _Run:
                     check_activation_site(site, array)
                 metrics = {name: _plain(v) for name, v in layer.metrics.items()}
                 record = Record(array, [], metrics, time.perf_counter() - started)
-                (record,) = self._keep([(path, ())], [record])
+                (record,) = self.store.keep([(path, ())], [record])
             for leaf in (self.leaves[path], *jax.tree.leaves(record.array)):
                 jaxcomp.io.safetensors.release(leaf)
             self.records[path][()] = record
@@ -477,61 +420,36 @@ class _Run:
     def kept(self) -> str:
         """What becomes of the weights that are finished, for an error's message."""
         count = sum(map(len, self.records.values()))
-        if self.journal is None:
+        if self.store.journal is None:
             return f"the {count} weights finished before are lost, with journal=.. they are kept"
         return (
-            f"the {count} weights finished before are kept in the journal {self.journal.path}, the "
-            "same call goes on from there"
+            f"the {count} weights finished before are kept in the journal "
+            f"{self.store.journal.path}, the same call goes on from there"
         )
 
     def close(self) -> None:
         """Ends the progress display and lets go of the journal."""
         self.progress.close()
-        if self.journal is not None:
-            self.journal.close()
+        if self.store.journal is not None:
+            self.store.journal.close()
 
     # What comes out.
 
     def assemble(self, named) -> list[Any]:
         """The leaves of the result."""
-        arrays = {path: self._assembled(path) for path in self.plan}
-        leaves = {**dict(named), **arrays}
-        for records in self.records.values():
-            for index, record in sorted(records.items()):
-                for fold in record.folds:
-                    layout = self.graph.layouts.get(fold.path)
-                    leaf = folding.apply(leaves[fold.path], layout, fold, index)
-                    leaves[fold.path] = self.place.finished(leaf)
-        return [densified(leaves[path]) for path, _ in named]
+        assembly = self.assembly(named)
+        return [densified(assembly.leaf(path)) for path, _ in named]
 
-    def _assembled(self, path: str) -> CompressedArray:
-        records = self.records[path]
-        if set(records) == {()}:
-            return records[()].array
-        layout = self.graph.layouts[path]
-        first = next(iter(records.values())).array
-        depth = len(next(iter(records)))
-        sizes = layout.sizes(layout.stack_axes[:depth])
-        arrays = [records[i].array for i in sorted(records)]
-        axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
-        if self.journal is None:
-            stacked = stack_arrays(arrays)
-            parts = jax.tree.map(lambda a: a.reshape((*sizes, *a.shape[1:])), stacked.parts)
-            return CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
-
-        def put():
-            if self._recall(path, _STACK) is None:
-                parts = stack_arrays(arrays, functools.partial(_on_disk, sizes=sizes)).parts
-                parts = jax.tree.map(
-                    lambda a: a if isinstance(a, Stacked) else a.reshape((*sizes, *a.shape[1:])),
-                    parts,
-                )
-                array = CompressedArray.from_matrix(parts, layout.leaf_shape, first.dtype, *axes)
-                self._put(path, _STACK, Record(array, [], {}, 0.0))
-
-        # From slice to slice, on the disk: the stack is never in memory.
-        self.together.step("stack " + path, put)
-        return self._recall(path, _STACK).array
+    def assembly(self, named) -> Assembly:
+        """What makes the leaves of the result."""
+        return Assembly(
+            self.graph,
+            dict(named),
+            self.records,
+            self.store,
+            self.place.finished,
+            self.together.step,
+        )
 
     def report(self, dense: dict, leaves: list, seconds: float) -> Report:
         """The report."""
@@ -608,14 +526,3 @@ def _input_scaled(array: CompressedArray, scale: jax.Array | None) -> Compressed
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else float(value)
-
-
-def _on_disk(leaves: Sequence[Any], sizes: Sequence[int]) -> Stacked:
-    """Slices in the order of their indices, as a stack ``(*sizes, ..)`` that is not made."""
-    for size in reversed(sizes[1:]):
-        leaves = [Stacked(leaves[i : i + size]) for i in range(0, len(leaves), size)]
-    return Stacked(leaves)
-
-
-def _journal_key(path: str, index: Index) -> str:
-    return f"{path}[{','.join(map(str, index))}]"

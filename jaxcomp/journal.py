@@ -111,11 +111,12 @@ class Journal:
             raise
         return cls(path, wanted, lock)
 
-    def get(self, key: str) -> tuple[dict[str, np.ndarray], Any] | None:
+    def get(self, key: str, verify: bool = True) -> tuple[dict[str, np.ndarray], Any] | None:
         """Reads a record.
 
         Args:
           key: as given to ``put``.
+          verify: compare with the checksum, for which all of it is read.
 
         Returns:
           The arrays (read-only, memory-mapped) and the meta data, or None if there is no such
@@ -125,7 +126,11 @@ class Journal:
           JournalError: the record is damaged.
         """
         file = self._file(key)
-        return _read_record(file, key) if file.exists() else None
+        return _read_record(file, key, verify) if file.exists() else None
+
+    def is_own(self, key: str) -> bool:
+        """Whether this process has a record's file: always, for it writes all of them."""
+        return True
 
     def put(
         self, key: str, arrays: collections.abc.Mapping[str, Any], meta: Any = None

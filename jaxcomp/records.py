@@ -1,0 +1,119 @@
+"""Finished weights, as they wait for the end of a run of ``compress``: in memory or a journal."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxcomp import folding, formats
+from jaxcomp.formats import CompressedArray
+from jaxcomp.processes import Together
+
+Index = tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Record:
+    """The finished weight at one position of its stack.
+
+    Attributes:
+      array: compressed, without loop axes.
+      folds: channel scales that move into other parameters.
+      metrics: numbers and notes for the report.
+      seconds: time its algorithms took.
+    """
+
+    array: CompressedArray
+    folds: list[folding.Fold]
+    metrics: dict
+    seconds: float
+
+    def without_contents(self) -> "Record":
+        """The same with shapes and dtypes in place of the arrays."""
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.array)
+        return dataclasses.replace(self, array=shapes)
+
+
+class Store:
+    """Keeps finished weights. Without a journal the records that it is given are all there is.
+
+    Attributes:
+      journal: where they are kept, or None.
+      streams: whether they leave memory as soon as the pass has gone on with them, and are read
+        from the journal when the checkpoint is written.
+    """
+
+    def __init__(self, together: Together, streams: bool = False) -> None:
+        """Begins without a journal.
+
+        Args:
+          together: the processes of the run.
+          streams: see the class.
+        """
+        self.journal: Any = None
+        self.streams = streams
+        self._together = together
+
+    def get(self, path: str, index: Index, verify: bool = True) -> Record | None:
+        """A record of the journal, its arrays memory-mapped; None where there is none.
+
+        Args:
+          path: of the weight.
+          index: position in its stack.
+          verify: compare with the checksum, for which all of it is read.
+        """
+        found = None if self.journal is None else self.journal.get(key(path, index), verify)
+        if found is None:
+            return None
+        arrays, meta = found
+        folds = [
+            folding.Fold(p, kind, axis, tuple(loops), arrays[f"fold/{k}"])
+            for k, (p, kind, axis, loops) in enumerate(meta["folds"])
+        ]
+        array = formats.from_arrays(arrays, meta["structure"])
+        return Record(array, folds, meta["metrics"], meta["seconds"])
+
+    def keep(self, keys: Sequence[tuple[str, Index]], records: list[Record]) -> list[Record]:
+        """Stores finished weights.
+
+        Args:
+          keys: path and index of each.
+          records: the weights, on all processes the same.
+
+        Returns:
+          The same, their arrays from now on memory-mapped where this process has them in a file.
+
+        Raises:
+          JournalError: they could not be written, here or by another process.
+        """
+        if self.journal is None:
+            return records
+
+        def put() -> None:
+            for (path, index), record in zip(keys, records, strict=True):
+                self.put(path, index, record)
+
+        # A full disk of one process is an error of all: they would wait for it at the next sum.
+        self._together.step("keep " + key(*keys[0]), put)
+        return [
+            self.get(*at, verify=False) if self.journal.is_own(key(*at)) else record
+            for at, record in zip(keys, records, strict=True)
+        ]
+
+    def put(self, path: str, index: Index, record: Record) -> None:
+        """Writes a record to the journal."""
+        arrays, structure = formats.to_arrays(record.array)
+        arrays |= {f"fold/{k}": fold.vector for k, fold in enumerate(record.folds)}
+        meta = {
+            "structure": structure,
+            "folds": [[f.path, f.kind, f.axis, list(f.loops)] for f in record.folds],
+            "metrics": record.metrics,
+            "seconds": record.seconds,
+        }
+        self.journal.put(key(path, index), arrays, meta)
+
+
+def key(path: str, index: Sequence[Any]) -> str:
+    """The name of a record in the journal."""
+    return f"{path}[{','.join(map(str, index))}]"
