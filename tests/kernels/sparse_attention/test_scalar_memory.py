@@ -82,12 +82,14 @@ def test_the_longest_lists_and_the_largest_blocks_compile(chip):
     program = "tests.kernels.sparse_attention.programs:attend"
     one = {"heads": 1, "kv_heads": 1, "gradient": True}
     large = {"block_q": 1024, "block_k": 1024}
-    results = aot.compile_cases(chip, [
+    programs = [
         (program, one | {"queries": 507 * 512, "block_q": 512, "block_k": 512}),
         (program, one | large | {"queries": 4096}),
-        (program, one | large | {"queries": 4096, "dtype": "float32"}),
         (program, one | large | {
             "queries": 4096, "mask": "bigbird", "segments": True, "span": True, "soft_cap": 30.0,
         }),
-    ])  # fmt: skip
-    assert [r["error"] for r in results] == [None] * 4
+    ]  # fmt: skip
+    if chip in ("v5e", "7x"):  # A minute each: the least arithmetic and the least memory there is.
+        programs.append((program, one | large | {"queries": 4096, "dtype": "float32"}))
+    results = aot.compile_cases(chip, programs)
+    assert [r["error"] for r in results] == [None] * len(programs)
