@@ -35,6 +35,10 @@ def prepare(weight: Weight) -> Weight:
     codes = weight.codes
     if weight.format == "int2":
         codes = _transpose_fields(codes, (4, LANES))
+    if native == jnp.int4:
+        # Of codes that are constants of a program, jaxlib 0.10 would fold this conversion, and take
+        # every byte for one int4.
+        codes = jax.lax.optimization_barrier(codes)
     codes = jax.lax.bitcast_convert_type(codes, native).reshape(*weight.stack, weight.shape[0], -1)
     return dataclasses.replace(weight, codes=codes, layout=LAYOUT)
 

@@ -1,5 +1,8 @@
 """The TPU kernels in interpret mode, with its checks for races, and through the real compiler."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,6 +112,10 @@ def test_prepared_is_restored(rng, format):
     weight = prepare(*case.arguments(), **case.options, chip="v6e")
     assert weight.layout == layout.LAYOUT
     np.testing.assert_array_equal(layout.restore(weight).codes, case.codes)
+    # As constants of a program, which XLA may convert itself.
+    constant = functools.partial(prepare, *case.arguments(), **case.options, chip="v6e")
+    folded = jax.jit(lambda: constant().codes)()
+    np.testing.assert_array_equal(folded, weight.codes)
 
 
 class TestChoice:
