@@ -235,7 +235,7 @@ def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = Non
       The reason, or None.
     """
     if isinstance(part, packed_sparse.PARTS):
-        return None
+        return packed_sparse.slower(part, chip, rows)
     found: list[Any] = []
     jax.eval_shape(lambda part: found.append(operand(part)), part)
     (weight,) = found
@@ -276,8 +276,6 @@ def matmul(
     Returns:
       ``(*stack, tokens, out)`` in float32, or from that kernel in ``out_dtype``.
     """
-    if isinstance(part, packed_sparse.PARTS):
-        return packed_sparse.matmul(x, part, split)
     chip = chips.chip_of(x, *jax.tree.leaves(part))
     mesh = None if split is not None else chips.mesh_of(x, *jax.tree.leaves(part))
     known = mesh is None or AxisType.Explicit in mesh.axis_types
@@ -287,12 +285,15 @@ def matmul(
         batched = x.ndim > 2
         if problem(part, chip, x.dtype, split, activation, batched) is None:
             implementation = "mosaic_gpu"
+    out_dtype = out_dtype if implementation and narrow else jnp.float32
+    if isinstance(part, packed_sparse.PARTS):
+        return packed_sparse.matmul(x, part, split, implementation, out_dtype)
     return kernels.quantized_matmul(
         x,
         operand(part),
         activation_dtype=activation and _ACTIVATION_DTYPES[activation.format],
         x_scales=scale,
-        out_dtype=out_dtype if implementation and narrow else jnp.float32,
+        out_dtype=out_dtype,
         implementation=implementation,
         weight_spec=split,
     )

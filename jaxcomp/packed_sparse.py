@@ -1,5 +1,8 @@
 """Sparse weights as operands of the kernels that read them so: 2:4 values, and listed blocks.
 
+On TPUs the kernels run where they fit; on Hopper GPUs, where none was run so far, by name or where
+a table of measurements says that they are faster.
+
 An ``NMPart`` has the kernel's layout already. Kept values under a bit mask (``SparsePart``) have to
 be listed block by block, which needs the mask itself: ``dispatch(..).prepare`` does it once.
 """
@@ -14,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp import formats
 from jaxcomp.formats import base
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, tuning
 from jaxcomp.kernels.chips import Chip
 
 # Sides of the blocks that are looked for, and the share of blocks from which on a dense product
@@ -164,13 +167,19 @@ def problem(
         return "lists of blocks are not split over a mesh; replicate the weight"
     if chip is None:
         return None
-    if chip.platform != "tpu":
-        return f"the chip is {chip.name}, not a TPU"
-    from jaxcomp.kernels.sparse_matmul import tpu, tpu_nm  # Pallas takes a while to import.
+    if chip.platform == "cpu":
+        return f"the chip is {chip.name}, not a TPU or GPU"
+    if chip.platform == "gpu" and batched:
+        return "the kernels for GPUs take one matrix at a time"
+    if chip.platform == "gpu" and not alone and split is None:
+        return "on a mesh of GPUs it has to be known how the weight is split; give the rules"
+    # Pallas takes a while to import.
+    from jaxcomp.kernels.sparse_matmul import gpu, gpu_nm, tpu, tpu_nm
 
     if isinstance(part, BlockPart):
         first = jax.ShapeDtypeStruct(part.values.shape[len(part.stack) :], part.values.dtype)
-        return tpu.unfit(dtype, dataclasses.replace(weight, values=first), chip)
+        kernel = tpu if chip.platform == "tpu" else gpu
+        return kernel.unfit(dtype, dataclasses.replace(weight, values=first), chip)
     if split is not None:
         outputs, inputs = (_count(e, split) for e in split.spec[-2:])
         n, k = weight.shape
@@ -180,7 +189,40 @@ def problem(
             shape=(n // outputs, k // inputs),
             group_size=k // inputs if one else weight.group_size,
         )
+    if chip.platform == "gpu":
+        return gpu_nm.unfit(dtype, weight, chip)
     return tpu_nm.unfit(weight, chip, dtype)
+
+
+def slower(part: Any, chip: Chip, rows: int) -> str | None:
+    """Why XLA is to multiply a sparse part that a kernel for GPUs reads.
+
+    Args:
+      part: one of ``PARTS``, arrays or shapes of them, that has a kernel on the chip.
+      chip: whose kernel; only on a GPU a measurement has to speak for it.
+      rows: of the input.
+
+    Returns:
+      The reason, or None.
+    """
+    if chip.platform != "gpu":
+        return None
+    found: list[Any] = []
+    jax.eval_shape(lambda part: found.append(operand(part)), part)
+    (weight,) = found
+    if isinstance(weight, str):
+        return None
+    shape, density, group_size = (rows, *weight.shape), 1.0, weight.shape[1]
+    if isinstance(part, BlockPart):
+        format = "blocks"
+        density = part.rows.shape[-1] * part.values.shape[-1] ** 2 / (part.out * part.size)
+    else:
+        coded = weight.scales is not None
+        format = "2:4 int4" if coded else "2:4"
+        group_size = weight.group_size if coded else group_size
+    return tuning.unproven(
+        chip.name, format, None, shape, group_size, ("kernel", "xla"), "sparse", density
+    )
 
 
 def prepared(part: Any, chip: Chip) -> Any:
@@ -237,23 +279,33 @@ def listed(part: Any) -> Any:
     )
 
 
-def matmul(x: jax.Array, part: Any, split: NamedSharding | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    part: Any,
+    split: NamedSharding | None = None,
+    implementation: str | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
     """Product of an input with a sparse part that ``operand`` accepts, by its kernel.
 
     Args:
       x: ``(*stack, tokens, in)``, bfloat16 or float32.
       part: of a weight ``(*stack, out, in)``, without input transforms.
       split: mesh axes of stack, out and in, on a mesh of Auto axes.
+      implementation: of the kernels' operations; None for the best one.
+      out_dtype: of the result.
 
     Returns:
-      ``(*stack, tokens, out)`` in float32.
+      ``(*stack, tokens, out)``.
     """
     from jaxcomp.kernels import sparse_matmul as kernels
 
     call = kernels.block_sparse_matmul if isinstance(part, BlockPart) else kernels.nm_matmul
 
     def one(x, weight):
-        return call(x, weight, out_dtype=jnp.float32, weight_spec=split)
+        return call(
+            x, weight, out_dtype=out_dtype, weight_spec=split, implementation=implementation
+        )
 
     return _stacked(one, len(part.stack))(x, operand(part))
 

@@ -7,6 +7,9 @@ A table is JSON, as ``python -m jaxcomp.kernels.tune`` writes it:
          "seconds": {"codes": 0.011, "floats": 0.009, "dense": 0.008}}, ..],
       "tiles": {"few": {..}}}}}
 
+"products" are those of one weight. ``python -m benchmarks.gpu --table`` adds "sparse" ones, whose
+format is "2:4", "2:4 int4" or "blocks" (with the "density" of those), in the same form.
+
 The library brings ``tuned.json``. Entries of the file that the environment variable
 ``JAXCOMP_TUNING`` names come before its own; that file is read once.
 """
@@ -68,6 +71,8 @@ def fastest(
     shape: tuple[int, int, int],
     group_size: int,
     ways: tuple[str, ...],
+    kind: str = "products",
+    density: float = 1.0,
 ) -> str | None:
     """Which of several ways to compute a product was measured to be the fastest.
 
@@ -79,6 +84,9 @@ def fastest(
       group_size: inputs that share a scale. Whole rows and groups are not told from one another.
       ways: names to choose from: "codes" (a product of codes), "floats" (of what they stand for),
         "kernel", "xla".
+      kind: of products, a key of a device's entries. Only among "products" may another format tell.
+      density: share of a weight that is stored in blocks. A kernel's time goes down with it and
+        that of a dense product does not: measurements of sparser weights say nothing.
 
     Returns:
       One of the names, or None where nothing was measured.
@@ -86,12 +94,14 @@ def fastest(
     for table in _tables():
         known = [
             entry
-            for entry in table.get(device, {}).get("products", ())
+            for entry in table.get(device, {}).get(kind, ())
             if entry["activation"] == activation and set(ways) <= set(entry["seconds"])
+            if entry.get("density", 1.0) >= density
         ]
         whole = group_size == shape[2]
         known = [e for e in known if (e["group_size"] == e["k"]) == whole]
-        known = [e for e in known if e["format"] == format] or known
+        same = [e for e in known if e["format"] == format]
+        known = same or (known if kind == "products" else [])
         if known:
             nearest = min(known, key=lambda entry: _distance(entry, shape))
             return min(ways, key=nearest["seconds"].get)
@@ -101,6 +111,41 @@ def fastest(
 def _distance(entry: dict, shape: tuple[int, int, int]) -> float:
     pairs = zip((entry[axis] for axis in "mnk"), shape, strict=True)
     return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+
+def unproven(
+    device: str,
+    format: str,
+    activation: str | None,
+    shape: tuple[int, int, int],
+    group_size: int,
+    ways: tuple[str, str],
+    kind: str = "products",
+    density: float = 1.0,
+) -> str | None:
+    """Why a kernel that was not run here before is not chosen: no measurement speaks for it.
+
+    Args:
+      device: as in ``fastest``, like all that follow.
+      format: of the weight.
+      activation: what the input is quantized to, or None.
+      shape: (rows, outputs, inputs).
+      group_size: inputs that share a scale.
+      ways: "kernel", and what XLA's way is called.
+      kind: of products.
+      density: share of a weight that is stored in blocks.
+
+    Returns:
+      The reason, or None where the kernel was measured to be faster.
+    """
+    found = fastest(device, format, activation, shape, group_size, ways, kind, density)
+    if found is None:
+        command = "jaxcomp.kernels.tune" if kind == "products" else "benchmarks.gpu --table FILE"
+        return (
+            f"no measurement on {device} says that it is faster than XLA; ask for it by name, or "
+            f"measure with python -m {command}"
+        )
+    return None if found == "kernel" else f"XLA was measured to be faster on {device}"
 
 
 def tiles(device: str, kernel: str) -> dict | None:

@@ -9,9 +9,9 @@ import pytest
 from jaxcomp.kernels import chips, tuning
 
 import jaxcomp as jc
-from jaxcomp import packed
+from jaxcomp import packed, packed_sparse
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import CompressedArray, Float, InputQuant, Int, quantize
+from jaxcomp.formats import NM, CompressedArray, Float, InputQuant, Int, Sparse, quantize, sparse
 from jaxcomp.step import Activation
 from tests.kernels import aot_gpu
 from tests.kernels.sparse_attention.test_gpu import OLD, needs_mosaic
@@ -22,7 +22,10 @@ CASES = {
     "W4A8": (Int(4, 128), "int8", "int4", "int8", "codes"),
     "W8A8": (Int(8), "int8", "int8", "int8", "codes"),
     "fp8": (Float("e4m3"), "e4m3", "fp8", "e4m3", "codes"),
+    "2:4": (NM(2, 4), None, "2:4", None, "xla"),
+    "blocks": (Sparse(), None, "blocks", None, "xla"),
 }
+SPARSE = ("2:4", "blocks")
 FEW, MANY = 16, 2048
 
 
@@ -33,7 +36,14 @@ def apply(params, x):
 def weight(name, size=256, out=128):
     """A leaf (in, out)."""
     fmt, kind, *_ = CASES[name]
-    part = quantize(fmt, jax.random.normal(jax.random.key(0), (out, size)))
+    w = jax.random.normal(jax.random.key(0), (out, size))
+    if name in SPARSE:
+        input = jnp.arange(size)
+        kept = input % 4 < 2 if name == "2:4" else input < 128
+        kept = jnp.broadcast_to(kept, w.shape)
+        part = packed_sparse.listed(sparse.build(fmt, kept, w.astype(jnp.bfloat16)))
+    else:
+        part = quantize(fmt, w)
     if kind is not None:
         part = InputQuant(part, spec=Activation(format=kind))
     return CompressedArray.from_matrix(part, (size, out), jnp.bfloat16, (), (1,), (0,))
@@ -46,14 +56,16 @@ def rows(count, dtype=jnp.bfloat16, size=256):
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Measurements by which the kernel wins with few rows, and loses with many."""
-    products = []
+    found = {"products": [], "sparse": []}
     for _, _, format, kind, other in CASES.values():
         for m, kernel in ((FEW, 1.0), (MANY, 3.0)):
             entry = {"format": format, "activation": kind, "m": m, "n": 128, "k": 256}
             entry["group_size"] = 128 if format == "int4" else 256
-            products.append(entry | {"seconds": {"kernel": kernel, other: 2.0}})
+            entry |= {"density": 0.5} if format == "blocks" else {}
+            where = found["sparse" if format in SPARSE else "products"]
+            where.append(entry | {"seconds": {"kernel": kernel, other: 2.0}})
     path = tmp_path / "tuned.json"
-    devices = {"h100": {"products": products}}
+    devices = {"h100": found}
     path.write_text(json.dumps({"version": tuning.VERSION, "devices": devices}))
     monkeypatch.setenv(tuning.VARIABLE, str(path))
 
@@ -85,9 +97,19 @@ def test_without_measurements_xla_runs(name, hopper):
     fast, params = jc.dispatch(apply), {"w": weight(name)}
     (choice,) = fast.report(params, rows(FEW))
     assert choice.implementation != "kernel"
-    if name == "W4A16":
+    if CASES[name][-1] == "xla":
         assert ("jax 0.11" if OLD else "no measurement on h100 says") in choice.reason
     assert kernels_of(fast, params, rows(FEW)) == 0
+
+
+def test_which_measurements_say_nothing(table):
+    def sparse(format, density=1.0):
+        shape, ways = (FEW, 128, 256), ("kernel", "xla")
+        return tuning.fastest("h100", format, None, shape, 256, ways, "sparse", density)
+
+    assert sparse("blocks", 0.5) == "kernel"
+    assert sparse("blocks", 0.6) is None  # more blocks than were measured
+    assert sparse("2:4 int4") is None  # another format
 
 
 @needs_mosaic
@@ -98,10 +120,12 @@ def test_asked_for_it_runs(name, hopper):
     assert choice.reason == "asked for: decoded next to the matrix unit of an h100"
     assert kernels_of(fast, params, rows(MANY)) == 1
     # It writes what the caller wants, not float32 to be turned and rounded.
-    assert "f32[1,128,2048]" not in str(jax.make_jaxpr(fast)(params, rows(MANY)))
+    if name != "2:4":
+        assert "f32[1,128,2048]" not in str(jax.make_jaxpr(fast)(params, rows(MANY)))
     # What the kernel does not take, the operation does in XLA, and the report says so.
     (choice,) = fast.report(params, rows(FEW, jnp.float32))
-    assert "asked for, and XLA runs it: x is float32" in choice.reason
+    words = "it multiplies bfloat16, not x of float32" if name in SPARSE else "x is float32"
+    assert f"asked for, and XLA runs it: {words}" in choice.reason
     assert kernels_of(fast, params, rows(FEW, jnp.float32)) == 0
 
 

@@ -88,13 +88,7 @@ def slower(rows: int, weight: Weight, options: Options, chip: Chip) -> str | Non
     activation = _ACTIVATIONS[options.activation_dtype]
     ways = ("kernel", "xla" if activation is None else "codes")
     shape = (rows, *weight.shape)
-    fastest = tuning.fastest(chip.name, weight.format, activation, shape, weight.group_size, ways)
-    if fastest is None:
-        return (
-            f"no measurement on {chip.name} says that it is faster than XLA; ask for it by name, "
-            "or measure with python -m jaxcomp.kernels.tune"
-        )
-    return None if fastest == "kernel" else f"XLA was measured to be faster on {chip.name}"
+    return tuning.unproven(chip.name, weight.format, activation, shape, weight.group_size, ways)
 
 
 def run(
