@@ -108,7 +108,7 @@ def nm_matmul(
       activation: None, "relu", "silu" or "gelu" (by tanh).
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
-        GPUs, of bf16 values, was never run on one: it is chosen by its name only.
+        GPUs was never run on one: it is chosen by its name only.
       interpret: of a Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU;
         ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       weight_spec: mesh axes of N and K, on a mesh of Auto axes; a NamedSharding where neither an

@@ -14,6 +14,7 @@ from jaxcomp.kernels.sparse_matmul.reference import Options
 
 _PARTS = 4
 _CORES = 132
+_LEAST_GROUP = 32  # eight columns of a plane, as registers have them
 
 
 def unfit(dtype: jax.typing.DTypeLike, weight: NMSparse, chip: Chip | None) -> str | None:
@@ -32,13 +33,25 @@ def unfit(dtype: jax.typing.DTypeLike, weight: NMSparse, chip: Chip | None) -> s
     kernel = _kernel()
     if (weight.n, weight.m) != (2, _PARTS):
         return f"it takes 2:4 sparsity, not {weight.n}:{weight.m}"
-    if dtype != jnp.bfloat16 or weight.values.dtype != jnp.bfloat16:
+    coded = weight.scales is not None
+    if dtype != jnp.bfloat16 or not (coded or weight.values.dtype == jnp.bfloat16):
         return f"it multiplies bfloat16, not x of {dtype} and values of {weight.values.dtype}"
     (n, k), rows = weight.shape, kernel.ROWS * kernel.WORKERS
     if n % rows or k % (_PARTS * kernel.DEPTH):
         return (
             f"outputs must be a multiple of {rows} and inputs of {_PARTS * kernel.DEPTH}, not {n} "
             f"and {k}"
+        )
+    if coded and weight.group_size % _LEAST_GROUP:
+        return (
+            f"int4 values in groups of {weight.group_size} inputs, which are no multiple of "
+            f"{_LEAST_GROUP}"
+        )
+    step = _PARTS * kernel.DEPTH
+    if coded and weight.group_size % step and step % weight.group_size:
+        return (
+            f"int4 values in groups of {weight.group_size} inputs, which neither divide {step} nor "
+            "are a multiple of it"
         )
     return None
 
@@ -76,5 +89,7 @@ def matmul(
     tokens = next((size for size in (8, 16, 32, 64) if m <= size), 128)
     blocks = n // (kernel.ROWS * kernel.WORKERS) * -(-m // tokens)
     split = max(1, min(_CORES // blocks, k // (_PARTS * kernel.DEPTH) // 4))
-    sums = kernel.product(x, weight.values, weight.positions, tokens, split, interpret)
+    sums = kernel.product(
+        x, weight.values, weight.positions, weight.scales, tokens, split, interpret
+    )
     return reference.finish(sums.sum(axis=0)[:, :m].T, bias, options)

@@ -4,7 +4,8 @@ A block computes yᵀ = W xᵀ for 64 outputs of each of two warpgroups and a ti
 values, each the first or second value of every group of four inputs, become the four parts of a
 dense tile in registers, by comparing the groups' position codes; the inputs of x are sorted by
 their place in a group, so no value moves. Each part is multiplied from where it is made. A third
-warpgroup copies planes, codes and tokens into a ring of stages in shared memory.
+warpgroup copies planes, codes and tokens into a ring of stages in shared memory. int4 values are
+converted and scaled before they are compared, two of four of them.
 """
 
 import functools
@@ -28,6 +29,7 @@ def product(
     x: jax.Array,
     values: jax.Array,
     positions: jax.Array,
+    scales: jax.Array | None,
     tokens: int,
     split: int,
     interpret=False,
@@ -36,9 +38,11 @@ def product(
 
     Args:
       x: bf16 ``(4, M, K / 4)``, inputs by their place in a group; M is at most 8 or a multiple.
-      values: bf16 ``(2, N, K / 4)`` of ``nm.prepare``; N is a multiple of ``ROWS * WORKERS``, and
-        K / 4 of ``DEPTH``.
+      values: bf16 or int4 ``(2, N, K / 4)`` of ``nm.prepare``; N is a multiple of
+        ``ROWS * WORKERS``, and K / 4 of ``DEPTH``.
       positions: int4 ``(N, K / 4)`` of ``nm.prepare``.
+      scales: f32 ``(N, spans)`` of int4 values, where a span has a multiple or a divisor of
+        ``DEPTH`` groups of four; None of others.
       tokens: rows of x in a block.
       split: blocks along K.
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
@@ -49,7 +53,11 @@ def product(
     n, groups = positions.shape
     m_blocks = pl.cdiv(x.shape[1], tokens)
     steps = pl.cdiv(groups // DEPTH, split)
-    stage_bytes = 2 * DEPTH * (_PARTS * tokens + 2 * WORKERS * ROWS) + DEPTH * WORKERS * ROWS // 2
+    inputs = {"x": x, "values": values, "positions": positions}
+    inputs |= {} if scales is None else {"scales": scales}
+    span = groups if scales is None else groups // scales.shape[1]
+    bits = 16 if scales is None else 4
+    stage_bytes = DEPTH * (2 * _PARTS * tokens + WORKERS * ROWS * (2 * bits + 4) // 8)
     stored_bytes = 4 * WORKERS * ROWS * tokens
     stages = min(_MOST_STAGES, (_SHARED_BYTES - stored_bytes) // stage_bytes)
 
@@ -60,7 +68,7 @@ def product(
 
     scratch = {
         "x": tiles(stages, _PARTS, tokens, DEPTH),
-        "values": tiles(stages, WORKERS, 2, ROWS, DEPTH),
+        "values": tiles(stages, WORKERS, 2, ROWS, DEPTH, dtype=values.dtype, bits=bits),
         "positions": tiles(stages, WORKERS, ROWS, DEPTH, dtype=jnp.int4, bits=4),
         "stored": tiles(WORKERS, ROWS, tokens, dtype=jnp.float32, bits=32),
         "full": plgpu.Barrier(num_arrivals=_PARTS + 3 * WORKERS, num_barriers=stages),
@@ -70,13 +78,13 @@ def product(
         scratch["parts"] = tiles(WORKERS, _PARTS, ROWS, DEPTH)
 
     def body(*refs, **scratch):
-        refs = dict(zip(["x", "values", "positions", "out"], refs, strict=True))
+        refs = dict(zip([*inputs, "out"], refs, strict=True))
         worker = lax.axis_index("warpgroup")
         arguments = (refs, scratch, steps, stages)
         lax.cond(
             worker == WORKERS,
             functools.partial(_copy, *arguments),
-            functools.partial(_multiply, *arguments, worker),
+            functools.partial(_multiply, *arguments, span, worker),
         )
 
     return plgpu.kernel(
@@ -89,7 +97,7 @@ def product(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )(x, values, positions)
+    )(*inputs.values())
 
 
 def _outputs(worker) -> pl.Slice:
@@ -130,7 +138,7 @@ def _copy(refs, scratch, steps: int, stages: int) -> None:
         plgpu.barrier_wait(scratch["empty"].at[lax.rem(step, stages)])
 
 
-def _multiply(refs, scratch, steps: int, stages: int, worker) -> None:
+def _multiply(refs, scratch, steps: int, stages: int, span: int, worker) -> None:
     """Sums the products of a warpgroup's outputs, and writes them."""
     plgpu.set_max_registers(_WORK_REGISTERS, action="increase")
     tokens = scratch["x"].shape[-2]
@@ -139,8 +147,10 @@ def _multiply(refs, scratch, steps: int, stages: int, worker) -> None:
         @pl.loop(0, steps)
         def _step(step):
             stage = lax.rem(step, stages)
+            # Scales come while the stage is waited for.
+            scales = _scales(refs, step + lax.axis_index("split") * steps, span, worker)
             plgpu.barrier_wait(scratch["full"].at[stage])
-            parts = _decompressed(scratch, stage, worker)
+            parts = _decompressed(scratch, stage, scales, worker)
             if "parts" in scratch:
                 for i, part in enumerate(parts):
                     scratch["parts"][worker, i] = part
@@ -162,18 +172,47 @@ def _multiply(refs, scratch, steps: int, stages: int, worker) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _decompressed(scratch, stage, worker) -> list[jax.Array]:
+def _scales(refs, step, span: int, worker) -> list[jax.Array]:
+    """Scales of a step's spans, each of a warpgroup's outputs; none where values have none."""
+    if "scales" not in refs:
+        return []
+    # Past the last group, where a split has fewer steps, zeros are multiplied: any scale will do.
+    last = refs["scales"].shape[1] - max(1, DEPTH // span)
+    first = jnp.minimum(lax.div(step * DEPTH, span), last)
+    return [
+        plgpu.load(
+            refs["scales"].at[_outputs(worker), first + i],
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
+        )
+        for i in range(max(1, DEPTH // span))
+    ]
+
+
+def _decompressed(scratch, stage, scales, worker) -> list[jax.Array]:
     """Weights (ROWS, DEPTH) of each place in a group, in registers.
 
     A code is first + 4 * second position, of which it is known that first < second; as int4 it is
     one of 4 (0, 1), -8 (0, 2), -4 (0, 3), -7 (1, 2), -3 (1, 3) and -2 (2, 3).
     """
-    first, second = (
-        plgpu.load(scratch["values"].at[stage, worker, i], layout=plgpu.Layout.WGMMA)
-        for i in range(2)
-    )
-    code = plgpu.load(scratch["positions"].at[stage, worker], layout=plgpu.Layout.WGMMA_UPCAST_4X)
-    code = plgpu.layout_cast(code, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+
+    def converted(codes):
+        codes = plgpu.load(codes, layout=plgpu.Layout.WGMMA_UPCAST_4X)
+        return plgpu.layout_cast(codes, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+
+    def plane(i):
+        values = scratch["values"].at[stage, worker, i]
+        if not scales:
+            return plgpu.load(values, layout=plgpu.Layout.WGMMA)
+        values, width = converted(values), DEPTH // len(scales)
+        scaled = []
+        for j, scale in enumerate(scales):
+            part = values[:, j * width : (j + 1) * width]
+            scaled.append(part * lax.broadcast_in_dim(scale.astype(part.dtype), part.shape, (0,)))
+        return lax.concatenate(scaled, 1)
+
+    first, second = plane(0), plane(1)
+    code = converted(scratch["positions"].at[stage, worker])
     zero = jnp.zeros_like(first)
 
     def where(*codes, then, other):

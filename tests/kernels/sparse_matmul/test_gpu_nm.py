@@ -20,10 +20,11 @@ class TestInterpreted(Reference):
     """On a simulated GPU whose shared memory is watched for races."""
 
     shape = (128, 512)
+    group_sizes = (32, 128, 512)
+    dtypes = ("bfloat16",) * 3
 
-    # These need float32 or int4 values, and are refused; gradients are XLA's, as of all chips.
+    # These need float32, and are refused; gradients are XLA's, as of all chips.
     test_dtypes = None
-    test_int4_values = None
     test_prepared_with_bias_and_activation = None
     test_gradients = None
     test_gradient_of_scales = None
@@ -40,6 +41,11 @@ class TestInterpreted(Reference):
         x = cases.rows(rng, (13, 2048), "bfloat16")
         assert_summed(self.run(x, w, out_dtype=jnp.float32), x, dense)
 
+    def test_int4_values_in_two_parts_of_which_one_is_shorter(self, rng):
+        w, dense = cases.nm(rng, (128, 2304), dtype="int4", group_size=256)
+        x = cases.rows(rng, (13, 2304), "bfloat16")
+        cases.assert_close(self.run(x, w), cases.product(x, dense), "bfloat16")
+
     def test_prepared_with_a_bias_and_an_activation(self, rng):
         w, dense = cases.nm(rng, self.shape, dtype="bfloat16")
         prepared = prepare_nm(w, chip="h100")
@@ -52,17 +58,27 @@ class TestInterpreted(Reference):
 
 
 class TestRefused:
-    def weight(self, shape=(128, 256), dtype="bfloat16", n=2, m=4):
+    def weight(self, shape=(128, 256), dtype="bfloat16", n=2, m=4, group_size=None):
         struct = jax.ShapeDtypeStruct
         values = struct((shape[0], shape[1] * n // m), dtype)
-        return nm.NMSparse(values, None, None, n, m, None, shape)
+        scales = (
+            None if group_size is None else struct((shape[1] // group_size, shape[0]), "float32")
+        )
+        return nm.NMSparse(values, None, scales, n, m, group_size, shape)
 
     @needs_mosaic
     @pytest.mark.parametrize(
         ("change", "dtype", "chip", "words"),
         [
             ({}, "float32", chips.H100, "x of float32"),
-            ({"dtype": "uint8"}, "bfloat16", chips.H100, "values of uint8"),
+            ({"dtype": "float32"}, "bfloat16", chips.H100, "values of float32"),
+            ({"dtype": "uint8", "group_size": 16}, "bfloat16", chips.H100, "no multiple of 32"),
+            (
+                {"dtype": "uint8", "group_size": 96, "shape": (128, 768)},
+                "bfloat16",
+                chips.H100,
+                "neither divide 256",
+            ),
             ({"n": 1}, "bfloat16", chips.H100, "2:4 sparsity, not 1:4"),
             ({"shape": (192, 256)}, "bfloat16", chips.H100, "of 128 and inputs of 256, not 192"),
             ({"shape": (128, 384)}, "bfloat16", chips.H100, "not 128 and 384"),
@@ -78,12 +94,13 @@ class TestRefused:
         assert "jax 0.11" in told if OLD else told is None
 
 
-def compiled(rows, outputs, inputs, **options):
+def compiled(rows, outputs, inputs, group_size=None, **options):
     """A product with a prepared weight, and the shapes of its arguments, for the compiler."""
     struct, quarter = jax.ShapeDtypeStruct, inputs // 4
-    values, positions = ((2, outputs, quarter), jnp.bfloat16), ((outputs, quarter), jnp.int4)
-    planes = struct(*values), struct(*positions)
-    weight = nm.NMSparse(*planes, None, 2, 4, None, (outputs, inputs), nm.LAYOUT)
+    values = struct((2, outputs, quarter), jnp.int4 if group_size else jnp.bfloat16)
+    positions = struct((outputs, quarter), jnp.int4)
+    scales = struct((outputs, inputs // group_size), jnp.float32) if group_size else None
+    weight = nm.NMSparse(values, positions, scales, 2, 4, group_size, (outputs, inputs), nm.LAYOUT)
 
     def function(x, weight):
         return nm_matmul(x, weight, implementation="mosaic_gpu", **options)
@@ -95,6 +112,8 @@ PROGRAMS = [
     {"rows": 1, "outputs": 4096, "inputs": 14336},
     {"rows": 16, "outputs": 14336, "inputs": 4096, "activation": "silu"},
     {"rows": 300, "outputs": 4096, "inputs": 4096, "out_dtype": "float32"},
+    {"rows": 1, "outputs": 14336, "inputs": 4096, "group_size": 128},
+    {"rows": 300, "outputs": 4096, "inputs": 4096, "group_size": 32},
 ]
 
 

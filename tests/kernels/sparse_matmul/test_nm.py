@@ -19,6 +19,7 @@ class TestXla:
     interpret: object = False
     shape = (11, 64)
     group_sizes = (4, 16, 64)
+    dtypes = ("float32", "bfloat16", "bfloat16")  # of x, by group size
 
     def run(self, *args, **options):
         options = {"implementation": self.implementation, "interpret": self.interpret} | options
@@ -38,7 +39,7 @@ class TestXla:
     @pytest.mark.parametrize("which", range(3))
     def test_int4_values(self, rng, which):
         w, dense = cases.nm(rng, self.shape, dtype="int4", group_size=self.group_sizes[which])
-        dtype = "bfloat16" if which else "float32"
+        dtype = self.dtypes[which]
         x = cases.rows(rng, (5, self.shape[1]), dtype)
         y = self.run(x, w, out_dtype=jnp.float32)
         assert y.dtype == jnp.float32
