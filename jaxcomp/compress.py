@@ -239,7 +239,7 @@ class _Run:
     def _contracted(self, path: str) -> bool:
         return any(s.is_contraction for s in self.graph.sites_of(path))
 
-    def compress(self, program: Program, group: Sequence[Target], statistics: Any) -> list[Any]:
+    def compress(self, program: Program, group: Sequence[Target], statistics: Any) -> list[Record]:
         """Compresses an input group, or reads it from the journal."""
         records = [self.store.get(t.site.path, t.index) for t in group]
         if any(r is None for r in records):
@@ -247,10 +247,14 @@ class _Run:
         for target, record in zip(group, records, strict=True):
             self.records[target.site.path][target.index] = record
             self.progress.advance(target.site.path)
+        return records
+
+    def for_evaluation(self, group: Sequence[Target], records: list[Record]) -> list[Any]:
+        """What the group's weights are evaluated with."""
         # What the scale was folded into has been evaluated without it: the pass goes on with the
         # scale at the input.
         scale = next((jnp.asarray(fold.vector) for r in records for fold in r.folds), None)
-        results = [self._for_evaluation(_input_scaled(r.array, scale)) for r in records]
+        results = [self._leaf(_input_scaled(r.array, scale)) for r in records]
         # Files that were read on the way: the weights (where the device array shares the file's
         # memory, they were read again after ``_matrix``) and the journal's records.
         for target, record in zip(group, records, strict=True):
@@ -258,7 +262,7 @@ class _Run:
                 jaxcomp.io.safetensors.release(leaf)
         return results
 
-    def _for_evaluation(self, array: CompressedArray) -> Any:
+    def _leaf(self, array: CompressedArray) -> Any:
         """Dense, once for all batches, unless the input is to be quantized at run time."""
         return self.place.shared(array) if quantizes_input(array) else self.place.weight(array)
 

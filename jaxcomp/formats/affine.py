@@ -103,26 +103,31 @@ def affine(
     group_index: jax.Array | None = None,
     *,
     bits: int,
+    in_size: int | None = None,
 ) -> Affine:
     """Packs signed codes into an ``Affine`` part.
 
     Args:
-      codes: ``(*stack, out, in)`` integers in -2^(bits-1) .. 2^(bits-1)-1.
+      codes: ``(*stack, out, in)`` integers in -2^(bits-1) .. 2^(bits-1)-1, or what ``packed`` made
+        of them.
       scale: ``(*stack, in_groups, out_groups)``.
       zero_point: signed as the codes, shaped as ``scale``, or None.
       group_index: ``(*stack, in)`` group of each input, or None for consecutive groups.
       bits: width of a code.
+      in_size: length of the input axis, where the codes are packed already.
 
     Returns:
       The part.
     """
-    if bits == 8:
-        values = codes.astype(jnp.int8)
-    else:
-        values = packing.pack(codes, bits)
+    values = packed(codes, bits) if in_size is None else codes
     if zero_point is not None:
         zero_point = zero_point.astype(jnp.int16 if bits == 16 else jnp.int8)
     if group_index is not None:
         group_index = group_index.astype(jnp.uint8 if scale.shape[-2] <= 256 else jnp.uint16)
-    padding = packing.padding_of(codes.shape[-1], bits)
+    padding = packing.padding_of(codes.shape[-1] if in_size is None else in_size, bits)
     return Affine(values, scale, zero_point, group_index, bits=bits, padding=padding)
+
+
+def packed(codes: jax.Array, bits: int) -> jax.Array:
+    """Signed codes ``(.., in)`` as an ``Affine`` part stores them, each row by itself."""
+    return codes.astype(jnp.int8) if bits == 8 else packing.pack(codes, bits)

@@ -383,16 +383,18 @@ def build(
     qparams: QParams,
     context: Context = EMPTY,
     group_index: jax.Array | None = None,
+    in_size: int | None = None,
 ) -> base.Part:
     """Packs codes and parameters into a part.
 
     Args:
       fmt: ``Int``, ``Float`` or ``Codebook``.
-      codes: ``(*stack, out, in)``.
+      codes: ``(*stack, out, in)``, or of ``Int`` what ``affine.packed`` made of them.
       qparams: of groups, ``(*stack, out_groups, in_groups)``.
       context: of the whole matrix.
       group_index: ``(*stack, in)`` group of each input where groups are not consecutive (``Int``
         only).
+      in_size: length of the input axis, where the codes are packed already.
 
     Returns:
       ``Affine``, ``FloatPart`` or ``CodebookPart``.
@@ -405,11 +407,12 @@ def build(
             f"{fmt}: groups that are not consecutive can be stored for Int only; use static_groups."
         )
     if isinstance(fmt, Int) and host.is_on_host(codes, group_index, *qparams):
-        return host.call(functools.partial(_build_any, fmt), codes, qparams, context, group_index)
-    return _build(fmt, codes, qparams, context, group_index)
+        made = functools.partial(_build_any, fmt, in_size)
+        return host.call(made, codes, qparams, context, group_index)
+    return _build(fmt, in_size, codes, qparams, context, group_index)
 
 
-def _build_any(fmt, codes, qparams, context, group_index):
+def _build_any(fmt, in_size, codes, qparams, context, group_index):
     scale = qparams.scale
     if scale is not None:
         scale = scale.swapaxes(-1, -2)
@@ -419,7 +422,7 @@ def _build_any(fmt, codes, qparams, context, group_index):
         zero_point = qparams.zero_point
         if zero_point is not None:
             zero_point = zero_point.swapaxes(-1, -2)
-        return affine(codes, scale, zero_point, group_index, bits=fmt.bits)
+        return affine(codes, scale, zero_point, group_index, bits=fmt.bits, in_size=in_size)
     if isinstance(fmt, Float):
         return floating.float_part(codes, scale, context.tensor_scale, kind=fmt.kind)
     mean, step = context.scale_mean, context.scale_step
@@ -429,7 +432,7 @@ def _build_any(fmt, codes, qparams, context, group_index):
     return codebook.codebook_part(codes, context.levels, scale, mean, step, kind=fmt.kind)
 
 
-_build = jax.jit(_build_any, static_argnums=0)
+_build = jax.jit(_build_any, static_argnums=(0, 1))
 
 
 def quantize(
@@ -480,4 +483,4 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=0)
 def _round_and_build(fmt, w, qparams, context):
     codes = encode(fmt, w, expand(fmt, qparams, *w.shape[-2:]), context)
-    return _build(fmt, codes, qparams, context, None)
+    return _build(fmt, None, codes, qparams, context, None)

@@ -44,7 +44,18 @@ class Compressor(Protocol):
           statistics: of their common input, or None if no statistics were wanted.
 
         Returns:
-          For each the leaf to go on with: compressed or dense, without loop axes.
+          For each what ``for_evaluation`` takes.
+        """
+
+    def for_evaluation(self, group: Sequence["Target"], finished: list[Any]) -> list[Any]:
+        """What the pass goes on with; by then nobody holds the statistics any more.
+
+        Args:
+          group: the weights.
+          finished: what ``compress`` gave for them.
+
+        Returns:
+          For each the leaf in its place: compressed or dense, without loop axes.
         """
 
 
@@ -315,19 +326,22 @@ class Sequential:
             what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
             with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
                 statistics = self.statistics(program, op, env, count, needs)
-        self.compress(program, targets, statistics)
+        finished = self.compress(program, targets, statistics)
+        del statistics  # As large as the layer, maybe.
+        self.go_on(targets, finished)
 
-    def compress(self, program: Program, targets: Sequence[Target], statistics: Any) -> None:
-        """Has an input group compressed, to go on with the results."""
+    def compress(self, program: Program, targets: Sequence[Target], statistics: Any) -> list[Any]:
+        """Has an input group compressed."""
         hessian = getattr(statistics, "hessian", None)
-        with out_of_memory.compressing(
-            [t.site.path for t in targets],
-            [t.site.layout.leaf_shape for t in targets],
-            None if hessian is None else hessian.shape[-1],
-        ):
-            results = self.compressor.compress(program, targets, statistics)
-        for target, result in zip(targets, results, strict=True):
-            self.done[(target.site.path, target.index)] = result
+        with _compressing(targets, None if hessian is None else hessian.shape[-1]):
+            return self.compressor.compress(program, targets, statistics)
+
+    def go_on(self, targets: Sequence[Target], finished: list[Any]) -> None:
+        """Takes what came of an input group in place of its weights."""
+        with _compressing(targets):
+            leaves = self.compressor.for_evaluation(targets, finished)
+        for target, leaf in zip(targets, leaves, strict=True):
+            self.done[(target.site.path, target.index)] = leaf
 
     def statistics(self, program, op, env, count, needs) -> calibration.Statistics:
         """Statistics of a site's input over all batches."""
@@ -459,7 +473,7 @@ class Sequential:
                 leaf = env[weights[other.site.id]]
                 index = _key(other.site, leaf)[1]
                 targets.append(Target(other, index, _fixed(other.site, leaf.value)))
-            self.compress(body, targets, state.get(group[0].site.id))
+            self.go_on(targets, self.compress(body, targets, state.get(group[0].site.id)))
         for other in sites:
             root = weights[other.site.id]
             for k, i in enumerate(op.inputs):
@@ -575,6 +589,14 @@ class Sequential:
                 for position, b in enumerate(chosen):
                     column[b] = _at(result, position)
         return columns
+
+
+def _compressing(
+    targets: Sequence[Target], in_size: int | None = None
+) -> contextlib.AbstractContextManager:
+    """Tells running out of memory by the weights that are compressed."""
+    paths = [t.site.path for t in targets]
+    return out_of_memory.compressing(paths, [t.site.layout.leaf_shape for t in targets], in_size)
 
 
 def _sites(op: Op) -> list[Site]:

@@ -32,6 +32,7 @@ import numpy as np
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
+from jaxcomp.formats.affine import packed
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element, Int
 from jaxcomp.quantization import checks, common, obs
@@ -68,7 +69,10 @@ class GPTQ(Step, frozen=True, tag="gptq"):
 
 
 class _Rows(NamedTuple):
-    """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared."""
+    """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared.
+
+    On the host the codes of dense integers are packed: those of one slab of rows exist apart.
+    """
 
     codes: jax.Array
     qparams: Any
@@ -140,7 +144,14 @@ def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, 
         values, codes = None if on_host else values[:, back], codes[:, back]
     if not on_host:
         energy = common.energies(original, values, h) if report else None
+    elif _packs(fmt, mask):
+        codes = packed(codes, fmt.bits)
     return _Rows(codes, qparams, context, energy)
+
+
+def _packs(fmt: Element, mask: Any) -> bool:
+    """Whether codes of rows on the host are packed as soon as they are known."""
+    return isinstance(fmt, Int) and mask is None
 
 
 def _in_memory_of(h, dtype, damping, order, owned) -> tuple[Factored, Any]:
@@ -203,7 +214,9 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
         checks.check_hessian(h, w, path)
     chosen = {name: options[name] for name in ("fmt", "block_size", "clipping", "percentile")}
     chosen |= {"static": static, "report": report}
+    in_size = None
     if common.splits_rows(w, h, fmt) or common.spreads_rows(w, h, fmt):
+        in_size = size if _packs(fmt, mask) else None
         if known is None:
             dtype = common.working_dtype(w)
             known = _in_memory_of(np.asarray(h), dtype, damping, order, owned)
@@ -216,7 +229,10 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
     group_index = None
     if scattered:
         group_index = (permutation.argsort(axis=-1) // group).astype(jnp.int32)
-    rounded = common.Rounded(None, rows.codes, rows.qparams, rows.context, group_index)
+    part = None
+    if in_size is not None:
+        part = grid.build(fmt, rows.codes, rows.qparams, rows.context, group_index, in_size)
+    rounded = common.Rounded(None, rows.codes, rows.qparams, rows.context, group_index, part)
     parts = common.store(fmt, rounded, mask, nm)
     error = common.error_of(rows.energy) if report else None
     return parts, factor.damping, error, known

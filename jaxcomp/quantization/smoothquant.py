@@ -13,12 +13,21 @@ where the released code clamps the maxima at 1e-5; other scales are clamped at 1
 Source: SmoothQuant, https://arxiv.org/abs/2211.10438.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxcomp import host
 from jaxcomp.errors import JaxcompError
 from jaxcomp.quantization import checks, common
 from jaxcomp.step import Layer, Step, run
+
+
+# Rows of a weight on the host that are looked at together.
+_ROWS = 256
 
 
 class SmoothQuant(Step, frozen=True, tag="smoothquant"):
@@ -77,16 +86,27 @@ def _scales(x_absmax, w_absmax, alpha):
     return jnp.where(used, jnp.maximum(scale, 1e-5), 1.0)
 
 
+def _column_maxima(w: Any) -> Any:
+    """Largest magnitude of each column ``(*stack, in)``, on the host without a copy of the weight."""
+    w = host.numpy(w)
+    if not isinstance(w, np.ndarray):
+        return jnp.abs(w).max(-2)
+    wide = common.working_dtype(w)
+    blocks = (w[..., start : start + _ROWS, :] for start in range(0, w.shape[-2], _ROWS))
+    maxima = (np.abs(block).max(-2) for block in blocks)
+    return functools.reduce(np.maximum, maxima).astype(wide)
+
+
 @run.register
 def _(step: SmoothQuant, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     for layer in layers:
-        checks.check_weight(layer.weight, layer.path)
+        checks.check_weight(layer.stored_weight, layer.path)
         checks.check_statistics(layer, "absmax")
     stack = common.shared_stack(layers)
     x_absmax = common.shared(
         [jnp.broadcast_to(a.statistics.absmax, common.input_shape(a)) for a in layers], stack
     )
-    w_absmax = common.shared([jnp.abs(a.weight).max(-2) for a in layers], stack)
+    w_absmax = common.shared([_column_maxima(a.stored_weight) for a in layers], stack)
     scale = smoothquant_scales(x_absmax, w_absmax, step.alpha)
     results = []
     for layer in layers:
