@@ -1,6 +1,6 @@
-"""What a second process gains: GPTQ on one and on two CPU processes, one core and thread each.
+"""What a second process gains: compressing on one and two CPU processes, a core and thread each.
 
-    python -m benchmarks.scale [--layers 2] [--samples 64] [--repeats 3] [--save]
+    python -m benchmarks.scale [--recipe gptq] [--layers 1] [--samples 32] [--repeats 1] [--save]
 
 The processes are joined by ``jax.distributed`` over gloo; each has one virtual device, is pinned to
 one core and computes in one thread, so that only their number differs. A first pass compiles; the
@@ -22,6 +22,14 @@ from benchmarks import common
 
 WIDTH, MLP, HEADS, VOCABULARY = 1024, 2816, 16, 512
 LENGTH, BATCH_SIZE = 256, 4
+# A preset and its options.
+RECIPES = {
+    "gptq": ("w4a16_gptq", {"group_size": 128}),
+    "awq": ("w4a16_awq", {"group_size": 128}),
+    "sparsegpt": ("sparsegpt", {"sparsity": 0.5}),
+    "sparsegpt-2:4": ("sparsegpt", {"n": 2, "m": 4}),
+    "mse": ("w4a16_rtn", {"group_size": 128, "clipping": "mse"}),
+}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false",
@@ -31,7 +39,9 @@ ENVIRONMENT = {
 }
 
 
-def work(address: str, count: int, index: int, layers: int, samples: int, repeats: int) -> dict:
+def work(
+    address: str, count: int, index: int, layers: int, samples: int, repeats: int, recipe: str
+) -> dict:
     """Compresses a model in this process, together with the others.
 
     Args:
@@ -41,9 +51,10 @@ def work(address: str, count: int, index: int, layers: int, samples: int, repeat
       layers: of the model.
       samples: sequences to calibrate on.
       repeats: passes that count.
+      recipe: one of ``RECIPES``.
 
     Returns:
-      Seconds and processor seconds of each pass, and a checksum of the result's scales.
+      Seconds and processor seconds of each pass, and the mean error of the layers.
     """
     import time
 
@@ -72,25 +83,25 @@ def work(address: str, count: int, index: int, layers: int, samples: int, repeat
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (samples, LENGTH), np.int32)
     batches = [(tokens[i : i + BATCH_SIZE],) for i in range(0, samples, BATCH_SIZE)]
     mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    recipe = jc.presets.w4a16_gptq(group_size=128)
+    preset, chosen = RECIPES[recipe]
+    steps = getattr(jc.presets, preset)(**chosen)
     wall, cpu = [], []
     for _ in range(1 + repeats):
         started, before = time.perf_counter(), time.process_time()
-        result = jc.compress(apply, params, recipe, batches, mesh=mesh, progress=False)
+        result = jc.compress(apply, params, steps, batches, mesh=mesh, progress=False)
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - before)
     errors = [row.error for row in result.report.rows]
     return {"wall": wall[1:], "cpu": cpu[1:], "error": statistics.mean(errors)}
 
 
-def run(count: int, layers: int, samples: int, repeats: int, cache: str) -> list[dict]:
+def run(count: int, sizes: tuple[int, int, int], recipe: str, cache: str) -> list[dict]:
     """Runs processes to their end.
 
     Args:
       count: how many; each gets the core of its number.
-      layers: of the model.
-      samples: sequences to calibrate on.
-      repeats: passes that count.
+      sizes: layers, samples and repeats, as in ``work``.
+      recipe: one of ``RECIPES``.
       cache: folder of compiled programs.
 
     Returns:
@@ -103,7 +114,7 @@ def run(count: int, layers: int, samples: int, repeats: int, cache: str) -> list
     worker = [sys.executable, "-m", "benchmarks.scale", "--worker"]
     running = []
     for index in range(count):
-        arguments = [address, count, index, layers, samples, repeats]
+        arguments = [address, count, index, *sizes, recipe]
         running.append(
             subprocess.Popen(
                 ["taskset", "-c", str(cores[index]), *worker, *map(str, arguments)],
@@ -122,24 +133,26 @@ def run(count: int, layers: int, samples: int, repeats: int, cache: str) -> list
 def main() -> int:
     """Prints the table; the exit code is 1 if two processes do not share the work of one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--recipe", choices=RECIPES, default="gptq")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="starts of each number of processes")
     parser.add_argument("--save", action="store_true", help="write results/scale_processes.txt")
-    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        address, *numbers = options.worker
-        print(json.dumps(work(address, *map(int, numbers))))
+        address, *numbers, recipe = options.worker
+        print(json.dumps(work(address, *map(int, numbers), recipe)))
         return 0
     wall: dict[int, list[float]] = {1: [], 2: []}
     cpu: dict[int, list[float]] = {1: [], 2: []}
     errors = {}
+    sizes = (options.layers, options.samples, options.repeats)
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(options.rounds):
             for count in wall:
-                replies = run(count, options.layers, options.samples, options.repeats, cache)
+                replies = run(count, sizes, options.recipe, cache)
                 wall[count] += map(max, zip(*(r["wall"] for r in replies), strict=True))
                 cpu[count] += map(max, zip(*(r["cpu"] for r in replies), strict=True))
                 errors[count] = replies[0]["error"]
@@ -147,7 +160,7 @@ def main() -> int:
     output(common.machine("jax", "jaxlib"))
     output(f"python -m benchmarks.scale {' '.join(sys.argv[1:])}".strip())
     output(
-        f"w4a16_gptq (groups of 128) of a Llama {WIDTH} wide (MLP {MLP}, {options.layers} layers), "
+        f"{options.recipe} of a Llama {WIDTH} wide (MLP {MLP}, {options.layers} layers), "
         f"{options.samples} x {LENGTH} calibration tokens; a core and a thread each process"
     )
     output(f"load of the machine at the end (other work included): {os.getloadavg()[1]:.1f}")

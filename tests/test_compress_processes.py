@@ -29,12 +29,19 @@ CONFIG = LlamaConfig(
     num_key_value_heads=4,
     head_dim=8,
 )
+SPARSE = {"gate_proj": {"sparsity": 0.5}, "o_proj": {"n": 2, "m": 4}}
 RECIPES = {
     "rtn": jc.presets.w4a16_rtn(group_size=16),
     "gptq": jc.Recipe(  # And SparseGPT, in one pass.
         steps=(
-            *jc.presets.w4a16_gptq(group_size=16, exclude=["*gate_proj*", "lm_head*"]).steps,
-            *jc.presets.sparsegpt(sparsity=0.5, include=["*gate_proj*"]).steps,
+            *jc.presets.w4a16_gptq(
+                group_size=16, exclude=[*(f"*{name}*" for name in SPARSE), "lm_head*"]
+            ).steps,
+            *(
+                step
+                for name, target in SPARSE.items()
+                for step in jc.presets.sparsegpt(**target, include=[f"*{name}*"]).steps
+            ),
         )
     ),
 }
@@ -55,13 +62,17 @@ def alone(name):
 
 
 TOGETHER = """
-    import hashlib
+    import hashlib, sys
     import numpy as np
     import jaxcomp as jc
     from jaxcomp import evaluation, host
     from jaxcomp.models import partition_rules
-    from tests.test_compress_processes import CONFIG, RECIPES, llama
+    from tests.test_compress_processes import CONFIG, RECIPES, SPARSE, llama
 
+    # No column loop runs on the mesh: each process has its own.
+    for name in ("quantization.gptq", "pruning.sparsegpt"):
+        module = sys.modules["jaxcomp." + name]
+        setattr(module, "_" + module.__name__.split(".")[-1], None)
     rows, shares = host.own_rows, []
     def own_rows(array):
         found = rows(array)
@@ -78,10 +89,10 @@ TOGETHER = """
         print(name, hashlib.sha256(b"".join(a.tobytes() for a in leaves)).hexdigest())
         jc.save(FOLDER / name, result)
         if name == "gptq":
-            # GPTQ's column loops run over half of the rows on each process.
+            # Over half of the rows.
             assert set(shares) == {0.5}, shares
             rules = partition_rules(CONFIG, tensor="model", scan=True)
-            rules = [(path, spec) for path, spec in rules if "gate_proj" not in path]
+            rules = [(path, spec) for path, spec in rules if path.split("/")[-2] not in SPARSE]
             loaded = jc.load(FOLDER / name, mesh=mesh, rules=rules).params
             split = loaded["layers"]["mlp"]["up_proj"]["kernel"].parts[0].values
             assert not split.is_fully_replicated and not split.is_fully_addressable

@@ -203,7 +203,13 @@ def drop_smallest(
     threshold = _kth_bits([bits], k)
     below, equal = bits < threshold, bits == threshold
     free = k - below.sum(-1, keepdims=True, dtype=jnp.int32)
-    drop = below | (equal & (jnp.cumsum(equal, -1, dtype=jnp.int32) <= free))
+    # Row by row, then over rows: where devices hold rows of the scores they tell each other only
+    # how many ties a row has.
+    equal = equal.reshape(*lead, -1, shape[-1])
+    counts = equal.sum(-1, keepdims=True, dtype=jnp.int32)
+    before = jnp.cumsum(counts, -2) - counts
+    rank = before + jnp.cumsum(equal, -1, dtype=jnp.int32)
+    drop = below.reshape(equal.shape) | (equal & (rank <= free[..., None]))
     return ~drop.reshape(shape)
 
 

@@ -19,7 +19,9 @@ Differs from the paper's code in:
 Source: SparseGPT, https://arxiv.org/abs/2301.00774.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
 from jaxcomp.pruning import masks
 from jaxcomp.quantization import checks, common, obs
+from jaxcomp.quantization.factored import Factored, factored
 from jaxcomp.step import Layer, Step, run
 
 
@@ -87,60 +90,129 @@ def kept_count(sparsity: float, block_size: int, out: int, size: int) -> int:
     return out * size - blocks * full - last
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pattern:
+    """Chooses all but n of every m columns, of each row by itself."""
+
+    n: int
+    m: int
+
+    def __call__(self, scores, start, permitted):
+        scores = _of_permitted(scores, permitted)
+        keep = masks.nm_mask(scores, self.n, self.m)
+        return keep if permitted is None else keep & permitted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Chooses a fraction of a block of columns, over all rows.
+
+    Attributes:
+      block: columns of a block.
+      size: of the matrix.
+      full: weights dropped of a whole block.
+      last: and of a shorter one.
+      drop: marks all but so many of the least scores.
+    """
+
+    block: int
+    size: int
+    full: int
+    last: int
+    drop: Callable[[Any, Any], Any]
+
+    def __call__(self, scores, start, permitted):
+        xp = np if isinstance(scores, np.ndarray) else jnp
+        scores = _of_permitted(scores, permitted)
+        scores = xp.where(start + xp.arange(self.block) < self.size, scores, xp.inf)
+        count = xp.where(start + self.block <= self.size, self.full, self.last)
+        keep = self.drop(scores, count.astype(xp.int32))
+        return keep if permitted is None else keep & permitted
+
+
+def _of_permitted(scores, permitted):
+    xp = np if isinstance(scores, np.ndarray) else jnp
+    return scores if permitted is None else xp.where(permitted, scores, xp.zeros_like(scores))
+
+
+def _drop(scores, count):
+    return masks.drop_smallest(scores, count, (-2, -1))
+
+
+_drop_jit = jax.jit(_drop)
+
+
+def _drop_over_processes(like: jax.Array) -> Callable[[Any, Any], Any]:
+    """``_drop`` for the rows that a process has of a matrix that is split like another."""
+    starts = host.own_rows(like)[1]
+
+    def drop(scores, count):
+        whole = host.from_own_rows(scores, starts, like)
+        with jax.set_mesh(whole.sharding.mesh):
+            keep = jax.jit(_drop, out_shardings=whole.sharding)(whole, count)
+        return host.own_rows(keep)[0]
+
+    return drop
+
+
 _STATIC = ("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "report")
 
 
-def _rows(w, allowed, h, upper, *, sparsity, nm, fmt, block_size, clipping, percentile, report):
-    """Prunes rows of a matrix; all of them where the mask of a block is chosen over them."""
-    dtype = upper.dtype
-    out, size = w.shape
-    block = min(block_size, size)
-    full, last, _ = _counts(sparsity or 0.0, block_size, out, size)
-
-    def choose(scores, start, permitted):
-        if permitted is not None:
-            scores = jnp.where(permitted, scores, 0.0)
-        if nm is not None:
-            keep = masks.nm_mask(scores, *nm)
-        else:
-            inside = start + jnp.arange(block) < size
-            count = jnp.where(start + block <= size, full, last)
-            scores = jnp.where(inside, scores, jnp.inf)
-            keep = masks.drop_smallest(scores, count, (-2, -1))
-        return keep if permitted is None else keep & permitted
-
-    w, h = w.astype(dtype), h.astype(dtype)
-    original, diagonal = w, jnp.diagonal(h)
-    w = jnp.where((diagonal <= 0) & jnp.any(diagonal > 0), 0.0, w)
+def _rows(w, allowed, h, upper, *, choose, fmt, block_size, clipping, percentile, report):
+    """Prunes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
+    on_host = isinstance(h, Factored)
+    if on_host:
+        diagonal = h.diagonal
+    else:
+        w, h = w.astype(upper.dtype), h.astype(upper.dtype)
+        diagonal = h.diagonal()
+    original = w
+    w = w * ~((diagonal <= 0) & (diagonal > 0).any())
     if allowed is not None:
-        w = jnp.where(allowed, w, 0.0)
+        w = w * allowed
     context = None if fmt is None else grid.prepare(fmt, w)
-    solution = obs.solve(
+    s = obs.solve(
         w,
         upper,
         fmt=fmt,
         context=context,
         mask=allowed,
         choose=choose,
-        choose_size=block if nm is None else nm[1],
+        choose_size=choose.m if isinstance(choose, _Pattern) else choose.block,
         block_size=block_size,
         clipping=clipping,
         percentile=percentile,
     )
-    energy = common.energies(original, solution.values, h) if report else None
-    s = solution
+    energy = common.energies(original, s.values, h) if report else None
     return _Rows(s.values, s.codes, s.qparams, context, s.mask, energy)
 
 
-_rows_jit = jax.jit(_rows, static_argnames=_STATIC)
-_factor_jit = jax.jit(obs.inverse_factor)
+def _choice(nm, sparsity, block_size, out, size, drop=_drop):
+    """Which weights of a matrix of ``(out, size)`` go when the loop reaches a block."""
+    if nm is not None:
+        return _Pattern(*nm)
+    full, last, _ = _counts(sparsity, block_size, out, size)
+    return _Share(min(block_size, size), size, full, last, drop)
+
+
+def _on_host(w, h, nm, fmt, block_size) -> bool:
+    """Whether the loop over blocks of columns runs in NumPy, each process with its own rows."""
+    if not common.splits_rows(w, h, fmt) and not common.spreads_rows(w, h, fmt):
+        return False
+    if nm is not None or fmt is None:
+        return True
+    # A block over whose rows the mask is chosen must not begin inside of a group.
+    size = w.shape[-1]
+    group = grid.group_size_of(fmt, size)
+    return group == size or group <= min(block_size, size)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _sparsegpt(w, h, allowed, damping, **options):
+def _sparsegpt(w, h, allowed, damping, *, sparsity, nm, **options):
     def one(w, h, allowed):
         factor = obs.inverse_factor(h.astype(common.working_dtype(w)), damping)
-        return _rows(w, allowed, h, factor.upper, **options), factor
+        choose = _choice(nm, sparsity, options["block_size"], *w.shape)
+        return _rows(w, allowed, h, factor.upper, choose=choose, **options), factor
 
     return common.over_stack(one, w, (h, 2), (allowed, 2))
 
@@ -158,7 +230,8 @@ def _solve(w, h, allowed, path, options, report, known=None):
       known: the factor of this very ``h``, if there is one.
 
     Returns:
-      Parts, the loop's result, the error (None without ``report``), and the factor.
+      Parts, the loop's result, the error (None without ``report``), and the factor (on the host a
+      ``Factored``).
     """
     options = dict(options)
     n, m, damping = options.pop("n"), options.pop("m"), options.pop("damping")
@@ -170,21 +243,26 @@ def _solve(w, h, allowed, path, options, report, known=None):
     checks.check_damping(damping, options["block_size"], path)
     checks.check_weight(w, path)
     checks.check_hessian(h, w, path)
-    h = host.to_device(h)  # Not again at each call.
-    options |= {"nm": nm, "report": report}
-    if nm is not None and common.splits_rows(w, h, fmt):
-        if known is None:
-            known = _factor_jit(h.astype(common.working_dtype(w)), damping)
+    options |= {"report": report}
+    sparsity, block_size = options.pop("sparsity"), options["block_size"]
+    if _on_host(w, h, nm, fmt, block_size):
         factor = known
+        if factor is None:
+            factor = factored(np.array(h, common.working_dtype(w), order="C"), damping)
+        drop = _drop_over_processes(w) if host.split_by_rows(w) else _drop_jit
+        choose = _choice(nm, sparsity, block_size, *w.shape, drop)
         result = common.by_rows(
-            lambda w, allowed: _rows_jit(w, allowed, h, factor.upper, **options), w, allowed
+            lambda w, allowed: _rows(w, allowed, factor, factor, choose=choose, **options),
+            w,
+            allowed,
+            rows=None if nm is None else common.ROWS,
         )
     else:
-        result, factor = _sparsegpt(w, h, allowed, damping, **options)
+        result, factor = _sparsegpt(w, h, allowed, damping, sparsity=sparsity, nm=nm, **options)
     kept = None
     if allowed is None and nm is None:
         # Known without looking, so that this also runs under jit.
-        kept = kept_count(options["sparsity"], options["block_size"], *w.shape[-2:])
+        kept = kept_count(sparsity, block_size, *w.shape[-2:])
     if fmt is None:
         parts = common.sparse_parts(result.values, result.mask, nm, w.dtype, kept)
     else:

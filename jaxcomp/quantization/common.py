@@ -173,13 +173,14 @@ def _independent_rows(w: Any, fmt: Any) -> bool:
     return fmt is None or not grid.fits_together(fmt)
 
 
-def by_rows(function: Any, *operands: Any) -> Any:
-    """Applies a compiled function to slabs of ``ROWS`` rows, the last filled up with zeros.
+def by_rows(function: Any, *operands: Any, rows: int | None = ROWS) -> Any:
+    """Applies a compiled function to slabs of rows, the last filled up with zeros.
 
     Args:
       function: of slabs, NumPy arrays; every array of its result has the rows first, or does not
-        depend on them (a first axis that is not ``ROWS`` long).
+        depend on them (a first axis that is not as long).
       *operands: arrays ``(out, ..)``, or None.
+      rows: of a slab; None takes all that this process has.
 
     Returns:
       The result for all rows; of a weight that ``spreads_rows`` it is split like the weight.
@@ -187,43 +188,46 @@ def by_rows(function: Any, *operands: Any) -> Any:
     first = operands[0]
     if not host.split_by_rows(first):
         operands = [None if a is None else np.asarray(a) for a in operands]
-        return host.to_device(_slabs(function, operands)[0])
+        return host.to_device(_slabs(function, operands, rows)[0])
     # Nothing is exchanged: each process has the rows that it computes.
     placed = [None if a is None else jax.device_put(a, first.sharding) for a in operands]
     own = [None if a is None else host.own_rows(a)[0] for a in placed]
     starts = host.own_rows(first)[1]
     with host.alone():
-        whole, per_row = _slabs(function, own)
+        whole, per_row = _slabs(function, own, rows)
     return jax.tree.map(
-        lambda a, rows: host.from_own_rows(a, starts, first) if rows else a, whole, per_row
+        lambda a, split: host.from_own_rows(a, starts, first) if split else a, whole, per_row
     )
 
 
-def _slabs(function: Any, operands: Sequence[np.ndarray | None]) -> tuple[Any, Any]:
+def _slabs(
+    function: Any, operands: Sequence[np.ndarray | None], rows: int | None
+) -> tuple[Any, Any]:
     """What ``by_rows`` gives for NumPy arrays, and for each array whether it has the rows first."""
     out = operands[0].shape[0]
+    rows = out if rows is None else rows
 
     def slab(a, start):
         if a is None:
             return None
-        piece = a[start : start + ROWS]
-        if len(piece) == ROWS:
+        piece = a[start : start + rows]
+        if len(piece) == rows:
             return piece
-        full = np.zeros((ROWS, *a.shape[1:]), a.dtype)
+        full = np.zeros((rows, *a.shape[1:]), a.dtype)
         full[: len(piece)] = piece
         return full
 
     whole = per_row = None
-    for start in range(0, out, ROWS):
+    for start in range(0, out, rows):
         pieces = jax.tree.map(np.asarray, function(*(slab(a, start) for a in operands)))
         if whole is None:
-            per_row = jax.tree.map(lambda a: len(a) == ROWS, pieces)
+            per_row = jax.tree.map(lambda a: len(a) == rows, pieces)
             whole = jax.tree.map(
-                lambda a: host.empty((out, *a.shape[1:]), a.dtype) if len(a) == ROWS else a, pieces
+                lambda a: host.empty((out, *a.shape[1:]), a.dtype) if len(a) == rows else a, pieces
             )
         for all_rows, piece in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
-            if len(piece) == ROWS:
-                all_rows[start : start + ROWS] = piece[: out - start]
+            if len(piece) == rows:
+                all_rows[start : start + rows] = piece[: out - start]
     return whole, per_row
 
 

@@ -182,8 +182,8 @@ def solve(
     """Quantizes and prunes one matrix column by column, spreading each error over later columns.
 
     Args:
-      w: ``(out, in)``; of NumPy the columns' outermost loop runs there (without ``choose``), and
-        it is converted to the dtype of a ``Factored``.
+      w: ``(out, in)``; of NumPy the columns' outermost loop runs there, and it is converted to the
+        dtype of a ``Factored``.
       upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``; for ``w`` of NumPy
         it may still be in a Hessian's memory.
       fmt: element format, or None to prune only.
@@ -197,7 +197,8 @@ def solve(
         ``choose(scores, start, allowed) -> bool (out, choose_size)``, where ``scores`` is the loss
         w²/U_kk² that each weight's removal would cost as the weights stand, ``start`` the first
         column, and ``allowed`` the part of ``mask`` or None. The last block may reach beyond the
-        last column.
+        last column. For ``w`` of NumPy it gets NumPy arrays if its blocks are those of the
+        outermost loop; within them it is compiled, for which it must be hashable.
       choose_size: columns of such a block.
       block_size: columns of a lazy block. The result does not depend on it.
       clipping: how groups are fitted inside the loop.
@@ -219,10 +220,11 @@ def solve(
     padded = sizes[0]
     if column_group is None and fmt is not None:
         column_group = np.arange(in_size) // group
-    if isinstance(w, np.ndarray) and choose is None:
+    if isinstance(w, np.ndarray):
         options = dict(fmt=fmt, context=context, clipping=clipping, percentile=percentile)
         block = in_size if sizes[1:] in ((), (1,)) else sizes[1]
-        return _solve_on_host(w, upper, qparams, column_group, mask, block, options)
+        chooses = None if choose is None else (choose, choose_size)
+        return _solve_on_host(w, upper, qparams, column_group, mask, block, chooses, options)
     if column_group is not None:
         column_group = jnp.pad(column_group, (0, padded - in_size), mode="edge")
 
@@ -364,8 +366,12 @@ def _columns(
     return Solution(values, codes, fitted, chosen, errors)
 
 
-def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solution:
+def _solve_on_host(w, upper, qparams, column_group, mask, size, chooses, options) -> Solution:
     """``solve`` with the outermost loop in NumPy, over blocks of ``size`` columns."""
+    choose, choose_size = chooses or (None, None)
+    here_chosen = choose_size == size
+    if chooses is not None and not here_chosen:
+        options |= {"choose": choose, "choose_size": choose_size}
     in_size = w.shape[1]
     spare = -in_size % size
     if spare:
@@ -376,19 +382,27 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
     dtype = upper.matrix.dtype if isinstance(upper, Factored) else w.dtype
     w, mask = np.array(w.T, dtype, order="C"), None if mask is None else mask.T
+    chosen = mask if chooses is None else np.empty(w.shape, bool)
     errors, codes, fitted = np.zeros_like(w), None, []
     for start in range(0, in_size, size):
         here = slice(start, start + size)
         above, corner = _of_factor(upper, start, min(start + size, in_size), w.dtype)
         current = w[here]
         current[: above.shape[1]] -= above.T @ errors[:start]
+        corner = np.pad(corner, (0, size - len(corner))) + np.diag(np.arange(size) >= len(corner))
+        keep = None if mask is None else mask[here]
+        if here_chosen:
+            scores = np.square(current / corner.diagonal()[:, None]).T
+            keep = np.asarray(choose(scores, start, None if keep is None else keep.T)).T
         found = _solve_block(
             current,
-            np.pad(corner, (0, size - len(corner))) + np.diag(np.arange(size) >= len(corner)),
+            corner,
             jax.tree.map(lambda a, here=here: a[:, here], given),
-            None if mask is None else mask[here],
+            keep,
             **options,
         )
+        if chooses is not None:
+            chosen[here] = keep if here_chosen else found.mask
         errors[here] = found.errors
         w[here] = found.values  # Nobody reads these columns any more.
         if found.codes is not None:
@@ -403,7 +417,7 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, options) -> Solu
         values=w[:in_size].T,
         codes=None if codes is None else codes[:in_size].T,
         qparams=qparams,
-        mask=None if mask is None else mask[:in_size].T,
+        mask=None if chosen is None else chosen[:in_size].T,
         errors=errors[:in_size].T,
     )
 
@@ -424,11 +438,14 @@ def _of_factor(upper: Any, start: int, stop: int, dtype: Any) -> tuple[np.ndarra
     return above.astype(dtype, copy=False), corner.astype(dtype, copy=False)
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "clipping", "percentile"))
-def _solve_block(w, upper, qparams, mask, fmt, **options):
+_BLOCK_STATIC = ("fmt", "clipping", "percentile", "choose", "choose_size")
+
+
+@functools.partial(jax.jit, static_argnames=_BLOCK_STATIC)
+def _solve_block(w, upper, qparams, mask, fmt, choose=None, choose_size=None, **options):
     size = len(w)
     group = None if fmt is None or qparams is not None else grid.group_size_of(fmt, size)
-    sizes = nest(size, size, {group} - {None}, w.shape[1])
+    sizes = nest(size, size, {group, choose_size} - {None}, w.shape[1])
     return _columns(
         w,
         upper,
@@ -438,7 +455,7 @@ def _solve_block(w, upper, qparams, mask, fmt, **options):
         sizes=sizes,
         group=group,
         fmt=fmt,
-        choose=None,
-        choose_size=None,
+        choose=choose,
+        choose_size=choose_size,
         **options,
     )
