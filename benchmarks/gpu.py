@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--save FILE] [--budget SECONDS] [--sweep] [--only WORD] [--rehearse]
 
 Quantized matmuls are here, sparse attention and products in ``gpu_sparse``, decoding in
-``gpu_decode``. First every kernel is
-compared with float64, at sizes that do not divide the tiles, and run three times: an answer that
+``gpu_decode``; where tokamax is installed its kernels run too. First every kernel is compared with
+float64, at sizes that do not divide the tiles, and run three times: an answer that
 changes is a race. Then medians: each sample times many calls at once, over distinct weights that
 together exceed the second-level cache several times, and the variants of a table take turns.
 ``--sweep`` also tries other tiles, for the table in ``gpu_tiles.json``. All of it runs in child
@@ -34,7 +34,7 @@ from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import gpu, reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 
-from benchmarks import common, gpu_decode, gpu_sparse
+from benchmarks import common, gpu_decode, gpu_sparse, gpu_tokamax
 from benchmarks.gpu_timing import MARK, Variants, copies, reply
 
 SHAPES = {"up": (14336, 4096), "down": (4096, 14336)}
@@ -234,6 +234,8 @@ def table_of(shape: str, m: int, sweep: bool, deadline: float, small: bool) -> t
                 [gpu.prepare(weight) for weight in several("codebook")],
             )
     variants.add("XLA int4", lambda x, w: reference.matmul(x, w, None, plain), xs, packed)
+    if gpu_tokamax.installed() and not small:
+        variants.add("tokamax int4", gpu_tokamax.product, xs, packed)
     if m >= 16 and not small:
         for dtype in ("int8", "float8_e4m3fn"):
             options = Options(None, dtype, "bfloat16")

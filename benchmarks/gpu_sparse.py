@@ -23,6 +23,7 @@ from jaxcomp.kernels.sparse_matmul import (
     prepare_nm,
 )
 
+from benchmarks import gpu_tokamax
 from benchmarks.gpu_timing import Variants, copies
 
 MASKS = {
@@ -283,6 +284,9 @@ def _attention_table(length: int, deadline: float, small: bool) -> tuple[list, d
     variants.add("cuDNN, all keys", dense("cudnn"), xs, operands)
     variants.add("cuDNN, causal", dense("cudnn", True), xs, operands)
     variants.add("XLA, all keys", dense("xla"), xs, operands)
+    if gpu_tokamax.installed() and not small:
+        variants.add("tokamax, all keys", gpu_tokamax.attention(), xs, operands)
+        variants.add("tokamax, causal", gpu_tokamax.attention(causal=True), xs, operands)
     masks = {"all keys": "full", "causal": "causal", "window": "window", "random blocks": "random"}
     for name, mask in masks.items():
         shares[name] = schedule(MASKS[mask], heads, length, length, 128, 128).density
@@ -294,7 +298,7 @@ def _attention_table(length: int, deadline: float, small: bool) -> tuple[list, d
     base = medians.get("cuDNN, all keys", (float("nan"), 0.0))[0]
     found, ratios = [], {}
     for name, (seconds, spread) in medians.items():
-        share = shares[name.removeprefix("XLA, ").removeprefix("cuDNN, ")]
+        share = shares[name.rpartition(", ")[2]]
         work = 4 * length**2 * DIM * heads * share
         ratios[name] = base / seconds
         found.append(_row(f"attention of {length}: {name}", seconds, spread, share, work, base))
