@@ -29,6 +29,7 @@ from jaxcomp.formats import CompressedArray, materialize, nbits
 from jaxcomp.functional import functional
 from jaxcomp.graph import Graph, Site, trace
 from jaxcomp.io.checkpoint import load, save
+from jaxcomp.io.output import Output
 from jaxcomp.qat import qat
 from jaxcomp.recipe import Recipe
 from jaxcomp.report import Report
@@ -42,6 +43,7 @@ __all__ = [
     "JaxcompError",
     "ModelError",
     "OutOfMemoryError",
+    "Output",
     "Recipe",
     "RecipeError",
     "Report",

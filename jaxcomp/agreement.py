@@ -22,8 +22,9 @@ from jaxcomp.graph import Graph
 from jaxcomp.journal import Journal, JournalError
 from jaxcomp.processes import Together
 from jaxcomp.recipe import Recipe
+from jaxcomp.shares import SharedJournal
 
-_SAMPLE = 2**20  # Bytes that are compared of the start of each weight: all would be read twice.
+_SAMPLE = 2**20  # Bytes that are compared of each weight: all would be read twice.
 
 Given = dict[str, dict[str, str]]
 
@@ -34,7 +35,8 @@ def given(
     """What this process was given, part by part.
 
     Of weights and inputs that the processes hold parts of, shape and sharding are compared; of
-    weights that each has whole, the first MiB.
+    weights that each has whole, a MiB in eight pieces that are spread from start to end: a file
+    that was cut short, or whose copy went wrong from somewhere on, is found; one other byte is not.
 
     Args:
       recipe: the recipe.
@@ -128,8 +130,11 @@ def _digest(pieces: collections.abc.Iterable[bytes]) -> str:
 
 
 def open_journal(
-    path: str, manifest: collections.abc.Callable[[], dict[str, Any]], together: Together
-) -> Journal:
+    path: str,
+    manifest: collections.abc.Callable[[], dict[str, Any]],
+    together: Together,
+    shared: bool = False,
+) -> Journal | SharedJournal:
     """Opens this process's journal, with the records that all processes have.
 
     Each process writes the folder ``process-I-of-N`` in ``path``, which may be on a disk of its own
@@ -140,6 +145,8 @@ def open_journal(
       path: folder of the journal.
       manifest: says what identifies the run, after a look at all weights and data.
       together: the processes.
+      shared: whether each is to write its share of the records only, and all read all: the folder
+        is one that all reach. None is dropped then.
 
     Returns:
       The journal: that of the folder itself where there is one process only.
@@ -152,19 +159,33 @@ def open_journal(
     if count == 1:
         return Journal.open(path, manifest())
     folder = pathlib.Path(path)
+    folders = [folder / f"process-{rank}-of-{count}" for rank in range(count)]
     with contextlib.ExitStack() as stack:
         opened: list[Journal] = []
 
         def begin() -> list[str]:
             _check_count(folder, count)
-            own = folder / f"process-{together.rank}-of-{count}"
-            opened.append(stack.enter_context(Journal.open(own, manifest())))
-            return opened[0].verified()
+            opened.append(stack.enter_context(Journal.open(folders[together.rank], manifest())))
+            return opened[0].keys() if shared else opened[0].verified()
 
         told = together.step("journal", begin)
-        opened[0].keep(set.intersection(*map(set, told)))
+        if shared:
+            together.step("see", lambda: _check_reached(folders))
+            journal = SharedJournal(folder, together.rank, opened[0], folders, told)
+        else:
+            (journal,) = opened
+            journal.keep(set.intersection(*map(set, told)))
         stack.pop_all()
-    return opened[0]
+    return journal
+
+
+def _check_reached(folders: Sequence[pathlib.Path]) -> None:
+    missing = [str(f) for f in folders if not f.is_dir()]
+    if missing:
+        raise JournalError(
+            f"journal {missing[0]}: was made by another process and is not seen by this one; "
+            "save_to= (and journal= with it) must be on a disk that all processes reach."
+        )
 
 
 def _check_count(folder: pathlib.Path, count: int) -> None:

@@ -20,6 +20,7 @@ import tyro
 from jaxcomp import presets
 from jaxcomp.errors import DataError, JaxcompError, ModelError, RecipeError
 from jaxcomp.io import checkpoint
+from jaxcomp.io.output import unfinished
 from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 
@@ -114,7 +115,7 @@ def compress(
       length: tokens a sequence.
       batch_size: sequences run at once.
       journal: folder of finished weights, from which a killed run goes on. By default
-        OUTPUT.journal, deleted at the end.
+        OUTPUT.unfinished, deleted at the end.
       overwrite: replace an earlier compressed model at OUTPUT.
       json: print one line of JSON.
       debug: show tracebacks of errors.
@@ -145,21 +146,19 @@ def compress(
                 "data; name another folder, delete it, or add --overwrite."
             )
         saved = checkpoint.load(output)
+        shutil.rmtree(unfinished(output), ignore_errors=True)  # Killed before it was deleted.
         _say(f"{output} is already complete.")
         return _finish(json, saved.report, output, None)
-    place = journal or output.with_name(output.name + ".journal")
     started = time.perf_counter()
     result = jc.compress(
         loaded.apply,
         loaded.params,
         steps,
         batches,
-        journal=place,
+        journal=journal,
         progress=sys.stderr.isatty() and not json,
+        save_to=jc.Output(output, companions(model), identity, overwrite),
     )
-    checkpoint.save(output, result, files=companions(model), metadata=identity, overwrite=overwrite)
-    if journal is None:
-        shutil.rmtree(place, ignore_errors=True)
     return _finish(json, result.report, output, time.perf_counter() - started)
 
 

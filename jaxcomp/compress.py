@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import operator
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import agreement, folding, formats, host, out_of_memory, placing
+from jaxcomp import agreement, folding, formats, host, out_of_memory, placing, streaming
 from jaxcomp.assembly import Assembly
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError, OutOfMemoryError
-from jaxcomp.fingerprint import fingerprints
+from jaxcomp.fingerprint import fingerprints, weight_digests
 from jaxcomp.formats import CompressedArray, is_compressed
 from jaxcomp.formats.assemble import describe
 from jaxcomp.graph import Graph, trace
@@ -27,6 +30,9 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
+from jaxcomp.io.checkpoint import check_output, save_among
+from jaxcomp.io.later import Shares
+from jaxcomp.io.output import Output
 from jaxcomp.io.stacked import densified
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
@@ -43,7 +49,7 @@ class Result:
 
     Attributes:
       params: the parameter tree with compressed arrays in place of the weights that the recipe
-        names.
+        names. With ``save_to`` the arrays are ``ShapeDtypeStruct``s: ``jc.load`` reads them.
       report: one row a compressed weight, and totals.
       recipe: what was applied.
     """
@@ -61,6 +67,7 @@ def compress(
     journal: str | None = None,
     mesh: Any = None,
     progress: bool = True,
+    save_to: str | os.PathLike | Output | None = None,
 ) -> Result:
     r"""Compresses the weights of a model as a recipe says.
 
@@ -88,9 +95,15 @@ def compress(
         part of one, that is a ``jax.Array`` over the mesh
         (``jax.make_array_from_process_local_data``).
       progress: shows progress on standard error, if that is a terminal.
+      save_to: folder of a checkpoint to write, the same as ``jc.save`` of the result, or a
+        ``jc.Output`` with what more it is to hold; for models whose compressed weights should not
+        wait in memory. Finished weights go to ``FOLDER.unfinished`` (or to ``journal``) as they
+        come, and are then in no memory: the result holds shapes. The folder appears when all is
+        done, and the other one goes (a ``journal`` stays); a run that was killed goes on from it.
+        Over several processes each writes its share of everything, to a disk that all reach.
 
     Returns:
-      Compressed parameters, report and recipe.
+      Compressed parameters (with ``save_to`` their shapes), report and recipe.
 
     Raises:
       RecipeError: the recipe does not fit the model; nothing was computed.
@@ -99,6 +112,8 @@ def compress(
         and what to change.
       JaxcompError: a format that does not fit a weight; the message names path, shape, rule and
         fix. Or processes of the mesh were given different things, before anything is computed.
+      CheckpointError: ``save_to`` holds something, before anything is computed; or the disk is
+        full, on any of the processes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,11 +127,12 @@ def compress(
       ((64, 32), 4.5)
     """
     place = placing.place(mesh)
-    with place.context():
-        return _compress(apply, params, recipe, batches, journal, place, progress)
+    if save_to is not None and not isinstance(save_to, Output):
+        save_to = Output(save_to)
+    return _compress(apply, params, recipe, batches, journal, place, progress, save_to)
 
 
-def _compress(apply, params, recipe, batches, journal, place, progress) -> Result:
+def _compress(apply, params, recipe, batches, journal, place, progress, output) -> Result:
     started = time.perf_counter()
     together = Together("compress", place.processes)
     several = len(together.processes) > 1
@@ -124,35 +140,55 @@ def _compress(apply, params, recipe, batches, journal, place, progress) -> Resul
     prepared = []
 
     def prepare():
+        if output is not None and together.first:
+            check_output(output.path, output.overwrite)
         chosen = _batches(batches)
         graph = trace(apply, place.abstract(params), *place.abstract(chosen[0]))
         prepared[:] = chosen, graph, make_plan(graph, recipe)
         if several:
             return agreement.given(recipe, graph, named, chosen, place.mesh)
 
-    told = together.step("compare", prepare)
+    with place.context():
+        told = together.step("compare", prepare)
     agreement.check(together.processes, told)
     batches, graph, plan = prepared
     shown = progress and together.first
-    run_ = _Run(graph, recipe, plan, dict(named), shown, place, together)
-    if journal is not None:
-        manifest = functools.partial(fingerprints, recipe, graph, named, batches)
-        run_.store.journal = agreement.open_journal(journal, manifest, together)
+    run_ = _Run(graph, recipe, plan, dict(named), shown, place, together, output is not None)
+    folder = journal if journal is not None or output is None else output.unfinished
+    if folder is not None:
+        shares = Shares(together.rank, len(together.processes))
+        read = together.step("read", lambda: weight_digests(named, shares))
+        # Of what is spread over them each has another, and its journal is its own.
+        digests = functools.reduce(operator.or_, [*read, read[together.rank]])
+        manifest = functools.partial(fingerprints, recipe, graph, named, batches, digests)
+        run_.store.journal = agreement.open_journal(folder, manifest, together, run_.store.streams)
     try:
-        if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
-            run_.calibrated(named, batches)
-        else:
-            run_.data_free()
-        leaves = run_.assemble(named)
+        with place.context():
+            if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
+                run_.calibrated(named, batches)
+            else:
+                run_.data_free()
+            if output is None:
+                leaves = stored = run_.assemble(named)
+        if output is not None:  # Without the mesh: what one process writes it makes alone.
+            leaves, stored = streaming.leaves(run_.assembly(named), named)
+        report = run_.report(dict(named), leaves, time.perf_counter() - started)
+        if output is not None:
+            done = Result(jax.tree.unflatten(treedef, stored), report, recipe)
+            options = (output.files, output.metadata, output.overwrite)
+            save_among(place.processes, output.path, done, *options)
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"{error}; {run_.kept()}") from error.__cause__
     except jax.errors.JaxRuntimeError as error:
         if several:
-            error.add_note(_others_ended(together, journal))
+            error.add_note(_others_ended(together, folder))
         raise
     finally:
         run_.close()
-    report = run_.report(dict(named), leaves, time.perf_counter() - started)
+    if output is not None and journal is None:  # All is in the checkpoint, and on the disk.
+        together.step("close", lambda: None)
+        if together.first:
+            shutil.rmtree(folder)
     return Result(jax.tree.unflatten(treedef, leaves), report, recipe)
 
 
@@ -211,12 +247,13 @@ class _Run:
         progress: bool,
         place: placing.Here | None = None,
         together: Together | None = None,
+        streams: bool = False,
     ):
         self.graph, self.recipe, self.plan, self.leaves = graph, recipe, plan, leaves
         self.place = place or placing.Here()
         self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
         self.together = together or Together("compress", self.place.processes)
-        self.store = Store(self.together)
+        self.store = Store(self.together, streams)
         self.contractions = 0
         uses: dict[str, int] = {}
         for item in (*graph.sites, *graph.other_uses):
@@ -260,6 +297,8 @@ class _Run:
         for target, record in zip(group, records, strict=True):
             for leaf in (target.leaf, *jax.tree.leaves(record.array)):
                 jaxcomp.io.safetensors.release(leaf)
+            if self.store.streams:
+                self.records[target.site.path][target.index] = record.without_contents()
         return results
 
     def _leaf(self, array: CompressedArray) -> Any:
@@ -418,7 +457,7 @@ class _Run:
                 (record,) = self.store.keep([(path, ())], [record])
             for leaf in (self.leaves[path], *jax.tree.leaves(record.array)):
                 jaxcomp.io.safetensors.release(leaf)
-            self.records[path][()] = record
+            self.records[path][()] = record.without_contents() if self.store.streams else record
             self.progress.advance(path)
 
     def kept(self) -> str:

@@ -181,7 +181,7 @@ class Journal:
 
     def keys(self) -> list[str]:
         """Keys of the finished records, sorted."""
-        return sorted(_header(file, file.read_bytes())[0]["key"] for file in self._all())
+        return sorted(_header(file, _start(file))[0]["key"] for file in self._all())
 
     def verified(self) -> list[str]:
         """As ``keys``, after a look at all contents.
@@ -316,6 +316,17 @@ def _map(file: pathlib.Path) -> mmap.mmap:
         if os.fstat(stream.fileno()).st_size < _PREFIX.size:
             raise _damaged(file, "it is cut short")
         return mmap.mmap(stream.fileno(), 0, **options)
+
+
+def _start(file: pathlib.Path) -> bytes:
+    """A record's bytes up to its arrays; fewer where it is cut short."""
+    with open(file, "rb") as stream:
+        prefix = stream.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size:
+            return prefix
+        return prefix + stream.read(
+            min(_PREFIX.unpack(prefix)[2], os.fstat(stream.fileno()).st_size)
+        )
 
 
 def _header(file: pathlib.Path, data: Any) -> tuple[dict[str, Any], int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcomp import folding, formats
 from jaxcomp.formats import CompressedArray
@@ -32,7 +33,9 @@ class Record:
     def without_contents(self) -> "Record":
         """The same with shapes and dtypes in place of the arrays."""
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.array)
-        return dataclasses.replace(self, array=shapes)
+        # A vector that is mapped would keep its record's file open.
+        folds = [dataclasses.replace(f, vector=np.array(f.vector)) for f in self.folds]
+        return dataclasses.replace(self, array=shapes, folds=folds)
 
 
 class Store:

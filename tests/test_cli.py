@@ -59,7 +59,7 @@ def test_compress_is_what_the_library_does(compressed, folder):
     expected = jc.compress(loaded.apply, loaded.params, saved.recipe, batches, progress=False)
     for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(expected.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert not (folder / "out.journal").exists()
+    assert not (folder / "out.unfinished").exists()
     assert (compressed / "config.json").read_bytes() == (
         folder / "model" / "config.json"
     ).read_bytes()
@@ -166,7 +166,7 @@ def _start(folder, recipe, output, *more):
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(compressed, folder, recipe, tmp_path):
-    output, journal = tmp_path / "out", tmp_path / "out.journal"
+    output, journal = tmp_path / "out", tmp_path / "out.unfinished"
 
     def records():
         return len(list(journal.glob("records/*.record")))

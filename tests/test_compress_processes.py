@@ -16,6 +16,7 @@ import jaxcomp as jc
 from jaxcomp import evaluation
 from jaxcomp.models import Llama, LlamaConfig
 from tests import processes
+from tests.io.test_checkpoint_together import contents
 from tests.test_compress_mesh import assert_same
 
 WIDTH = 32
@@ -88,6 +89,10 @@ TOGETHER = """
         assert all(isinstance(a, np.ndarray) for a in leaves)
         print(name, hashlib.sha256(b"".join(a.tobytes() for a in leaves)).hexdigest())
         jc.save(FOLDER / name, result)
+        if name == "rtn":
+            out = FOLDER / "streamed"
+            shapes = jc.compress(apply, params, recipe, tokens, mesh=mesh, save_to=out).params
+            assert jc.nbits(shapes) == jc.nbits(result.params)
         if name == "gptq":
             # Over half of the rows.
             assert set(shares) == {0.5}, shares
@@ -106,6 +111,7 @@ def test_two_processes_compress_save_load_and_evaluate(tmp_path):
         printed = group.wait(timeout=400)
     assert printed[0] == printed[1]
     said = dict(line.split() for line in printed[0].splitlines())
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "rtn")
     for name in RECIPES:
         one, both = alone(name), jc.load(tmp_path / name)
         assert_same(jax.tree.map(np.asarray, both.params), jax.tree.map(np.asarray, one.params))
@@ -185,10 +191,10 @@ DIFFERENT = """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "d")
     presets = jc.presets
 
-    def compress(preset=presets.w4a16_gptq, w=w, data=((x,),), mesh=mesh, bits=1):
+    def compress(preset=presets.w4a16_gptq, w=w, data=((x,),), mesh=mesh, bits=1, **more):
         apply = lambda p, x: bits * x @ p["w"]
         recipe = preset(group_size=8)
-        return jc.compress(apply, {"w": w}, recipe, data, mesh=mesh, progress=False)
+        return jc.compress(apply, {"w": w}, recipe, data, mesh=mesh, progress=False, **more)
 
     def expect(*texts, **options):
         try:
@@ -217,6 +223,7 @@ DIFFERENT = """
     # One that belongs to this process alone waits for nobody.
     mine = jax.sharding.Mesh(np.array(jax.local_devices()), "d")
     alone = [compress(mesh=mine) for _ in range(1 + PROCESS)]
+    compress(mesh=mine, save_to=FOLDER / f"{PROCESS}")
     result = compress()
     np.testing.assert_allclose(
         result.params["w"].materialize(), alone[0].params["w"].materialize(), rtol=1e-5
@@ -243,6 +250,7 @@ DIFFERENT = """
 def test_what_differs_between_processes_is_named_before_anything_runs(tmp_path):
     with processes.start(DIFFERENT, 2, tmp_path) as group:
         assert all("well" in output for output in group.wait(timeout=300))
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
 
 
 CHAIN = """
@@ -261,9 +269,6 @@ CHAIN = """
         recipe = jc.presets.w4a16_gptq(group_size=16)
         return jc.compress(apply, params, recipe, batches, mesh=mesh, progress=False, **options)
 
-    def records():
-        return sorted(f.name for f in (FOLDER / "journal").glob("process-*/records/*"))
-
     def expect(text, **options):
         try:
             compress(**options)
@@ -275,11 +280,12 @@ CHAIN = """
 DIES = """
     put = journal.Journal.put
     def dies(self, key, *rest):
-        if key == "b[]" and PROCESS:
+        if key == "b[]":  # What the first process has written, the second writes next.
+            assert PROCESS
             os.kill(os.getpid(), signal.SIGKILL)
         return put(self, key, *rest)
     journal.Journal.put = dies
-    compress(journal=FOLDER / "journal")
+    compress(save_to=FOLDER / "out")
 """
 GOES_ON = """
     from jaxcomp.compress import _Run
@@ -289,25 +295,33 @@ GOES_ON = """
     _Run._compress = lambda self, program, group, statistics: (
         computed.extend(t.site.path for t in group) or inner(self, program, group, statistics)
     )
-    resumed = compress(journal=FOLDER / "journal")
+    compress(save_to=FOLDER / "out")
     assert computed == ["b", "c"], computed
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, fresh.params)
+    jc.save(FOLDER / "fresh", fresh)
     # One whose journal is damaged, cannot be written or belongs to another run: an error of all.
     other = "process 1 could not compress: JournalError: journal"
     (FOLDER / "odd").mkdir(exist_ok=True)
     (FOLDER / "odd" / f"process-{PROCESS}-of-3").mkdir()
     expect("belongs to a run of 3 processes, and this one has 2", journal=FOLDER / "odd")
     put = journal.Journal.put
-    def full(self, key, *rest):
+    def fails(self, key, *rest):
         if key == "b[]" and PROCESS:
             raise journal.JournalError("journal: no space left")
         return put(self, key, *rest)
-    journal.Journal.put = full
-    expect("no space left" if PROCESS else other + ": no space left", journal=FOLDER / "full")
+    journal.Journal.put = fails
+    for option in ("save_to", "journal"):
+        full = {option: FOLDER / f"full-{option}"}
+        expect("no space left" if PROCESS else other + ": no space left", **full)
+    # With a journal for each process, what not all have is computed again.
+    journal.Journal.put = put
+    computed.clear()
+    resumed = compress(**full)
+    assert computed == ["b", "c"], computed
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, fresh.params)
     if PROCESS:
-        (record,) = (FOLDER / "full" / "process-1-of-2" / "records").glob("a*")
+        (record,) = (FOLDER / "full-journal" / "process-1-of-2" / "records").glob("a*")
         record.write_bytes(record.read_bytes()[:-1] + b"?")
-    expect("is damaged" if PROCESS else other + " record", journal=FOLDER / "full")
+    expect("is damaged" if PROCESS else other + " record", **full)
     print("well")
 """
 
@@ -318,7 +332,11 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
         started = time.monotonic()
         assert all(group.codes(timeout=60)), group.output(0)
     print(f"the other ended after {time.monotonic() - started:.1f} s:\n{group.output(0)}")
-    kept = [len(list(tmp_path.glob(f"journal/process-{k}-of-2/records/*"))) for k in range(2)]
-    assert kept == [2, 1]
+    records = [tmp_path.glob(f"out.unfinished/process-{k}-of-2/records/*") for k in range(2)]
+    assert [len(list(found)) for found in records] == [1, 0]
+    with pytest.raises(jc.JaxcompError, match="is not finished"):
+        jc.load(tmp_path / "out")
     with processes.start(CHAIN + GOES_ON, 2, tmp_path) as group:
         assert all("well" in output for output in group.wait(timeout=300))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert not (tmp_path / "out.unfinished").exists()

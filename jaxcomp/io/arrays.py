@@ -28,6 +28,8 @@ import jax
 import numpy as np
 
 from jaxcomp.errors import JaxcompError
+from jaxcomp.io.later import Index, Later, Shares
+from jaxcomp.io.safetensors import release
 from jaxcomp.journal import write_atomically
 
 _GROUP_BYTES = 32 * 10**6
@@ -39,8 +41,6 @@ _STORED = frozenset(
     "complex128 bfloat16 float8_e4m3fn float8_e5m2".split()
 )
 _CODEC = {"id": "zstd", "level": 1}  # What orbax uses for zarr 2.
-
-Index = tuple[slice, ...]
 
 
 class CheckpointError(JaxcompError):
@@ -77,24 +77,29 @@ class Source:
         return dataclasses.replace(self, pieces=tuple((i, _frozen(p)) for i, p in self.pieces))
 
 
-def source(value: Any) -> Source:
+def source(value: Any, shares: Shares | None = None) -> Source:
     """What this process is to write of an array.
 
     Args:
-      value: array of NumPy or JAX. One that is spread over several devices is written shard by
-        shard by the processes that hold the shards, of equal ones the first; any other by the
-        first process.
+      value: array of NumPy or JAX, or a ``Later``. A JAX array that is spread over several devices
+        is written shard by shard by the processes that hold the shards, of equal ones the first; a
+        ``Later`` by all, each a part; any other by the first process.
+      shares: the processes that write; None is all.
 
     Returns:
       The array as ``write`` takes it; nothing is copied yet.
     """
+    shares = shares or Shares(jax.process_index(), jax.process_count())
     shape, dtype = tuple(value.shape), np.dtype(value.dtype)
+    if isinstance(value, Later):
+        chunks = _chunks(shape, shape, dtype)
+        return Source(shape, dtype, chunks, value.pieces(chunks, shares))
     whole = tuple(slice(0, n) for n in shape)
     if not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1:
         # As every process has it: the same for one device and one process.
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             pieces: tuple = ()  # The one device is another process's.
-        elif isinstance(value, jax.Array) or jax.process_index() == 0:
+        elif isinstance(value, jax.Array) or shares.rank == 0:
             pieces = ((whole, value),)
         else:
             pieces = ()
@@ -140,7 +145,7 @@ def _chunks(shape: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype) -> 
 
 
 def write(
-    folder: pathlib.Path, sources: collections.abc.Mapping[str, Source]
+    folder: pathlib.Path, sources: collections.abc.Mapping[str, Source], first: bool
 ) -> dict[str, dict[str, Any]]:
     """Writes what this process holds of some arrays.
 
@@ -149,6 +154,7 @@ def write(
     Args:
       folder: where this process writes; is made.
       sources: the arrays by name, in the same order on all processes.
+      first: whether this process writes orbax's own files too.
 
     Returns:
       By name: the group, the key in it, dtype, shape, and the checksums of the files that this
@@ -174,7 +180,7 @@ def write(
             size = 0
     folder.mkdir()
     for number, group in enumerate(groups):
-        if group and jax.process_index() == 0:
+        if group and first:
             _write_group(folder / f"{number:05d}", group)
         elif group:  # Only the first process writes orbax's own files beside the chunks.
             for key, held in group.items():
@@ -188,8 +194,9 @@ def write(
 
 def _write_group(folder: pathlib.Path, arrays: dict[str, Source]) -> None:
     ocp, handler = _orbax()
-    # The first process waits for no other in orbax: what it writes is its own.
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    # This process waits for no other in orbax: what it writes is its own.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     registry = ocp.type_handlers.create_type_handler_registry((Source, handler()))
     with _quiet():
         pytrees = ocp.PyTreeCheckpointHandler(
@@ -235,21 +242,27 @@ def _write_chunks(folder: pathlib.Path, held: Source) -> None:
         metadata={"chunks": held.chunks, "compressor": _CODEC},
     )
     pending: collections.deque = collections.deque()
+    read = []
     for index, piece in held.pieces:
-        array = np.asarray(piece)
+        # A ``Later`` may be a stack that is not made: only the parts that are written are.
+        array = piece.read() if isinstance(piece, Later) else np.asarray(piece)
+        read.append(array)
         for part in parts(index, held.chunks):
             inside = tuple(
                 slice(p.start - i.start, p.stop - i.start) for p, i in zip(part, index, strict=True)
             )
             pending.append(
                 store[part].write(
-                    _storable(array[inside]), can_reference_source_data_indefinitely=True
+                    _storable(np.asarray(array[inside])),
+                    can_reference_source_data_indefinitely=True,
                 )
             )
             if len(pending) >= _IN_FLIGHT:
                 pending.popleft().result()
     for future in pending:
         future.result()
+    for array in read:
+        release(array)
 
 
 def parts(index: Index, chunks: tuple[int, ...]) -> collections.abc.Iterator[Index]:

@@ -14,6 +14,7 @@ appears whole, under a temporary name first, or not at all.
 import collections.abc
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,6 +30,8 @@ from jaxcomp import sharding
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError
 from jaxcomp.io.folder import METADATA, Contents, locked, publish
+from jaxcomp.io.later import Shares
+from jaxcomp.io.output import unfinished
 from jaxcomp.io.reading import Reader
 from jaxcomp.io.state import describe_state, rebuild_state
 from jaxcomp.io.structure import Arrays, assemble, describe, rebuild
@@ -99,14 +102,49 @@ def save(
       CheckpointError: the folder holds something or another save writes to it, the disk is full, or
         the tree has nodes or leaves that cannot be stored.
     """
+    shares = Shares(jax.process_index(), jax.process_count())
+    prepared = functools.partial(_contents, result, state, files, metadata, shares)
+    return _save(path, prepared, Together("save", error=CheckpointError), overwrite, wait)
+
+
+def save_among(
+    processes: collections.abc.Sequence[int],
+    path: str | os.PathLike,
+    result: Any,
+    files: collections.abc.Mapping[str, bytes | os.PathLike] | None,
+    metadata: collections.abc.Mapping[str, Any] | None,
+    overwrite: bool,
+) -> None:
+    """``save`` of a result whose leaves may be ``Later``, by some of the processes.
+
+    Args:
+      processes: those that call it.
+      path: as of ``save``, and so are the others.
+      result: its arrays that are ``Later`` are read and written by all, each a share.
+      files: further files.
+      metadata: JSON-able.
+      overwrite: replace an earlier checkpoint.
+    """
+    together = Together("save", processes, CheckpointError)
+    shares = Shares(together.rank, len(together.processes))
+    prepared = functools.partial(_contents, result, None, files, metadata, shares)
+    _save(path, prepared, together, overwrite, wait=True)
+
+
+def _save(
+    path: str | os.PathLike,
+    contents_of: collections.abc.Callable[[], Contents],
+    together: Together,
+    overwrite: bool,
+    wait: bool,
+) -> "Saving | None":
     path = pathlib.Path(os.path.abspath(path))
-    together = Together("save", error=CheckpointError)
     with contextlib.ExitStack() as stack:
 
         def prepare() -> str:
             if together.first:
                 check_output(path, overwrite)
-            contents = _contents(result, state, files, metadata)
+            contents = contents_of()
             if together.first:
                 stack.enter_context(locked(path))
             prepared.append(contents if wait else contents.on_host())
@@ -168,7 +206,7 @@ class Saving:
             raise self._error
 
 
-def _contents(result: Any, state: Any, files: Any, metadata: Any) -> Contents:
+def _contents(result: Any, state: Any, files: Any, metadata: Any, shares: Shares) -> Contents:
     _check_result(result, state)
     held = Arrays()
     tree = describe(None if result is None else result.params, held)
@@ -182,7 +220,7 @@ def _contents(result: Any, state: Any, files: Any, metadata: Any) -> Contents:
         "metadata": dict(metadata or {}),
         **({} if leaves is None else {"state": leaves}),
     }
-    sources = {name: storage.source(value) for name, value in held.items()}
+    sources = {name: storage.source(value, shares) for name, value in held.items()}
     return Contents(sources, dict(files or {}), plain)
 
 
@@ -396,6 +434,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         plain = json.loads(file.read_bytes())
         version = plain["format_version"]
     except OSError as error:
+        if unfinished(path).is_dir():
+            raise CheckpointError(
+                f"checkpoint {path}: is not finished: {unfinished(path)} holds the weights that an "
+                "interrupted jc.compress(.., save_to=..) had done; run it again to finish it."
+            ) from error
         raise CheckpointError(
             f"checkpoint {path}: cannot read {METADATA} ({error.strerror}); is this a folder that "
             "`jaxcomp compress` or jc.save wrote?"

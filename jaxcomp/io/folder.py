@@ -98,7 +98,7 @@ def publish(path: pathlib.Path, contents: Contents, together: Together) -> None:
     temporary = path.with_name(f".{path.name}.saving")
     own = temporary if together.first else path.with_name(f".{path.name}.saving.{together.index}")
     try:
-        together.step("write", lambda: _write(own, contents))
+        together.step("write", lambda: _write(own, contents, together.first))
         together.step("publish", lambda: together.first and _publish(path, contents, together))
     except OSError as error:
         raise _unwritable(path, error, contents) from error
@@ -112,10 +112,10 @@ def publish(path: pathlib.Path, contents: Contents, together: Together) -> None:
         shutil.rmtree(own, ignore_errors=True)
 
 
-def _write(own: pathlib.Path, contents: Contents) -> None:
+def _write(own: pathlib.Path, contents: Contents, first: bool) -> None:
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
-    entries = storage.write(own / "arrays", contents.sources)
+    entries = storage.write(own / "arrays", contents.sources, first)
     write_atomically(own / METADATA, json.dumps(entries).encode())
 
 

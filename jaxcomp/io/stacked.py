@@ -45,6 +45,11 @@ class Stacked:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stack."""
+        return self.size * self.dtype.itemsize
+
     def __getitem__(self, index: Any) -> Any:
         """A part, a ``Stacked`` of some, or an array sliced from them."""
         first, *rest = index if isinstance(index, tuple) else (index,)

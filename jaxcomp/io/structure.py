@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcomp.formats import is_compressed, serialize
 from jaxcomp.io.arrays import CheckpointError
+from jaxcomp.io.later import Later
 
 
 class Arrays(dict[str, Any]):
@@ -51,7 +52,7 @@ def describe(node: Any, arrays: Arrays, path: str = "") -> dict[str, Any]:
     if type(node) in (list, tuple):
         items = [describe(value, arrays, child(path, i)) for i, value in enumerate(node)]
         return {"kind": type(node).__name__, "items": items}
-    if isinstance(node, np.ndarray | np.generic | jax.Array):
+    if isinstance(node, np.ndarray | np.generic | jax.Array | Later):
         if jnp.issubdtype(node.dtype, jax.dtypes.extended):
             raise CheckpointError(
                 f"{path or 'params'}: a {node.dtype} cannot be stored; keep it out of the "

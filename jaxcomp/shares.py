@@ -1,0 +1,72 @@
+"""A journal that several processes write together: each its share of the records, all read all."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxcomp.io.later import Shares
+from jaxcomp.journal import Journal, JournalError
+
+
+class SharedJournal:
+    """The journals of all processes, in one folder that all can reach.
+
+    Invariants: every process makes the same calls in the same order, and waits for the others
+    between a ``put`` and the first ``get`` of it.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        rank: int,
+        own: Journal,
+        folders: Sequence[pathlib.Path],
+        held: Sequence[Sequence[str]],
+    ) -> None:
+        """Goes on from the records that there are.
+
+        Args:
+          path: the folder.
+          rank: this process's position among them.
+          own: this process's journal, open.
+          folders: those of all processes' journals.
+          held: the keys of each one's records.
+        """
+        self.path = path
+        self._own = own
+        self._all = [own if r == rank else Journal(f, {}, None) for r, f in enumerate(folders)]
+        self._holder = {key: r for r in reversed(range(len(held))) for key in held[r]}
+        self._shares = Shares(rank, len(folders))
+
+    def get(self, key: str, verify: bool = True) -> tuple[dict[str, np.ndarray], Any] | None:
+        """As ``Journal.get``, whoever wrote it."""
+        if key not in self._holder:
+            return None
+        holder = self._all[self._holder[key]]
+        found = holder.get(key, verify)
+        if found is None:
+            raise JournalError(
+                f"journal {holder.path}: the record of {key}, which another process has written, "
+                "is not there; the folder must be on a disk that all processes reach."
+            )
+        return found
+
+    def put(self, key: str, arrays: Mapping[str, Any], meta: Any = None) -> None:
+        """As ``Journal.put``, on one of the processes."""
+        nbytes = sum(np.dtype(a.dtype).itemsize * int(np.prod(a.shape)) for a in arrays.values())
+        holder = self._holder[key] = self._shares.take(nbytes)
+        if self.is_own(key):
+            self._all[holder].put(key, arrays, meta)
+
+    def is_own(self, key: str) -> bool:
+        """Whether this process has a record's file."""
+        return self._holder[key] == self._shares.rank
+
+    def close(self) -> None:
+        """As ``Journal.close``, of this process's."""
+        self._own.close()

@@ -1,0 +1,120 @@
+"""``compress(.., save_to=..)`` writes what ``save`` writes, and holds no result."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxcomp as jc
+from jaxcomp.fingerprint import leaf_bytes
+from jaxcomp.formats import Int
+from jaxcomp.io.later import Later, Shares
+from jaxcomp.io.stacked import Stacked
+from jaxcomp.quantization import RTN, LLMInt8, SmoothQuant
+from jaxcomp.recipe import Recipe
+from jaxcomp.records import Store
+from jaxcomp.step import Activation
+from tests.test_compress import block, blocks, inputs
+
+# Scales go into a stacked gain and into the rows of a compressed stack; outlier columns, of which
+# each layer has another number, are padded; one stack and one vector stay dense.
+RECIPE = Recipe(
+    steps=(
+        SmoothQuant(include=["*down"]),
+        RTN(
+            include=["*down", "*up"],
+            format=Int(8, full_range=False),
+            activation=Activation(),
+        ),
+        LLMInt8(include=["*mixed"], threshold=2.5),
+    )
+)
+
+
+def apply(params, x):
+    def layer(x, p):
+        return block(x, p) + np.float32(0.1) * (x @ p["mixed"]), None
+
+    return jax.lax.scan(layer, x * params["scale"], params["layers"])[0]
+
+
+def model():
+    layers = jax.tree.map(np.asarray, blocks())
+    layers["mixed"] = np.random.default_rng(0).standard_normal((3, 16, 16), np.float32)
+    layers["gate"] = Stacked(list(layers["gate"]))
+    return {"layers": layers, "scale": np.linspace(0.5, 1.5, 16, dtype=np.float32)}
+
+
+def contents(path):
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch):
+    params, data = model(), inputs()
+    result = jc.compress(apply, params, RECIPE, data)
+    jc.save(tmp_path / "saved", result, files={"a": b"b"}, metadata={"of": 1})
+    assert any("folded into layers/up" in row.notes for row in result.report.rows)
+
+    put = Store.put
+    kept = itertools.count(1)
+
+    def dies(store, path, index, record):
+        put(store, path, index, record)
+        if next(kept) == 5:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    output = jc.Output(out, files={"a": b"b"}, metadata={"of": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            jc.compress(apply, params, RECIPE, data, save_to=output)
+    assert not out.exists() and output.unfinished.is_dir()
+    with pytest.raises(jc.JaxcompError, match=r"is not finished: .*out.unfinished.*run it again"):
+        jc.load(out)
+    again = []
+    monkeypatch.setattr(Store, "put", lambda *args: (again.append(args[1:3]), put(*args)))
+    streamed = jc.compress(apply, params, RECIPE, data, save_to=output)
+    assert len(again) == 9 - 5  # No weight twice, and no stack of them.
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "saved"]
+    assert contents(out) == contents(tmp_path / "saved")
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), result.params)
+    shapes["layers"]["gate"] = jax.ShapeDtypeStruct((3, 16, 32), np.float32)
+    assert jax.tree.leaves(streamed.params) == jax.tree.leaves(shapes)
+    assert jax.tree.structure(streamed.params) == jax.tree.structure(shapes)
+    assert streamed.report.without_times() == result.report.without_times()
+    with pytest.raises(jc.JaxcompError, match="already holds a compressed model"):
+        jc.compress(apply, params, RECIPE, data, save_to=out)
+
+
+def test_several_processes_write_each_part_once(rng):
+    """Every element of an array of few or many files is in a piece of just one process."""
+    for shape, chunks in [((7, 6), (2, 6)), ((7, 6), (7, 6)), ((2, 9), (1, 9)), ((), ())]:
+        value = rng.standard_normal(shape)
+        found = np.zeros(shape)
+        for rank in range(3):
+            for index, piece in Later.of(value).pieces(chunks, Shares(rank, 3)):
+                assert piece.read().shape == piece.shape
+                np.testing.assert_array_equal(piece.read(), value[index])
+                found[index] += 1
+                assert all(i.start % c == 0 for i, c in zip(index, chunks, strict=True))
+        np.testing.assert_array_equal(found, np.ones(shape))
+
+
+@pytest.mark.parametrize("form", [np.asarray, lambda a: a.T, lambda a: a.swapaxes(1, 2), Stacked])
+def test_samples_of_a_weight_reach_from_its_start_to_its_end(form):
+    """Of what processes compare, little is read, and a file that was cut short differs."""
+    array = np.zeros((16, 32, 64), np.float32)
+    most = array.nbytes // 8
+
+    def sample():
+        return b"".join(leaf_bytes(form(array), most))
+
+    before = sample()
+    assert len(before) <= 2 * most
+    for where in [np.s_[0, 0, 0], np.s_[-1, -1, -1], np.s_[6:9]]:
+        array[where] = 1
+        assert sample() != before
+        array[where] = 0
