@@ -16,7 +16,8 @@ parts of weights, inputs and activations that its devices compute with, and fini
 What Python decides on (counts of masks, NaN, branches) is the same on all of them.
 
 Where these devices are CPUs, each process sums its own tokens by itself, which are added up once
-for each input; and finished weights are whole on each device if that spares exchanges (all batches
+for each input; of a stack it takes some matrices rather than some rows of all, and with them their
+Hessians; and finished weights are whole on each device if that spares exchanges (all batches
 are split over all devices): the memory is the process's own, which has them anyway.
 """
 
@@ -299,7 +300,8 @@ class OnMesh(Here):
         dtype = jax.dtypes.canonicalize_dtype(_wide(matrix.dtype))
         choices = {axis: self._dividing(matrix.shape[axis]) for axis in range(matrix.ndim - 1)}
         sizes = {axis: math.prod(self.mesh.shape[n] for n in c) for axis, c in choices.items()}
-        best = max(choices, key=lambda axis: (sizes[axis], axis))
+        # Processes that each take some experts share the work on statistics too.
+        best = max(choices, key=lambda axis: (sizes[axis], -axis if self.hosts else axis))
         entries = [None] * matrix.ndim
         entries[best] = choices[best] or None
         sharding = self._sharding(*entries)

@@ -71,9 +71,8 @@ TOGETHER = """
     from tests.test_compress_processes import CONFIG, RECIPES, SPARSE, llama
 
     # No column loop runs on the mesh: each process has its own.
-    for name in ("quantization.gptq", "pruning.sparsegpt"):
-        module = sys.modules["jaxcomp." + name]
-        setattr(module, "_" + module.__name__.split(".")[-1], None)
+    sys.modules["jaxcomp.quantization.gptq"]._gptq = None
+    sys.modules["jaxcomp.pruning.sparsegpt"]._sparsegpt = None
     rows, shares = host.own_rows, []
     def own_rows(array):
         found = rows(array)
@@ -182,6 +181,8 @@ def test_four_processes_with_a_part_of_weights_and_batches_each(tmp_path):
 
 
 DIFFERENT = """
+    import sys
+    import jax.numpy as jnp
     import numpy as np
     import jaxcomp as jc
     from jaxcomp import calibration, placing
@@ -228,6 +229,19 @@ DIFFERENT = """
     np.testing.assert_allclose(
         result.params["w"].materialize(), alone[0].params["w"].materialize(), rtol=1e-5
     )
+    # Of four experts each process factorizes the Hessians of two.
+    experts, tokens = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    module, recipe = sys.modules["jaxcomp.quantization.gptq"], presets.w4a16_gptq(group_size=8)
+    inner, seen = module._gptq, []
+    module._gptq = lambda w, h, *rest, **options: (
+        seen.append((w.shape, h.shape)) or inner(w, h, *rest, **options)
+    )
+    apply = lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"])
+    result = jc.compress(apply, {"w": experts}, recipe, [(tokens,)], mesh=mesh, progress=False)
+    assert seen == [((2, 8, 8), (2, 8, 8))], seen
+    for found, w, x in zip(result.params["w"].materialize(), experts, tokens):
+        one = jc.quantization.gptq(w.T, x.T @ x, recipe.steps[0].format).materialize()
+        np.testing.assert_allclose(found, one.T, rtol=1e-5)
     # Each token counts once, though devices of both processes have it: those of a batch that the
     # mesh does not divide, and those of one that its first axis does.
     crossed = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("d", "m"))

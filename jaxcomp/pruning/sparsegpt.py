@@ -258,7 +258,11 @@ def _solve(w, h, allowed, path, options, report, known=None):
             rows=None if nm is None else common.ROWS,
         )
     else:
-        result, factor = _sparsegpt(w, h, allowed, damping, sparsity=sparsity, nm=nm, **options)
+        solve = functools.partial(_sparsegpt, damping=damping, sparsity=sparsity, nm=nm, **options)
+        if common.spreads_stack(w, h):
+            result, factor = common.by_stack(solve, w, (h, 2), (allowed, 2))
+        else:
+            result, factor = solve(w, h, allowed)
     kept = None
     if allowed is None and nm is None:
         # Known without looking, so that this also runs under jit.

@@ -168,7 +168,10 @@ def _rounded(w, h, mask, scale, *, search_clip, report, **options):
 
 
 def _by_rows(function, w, h, mask, shared, **options):
-    """Calls one of the above on all rows, or on the CPU on slabs of them."""
+    """Calls one of the above on all rows, or on the CPU on slabs of them.
+
+    On a mesh, of several processes too, XLA splits the work like the weight's rows.
+    """
     if not common.splits_rows(w, h, options["fmt"]):
         return function(w, h, mask, shared, **options)
     return common.by_rows(lambda w, mask: function(w, h, mask, shared, **options), w, mask)

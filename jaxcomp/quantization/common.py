@@ -165,6 +165,47 @@ def spreads_rows(w: Any, h: Any, fmt: Any) -> bool:
     return _independent_rows(w, fmt) and host.split_by_rows(w) and host.is_whole(h)
 
 
+def spreads_stack(w: Any, h: Any) -> bool:
+    """Whether several processes each take the matrices of a stack that their CPUs hold.
+
+    Args:
+      w: the weight, ``(*stack, out, in)``.
+      h: its Hessian.
+
+    Returns:
+      True where ``by_stack`` can be called for them.
+    """
+    return w.ndim > 2 and host.split_by_rows(w) and host.is_whole(h)
+
+
+def by_stack(function: Any, w: Any, *operands: Any) -> Any:
+    """Applies a compiled function to those matrices of a stack that this process's CPUs hold.
+
+    Args:
+      function: of a stack and the operands, NumPy arrays; every array of its result has the stack
+        first.
+      w: a weight that ``spreads_stack``.
+      *operands: ``(value, ndim)`` pairs as in ``over_stack``.
+
+    Returns:
+      The result for the whole stack, split like the weight.
+    """
+    own, starts = host.own_rows(w)
+
+    def mine(value, ndim):
+        if value is None or value.ndim == ndim:
+            return None if value is None else np.asarray(value)
+        if not host.is_whole(value):
+            return host.own_rows(jax.device_put(value, w.sharding))[0]
+        value = np.asarray(value)
+        return np.concatenate([value[first:end] for first, end in starts])
+
+    with host.alone():
+        found = function(own, *(mine(*operand) for operand in operands))
+        found = jax.tree.map(np.asarray, found)
+    return jax.tree.map(lambda a: host.from_own_rows(a, starts, w), found)
+
+
 def _independent_rows(w: Any, fmt: Any) -> bool:
     if w.ndim != 2:
         return False

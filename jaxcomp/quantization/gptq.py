@@ -225,7 +225,11 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
             lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen), w, mask
         )
     else:
-        rows, factor, permutation = _gptq(w, h, mask, damping, order=order, **chosen)
+        solve = functools.partial(_gptq, damping=damping, order=order, **chosen)
+        if common.spreads_stack(w, h):
+            rows, factor, permutation = common.by_stack(solve, w, (h, 2), (mask, 2))
+        else:
+            rows, factor, permutation = solve(w, h, mask)
     group_index = None
     if scattered:
         group_index = (permutation.argsort(axis=-1) // group).astype(jnp.int32)
