@@ -180,9 +180,7 @@ def main() -> int:
     output(common.table(columns, rows))
     output()
     ratio, busy = min(wall[2]) / min(wall[1]), min(cpu[2]) / min(cpu[1])
-    output(
-        f"two processes to one: {ratio:.2f} of the time, {busy:.2f} of a process's user time"
-    )
+    output(f"two processes to one: {ratio:.2f} of the time, {busy:.2f} of a process's user time")
     falls, shares = ratio < 1, busy <= 0.7
     output(common.requirement("the time falls with the number of processes", falls))
     output(common.requirement("of two a process needs at most 0.7 of one's user time", shares))
