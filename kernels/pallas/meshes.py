@@ -20,7 +20,31 @@ def count(axes: Axes, sizes: dict[str, int]) -> int:
     return parts
 
 
-def padded(spec: PartitionSpec, rank: int) -> tuple[Axes, ...]:
-    """A spec with an entry for each axis, without empty tuples."""
-    entries = (*spec, *(None,) * (rank - len(spec)))
-    return tuple(e or None for e in entries)
+def padded(spec: PartitionSpec, rank: int, name: str, sizes: dict[str, int]) -> tuple[Axes, ...]:
+    """A spec with an entry for each axis, without empty tuples.
+
+    Args:
+      spec: of an array.
+      rank: axes of the array.
+      name: of the spec, for errors.
+      sizes: devices along each axis of the mesh.
+
+    Raises:
+      TypeError: it is no ``PartitionSpec``.
+      ValueError: more entries than axes, or an axis that the mesh does not have.
+    """
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{name} is a {type(spec).__name__}; give a jax.sharding.PartitionSpec")
+    if len(spec) > rank:
+        raise ValueError(f"{name} {spec} has {len(spec)} entries, the array has {rank} axes")
+    entries = tuple(e or None for e in (*spec, *(None,) * (rank - len(spec))))
+    unknown = [n for e in entries for n in _named(e, name, spec) if n not in sizes]
+    if unknown:
+        raise ValueError(f"{name} {spec} names {unknown[0]!r}; the mesh has the axes {list(sizes)}")
+    return entries
+
+
+def _named(axes: Axes, name: str, spec: PartitionSpec) -> Sequence[str]:
+    if axes is PartitionSpec.UNCONSTRAINED:
+        raise ValueError(f"{name} {spec} leaves an axis open; say how it is split, or None")
+    return names(axes)

@@ -74,7 +74,7 @@ def placement(
         return None
     sizes, depth = dict(mesh.shape), len(weight.stack)
     shared = 0 if by_expert else depth  # stack axes that x has too
-    *stack, outputs, inputs = padded(weight_spec, depth + 2)
+    *stack, outputs, inputs = padded(weight_spec, depth + 2, "weight_spec", sizes)
     taken = {name for axes in (*stack, outputs, inputs) for name in names(axes)}
     rows: list[Axes] = [None] * (x.ndim - 1 - shared)
     if x_spec is None:
@@ -82,7 +82,7 @@ def placement(
         if rows and free and x.shape[shared] % count(free, sizes) == 0:
             rows[0] = free
     else:
-        entries = padded(x_spec, x.ndim)
+        entries = padded(x_spec, x.ndim, "x_spec", sizes)
         rows = list(entries[shared:-1])
         clash = taken & {name for axes in rows for name in names(axes)}
         if clash or list(entries[:shared]) != stack[:shared] or entries[-1] not in (None, inputs):
@@ -123,7 +123,8 @@ def local(weight: Weight, split: NamedSharding) -> Weight:
       Shapes of the part.
     """
     sizes = dict(split.mesh.shape)
-    *stack, outputs, inputs = (count(e, sizes) for e in padded(split.spec, len(weight.stack) + 2))
+    entries = padded(split.spec, len(weight.stack) + 2, "weight_spec", sizes)
+    *stack, outputs, inputs = (count(e, sizes) for e in entries)
     groups = inputs if weight.scales.shape[-2] > 1 else 1
     by = {"codes": (*stack, outputs, inputs), "scales": (*stack, groups, outputs)}
     by["zeros"] = by["scales"]

@@ -1,6 +1,7 @@
 """Sparse attention: one call for every mask, on whatever chip the operands are."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.sparse_attention import (
     cache_sharding,
+    checks,
     decode,
     gpu,
     gpu_decode,
@@ -24,7 +26,6 @@ from jaxcomp.kernels.sparse_attention.schedule import schedule
 
 # Where more of the blocks than this are listed, gathering them costs more than the whole matrix.
 DENSE_FROM = 0.75
-QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
 _BY_NAME = "it was never run on a GPU; ask for it by name"
 
 
@@ -76,7 +77,8 @@ def attention(
       interpret: run the kernel interpreted: False, ``pltpu.InterpretParams(..)``, or
         ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       q_spec: mesh axes of q, on a mesh of Auto axes; Explicit ones are seen. Batch and heads may be
-        split over any, positions over one: keys and values then go round in a ring.
+        split over any, positions over one: keys and values then go round in a ring. Without it XLA
+        does it, all sequences and heads at once; split positions it brings to every device.
       kv_spec: mesh axes of k and v; those of q if None. Heads of k may be whole where those of q
         are split.
 
@@ -86,8 +88,9 @@ def attention(
       -inf for such a query.
 
     Raises:
-      ValueError: shapes that do not fit together, or are split in ways that do not.
-      TypeError: dtypes that do not.
+      ValueError: shapes that do not fit together, or are split in ways that do not; numbers out of
+        range.
+      TypeError: dtypes that do not, or what is no array or mask.
       Unsupported: no implementation, or not the one asked for, takes these operands.
 
     Example:
@@ -102,10 +105,20 @@ def attention(
     mask = causal() if mask is None else mask
     if segment_ids is not None and kv_segment_ids is None:
         kv_segment_ids = segment_ids
-    _check(q, k, v, mask, segment_ids, kv_segment_ids, span, k_scale, v_scale)
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block is not None and (block < 128 or block % 128):
-            raise ValueError(f"{name} is {block}; it must be a multiple of 128")
+    checks.check(
+        q,
+        k,
+        v,
+        mask,
+        soft_cap=soft_cap,
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        span=span,
+        span_ramp=span_ramp,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        blocks={"block_q": block_q, "block_k": block_k},
+    )
     operands = {
         "q": q,
         "k": k,
@@ -161,7 +174,8 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     listed = schedule(mask, q.shape[2], q.shape[1], k.shape[1], block_q, block_k)
     if listed.density > DENSE_FROM or listed.row_blocks * listed.column_blocks < 4:
         return reference.attention(**operands, **options, mask=mask)
-    return xla.attention(**operands, **options, blocks=listed, block_q=block_q, block_k=block_k)
+    options |= {"blocks": listed, "block_q": block_q, "block_k": block_k}
+    return xla.attention(**operands, **options, at_once=several is not None)
 
 
 def decode_attention(
@@ -215,8 +229,9 @@ def decode_attention(
       nothing.
 
     Raises:
-      ValueError: shapes that do not fit together, or are split in ways that do not.
-      TypeError: dtypes that do not.
+      ValueError: shapes that do not fit together, or are split in ways that do not; numbers out of
+        range.
+      TypeError: dtypes that do not, or what is no array or mask.
       Unsupported: no implementation, or not the one asked for, takes these operands.
 
     Example:
@@ -227,16 +242,14 @@ def decode_attention(
       (2, 1, 4, 64)
     """
     mask = causal() if mask is None else mask
-    _check(q, k, v, mask, None, None, None, k_scale, v_scale)
-    if lengths.shape != q.shape[:1]:
-        raise ValueError(f"lengths {lengths.shape} must be (batch,) of q {q.shape}")
-    if not mask.lowers or isinstance(mask, PerHead):
+    if isinstance(mask, PerHead) or (isinstance(mask, Mask) and not mask.lowers):
         raise ValueError(
             "decode_attention takes a mask that is one rule on positions for all heads: no "
             "random(), blocks() or per_head()"
         )
-    if block_k is not None and (block_k < 128 or block_k % 128):
-        raise ValueError(f"block_k is {block_k}; it must be a multiple of 128")
+    options = {"soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
+    checks.check(q, k, v, mask, **options, blocks={"block_k": block_k})
+    checks.check_lengths(lengths, q)
     operands = {"q": q, "k": k, "v": v, "lengths": lengths}
     if k_scale is not None:
         operands |= {"k_scale": k_scale, "v_scale": v_scale}
@@ -299,6 +312,9 @@ def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.
       ... )
     """
     own = full() if mask is None else mask
+    unknown = options.keys() - inspect.signature(attention).parameters.keys()
+    if unknown:
+        raise TypeError(f"attention has no option {', '.join(sorted(unknown))}")
 
     # Flax passes the keywords that it finds in the signature, and only those.
     def apply(
@@ -353,53 +369,6 @@ def _padding(mask, lead, query_shape, key_shape) -> dict[str, jax.Array]:
         "segment_ids": jnp.zeros(query_shape[:2], jnp.int32),
         "kv_segment_ids": jnp.where(real, 0, -1),
     }
-
-
-def _check(q, k, v, mask, segment_ids, kv_segment_ids, span, k_scale, v_scale) -> None:
-    """Raises unless the operands fit together."""
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask is a {type(mask).__name__}; use causal(), window() and the like, or "
-            "blocks(array, block_size) for an array of blocks"
-        )
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes}: each must be (batch, length, heads, head_dim)")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"{shapes}: q and k must agree in batch and head_dim, k and v in batch, keys and heads"
-        )
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"{shapes}: no axis may be empty")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{shapes}: query heads must be a multiple of key heads")
-    if isinstance(mask, PerHead) and len(mask.masks) != q.shape[2]:
-        raise ValueError(
-            f"per_head has {len(mask.masks)} masks, q {q.shape} has {q.shape[2]} heads"
-        )
-    if not jnp.issubdtype(q.dtype, jnp.floating) or jnp.dtype(q.dtype).name in QUANTIZED:
-        raise TypeError(f"q is {q.dtype}; it must be float32, bfloat16 or float16")
-    if (k_scale is None) != (v_scale is None):
-        raise ValueError("k_scale and v_scale are given both, or neither")
-    for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
-        if scale is None and x.dtype != q.dtype:
-            raise TypeError(
-                f"{name} is {x.dtype} and q {q.dtype}: cast one of them, or give {name}_scale for "
-                f"a quantized {name}"
-            )
-        if scale is not None and jnp.dtype(x.dtype).name not in QUANTIZED:
-            raise TypeError(f"{name}_scale is for {name} of {', '.join(QUANTIZED)}, not {x.dtype}")
-        if scale is not None and scale.shape != x.shape[:3]:
-            raise ValueError(
-                f"{name}_scale {scale.shape} must be (batch, keys, kv_heads) of {name} {x.shape}"
-            )
-    if kv_segment_ids is not None and segment_ids is None:
-        raise ValueError("kv_segment_ids are given without segment_ids")
-    for name, ids, of in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
-        if ids is not None and ids.shape != of.shape[:2]:
-            raise ValueError(f"{name} {ids.shape} must be (batch, length) = {of.shape[:2]}")
-    if span is not None and span.shape != (q.shape[2],):
-        raise ValueError(f"span {span.shape} must be one number for each of the {q.shape[2]} heads")
 
 
 __all__ = ["attention", "attention_fn", "decode_attention"]

@@ -72,12 +72,13 @@ def placement(
         q_spec, kv_spec = (jax.typeof(x).sharding.spec for x in (q, k))
     if q_spec is None and kv_spec is None:
         return None
+    sizes = dict(mesh.shape)
     if q_spec is None:
-        batch, _, heads, _ = padded(kv_spec, 4)
+        batch, _, heads, _ = padded(kv_spec, 4, "kv_spec", sizes)
         q_spec = PartitionSpec(batch, None, heads)
     kv_spec = q_spec if kv_spec is None else kv_spec
-    batch, queries, heads, dim = padded(q_spec, 4)
-    kv_batch, cache, kv_heads, kv_dim = padded(kv_spec, 4)
+    batch, queries, heads, dim = padded(q_spec, 4, "q_spec", sizes)
+    kv_batch, cache, kv_heads, kv_dim = padded(kv_spec, 4, "kv_spec", sizes)
     told = f"q {q.shape} is split as {q_spec} and the cache {k.shape} as {kv_spec}"
     if kv_batch != batch or queries or dim or kv_dim or kv_heads not in (None, heads):
         raise ValueError(
@@ -90,7 +91,6 @@ def placement(
             f"{told}: {', '.join(both)} would split both the heads of q and the cache's length, so "
             "no device has all heads for its part; leave the heads of q whole on that axis"
         )
-    sizes = dict(mesh.shape)
     check_parts(
         told,
         sizes,

@@ -59,6 +59,7 @@ def causal(offset: int = 0) -> Mask:
       # # .
       # # #
     """
+    _integers(offset=offset)
     return Band(-offset, None)
 
 
@@ -183,7 +184,8 @@ def blocks(allowed: typing.Any, block_size: int) -> Mask:
     """Any pattern of blocks.
 
     Args:
-      allowed: bool (query blocks, key blocks); queries and keys past them look at nothing.
+      allowed: bool (query blocks, key blocks), as many as it takes to cover the sequences: the
+        attention of others than these is an error.
       block_size: queries and keys in a block.
 
     Example:
@@ -209,10 +211,20 @@ def per_head(masks: Sequence[Mask]) -> Mask:
     """
     if not masks or any(isinstance(mask, PerHead) for mask in masks):
         raise ValueError("per_head takes one mask for each head, and no per-head masks")
+    for mask in masks:
+        if not isinstance(mask, Mask):
+            raise TypeError(f"per_head takes masks, not a {type(mask).__name__}")
     return PerHead(tuple(masks))
 
 
+def _integers(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} is {value!r}; it must be an integer")
+
+
 def _positive(**values: int) -> None:
+    _integers(**values)
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")

@@ -80,8 +80,9 @@ def placement(
     if q_spec is None:
         return None
     kv_spec = q_spec if kv_spec is None else kv_spec
-    batch, sequence, heads, dim = padded(q_spec, 4)
-    *shared, kv_heads, kv_dim = padded(kv_spec, 4)
+    sizes = dict(mesh.shape)
+    batch, sequence, heads, dim = padded(q_spec, 4, "q_spec", sizes)
+    *shared, kv_heads, kv_dim = padded(kv_spec, 4, "kv_spec", sizes)
     told = f"q {q.shape} is split as {q_spec} and k {k.shape} as {kv_spec}"
     if shared != [batch, sequence] or dim or kv_dim or kv_heads not in (None, heads):
         raise ValueError(
@@ -90,7 +91,6 @@ def placement(
         )
     if len(names(sequence)) > 1:
         raise ValueError(f"{told}: positions can be split over one mesh axis; use one of them")
-    sizes = dict(mesh.shape)
     check_parts(
         told,
         sizes,

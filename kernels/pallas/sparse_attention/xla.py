@@ -1,7 +1,8 @@
 """Block-sparse attention in plain JAX: only the listed blocks are read and computed.
 
 One key head of one sequence at a time, all its blocks at once: memory in proportion to the blocks
-of the mask, forward and backward (the scores are computed again for the gradient).
+of the mask, forward and backward (the scores are computed again for the gradient). On a mesh all
+heads are computed at once, each device those that it has.
 """
 
 import functools
@@ -27,43 +28,49 @@ def attention(
     span_ramp: float = 32.0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    at_once: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over a schedule's blocks; arguments and results are those of ``reference``."""
+    """Attention over a schedule's blocks; arguments and results are those of ``reference``.
+
+    Sequences and heads that a mesh splits have to be computed ``at_once``: a loop over them would
+    bring all of them to every device.
+    """
     batch, queries, heads, _ = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
     rows, columns = blocks.row_blocks * block_q, blocks.column_blocks * block_k
 
     def by_head(x, length, per=1):
-        """(batch, length, kv_heads * per, ..) to (batch * kv_heads, per, padded length, ..)."""
+        """(batch, length, kv_heads * per, ..) to (batch, kv_heads, per, padded length, ..)."""
         x = jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.moveaxis(x.reshape(batch, length, kv_heads, per, *x.shape[3:]), 1, 3)
-        return x.reshape(batch * kv_heads, per, length, *x.shape[4:])
+        return jnp.moveaxis(x.reshape(batch, length, kv_heads, per, *x.shape[3:]), 1, 3)
 
     def by_sequence(x, length):
         x = jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=-1)
-        return jnp.repeat(x, kv_heads, axis=0)
+        return jnp.broadcast_to(x[:, None], (batch, kv_heads, length))
 
     steps = [jnp.asarray(x) for x in (blocks.rows.major, blocks.rows.minor)]
     steps += [jnp.asarray(x) for x in (blocks.rows.code, blocks.rows.table)]
     if blocks.rows.lists > 1:
-        steps = [jnp.tile(x.reshape(kv_heads, group, -1), (batch, 1, 1)) for x in steps]
+        shape = (batch, kv_heads, group, steps[0].shape[-1])
+        steps = [jnp.broadcast_to(x.reshape(shape[1:]), shape) for x in steps]
     per_head = {
         "q": by_head(q, rows, group),
-        "k": by_head(k, columns)[:, 0],
-        "v": by_head(v, columns)[:, 0],
+        "k": by_head(k, columns)[:, :, 0],
+        "v": by_head(v, columns)[:, :, 0],
     }
     if blocks.rows.lists > 1:
         per_head["steps"] = steps
     if k_scale is not None:
-        per_head["k_scale"] = by_head(jax.lax.stop_gradient(k_scale), columns)[:, 0]
+        per_head["k_scale"] = by_head(jax.lax.stop_gradient(k_scale), columns)[:, :, 0]
     if v_scale is not None:
-        per_head["v_scale"] = by_head(jax.lax.stop_gradient(v_scale), columns)[:, 0]
+        per_head["v_scale"] = by_head(jax.lax.stop_gradient(v_scale), columns)[:, :, 0]
     if segment_ids is not None:
         per_head["segments"] = by_sequence(segment_ids, rows)
         per_head["kv_segments"] = by_sequence(kv_segment_ids, columns)
     if span is not None:
-        per_head["span"] = jnp.tile(span.reshape(kv_heads, group), (batch, 1))
+        span = span.reshape(kv_heads, group)
+        per_head["span"] = jnp.broadcast_to(span, (batch, *span.shape))
     one = functools.partial(
         _one_head,
         shared=[x[0] for x in steps],
@@ -74,7 +81,11 @@ def attention(
         soft_cap=soft_cap,
         span_ramp=span_ramp,
     )
-    out, lse = jax.lax.map(jax.checkpoint(one), per_head)
+    if at_once:
+        out, lse = jax.checkpoint(jax.vmap(jax.vmap(one)))(per_head)
+    else:
+        per_head = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), per_head)
+        out, lse = jax.lax.map(jax.checkpoint(one), per_head)
     out = out.reshape(batch, heads, rows, v.shape[-1])[:, :, :queries]
     return jnp.moveaxis(out, 1, 2).astype(q.dtype), lse.reshape(batch, heads, rows)[:, :, :queries]
 

@@ -77,15 +77,16 @@ def placement(
         x_spec = jax.typeof(x).sharding.spec if x_spec is None else x_spec
     if weight_spec is None:
         return None
-    outputs, inputs = padded(weight_spec, 2)
+    sizes = dict(mesh.shape)
+    outputs, inputs = padded(weight_spec, 2, "weight_spec", sizes)
     taken = {*names(outputs), *names(inputs)}
     rows: list[Axes] = [None] * (x.ndim - 1)
     if x_spec is None:
         free = tuple(name for name in mesh.axis_names if name not in taken)
-        if rows and free and x.shape[0] % count(free, dict(mesh.shape)) == 0:
+        if rows and free and x.shape[0] % count(free, sizes) == 0:
             rows[0] = free
     else:
-        *rows, last = padded(x_spec, x.ndim)
+        *rows, last = padded(x_spec, x.ndim, "x_spec", sizes)
         clash = taken & {name for axes in rows for name in names(axes)}
         if clash or last not in (None, inputs):
             raise ValueError(
@@ -144,7 +145,8 @@ def matmul(
 
 def _typed_spec(weight: Weight, sizes: dict[str, int]) -> PartitionSpec:
     """Mesh axes of N and K, from the type of the weight's values."""
-    spec = padded(jax.typeof(weight.values).sharding.spec, weight.values.ndim)
+    spec = jax.typeof(weight.values).sharding.spec
+    spec = padded(spec, weight.values.ndim, "the values' sharding", sizes)
     if isinstance(weight, NMSparse):
         return PartitionSpec(*spec[-2:])
     # The parts of the outputs come first, so the first mesh axes are theirs.

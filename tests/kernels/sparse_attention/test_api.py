@@ -1,5 +1,7 @@
 """The door: what it refuses, what it chooses, and Flax's attention layers through it."""
 
+import re
+
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxcomp.kernels.implementations import Unsupported
 from jaxcomp.kernels.sparse_attention import (
     attention,
     attention_fn,
+    blocks,
     causal,
     full,
     per_head,
@@ -43,6 +46,16 @@ REFUSED = [
     (ValueError, "per_head has 3 masks", (Q, K, K), {"mask": per_head([causal()] * 3)}),
     (TypeError, "mask is a ndarray", (Q, K, K), {"mask": np.ones((8, 12))}),
     (ValueError, "block_q is 64; it must be a multiple of 128", (Q, K, K), {"block_q": 64}),
+    (ValueError, "block_k is '128'; it must be", (Q, K, K), {"block_k": "128"}),
+    (ValueError, r"shape \(1, 2\) .* do not cover 8 queries and 12 keys; .* shape \(2, 3\)", (Q, K, K),
+     {"mask": blocks(np.ones((1, 2)), 4) | window(2)}),
+    (TypeError, "segment_ids is float32", (Q, K, K),
+     {"segment_ids": ones(2, 8), "kv_segment_ids": ones(2, 12)}),
+    (TypeError, "span is int32", (Q, K, K), {"span": jnp.ones(4, jnp.int32)}),
+    (TypeError, "k_scale is int32", (Q, K.astype("int8"), K.astype("int8")),
+     {"k_scale": SCALE.astype(int), "v_scale": SCALE}),
+    (ValueError, "soft_cap is 0; it must be more than 0", (Q, K, K), {"soft_cap": 0}),
+    (ValueError, "span_ramp is -1.0", (Q, K, K), {"span": ones(4), "span_ramp": -1.0}),
     (ValueError, "implementation 'cuda' is unknown", (Q, K, K), {"implementation": "cuda"}),
     (Unsupported, "it runs on TPU, not on cpu", (Q, K, K), {"implementation": "mosaic_tpu"}),
 ]  # fmt: skip
@@ -102,6 +115,8 @@ def test_what_flax_asks_and_cannot_have_is_an_error():
     }.items():
         with pytest.raises(ValueError, match=message):
             run(x, x, x, **options)
+    with pytest.raises(TypeError, match="no option softcap"):
+        attention_fn(full(), softcap=3.0)
     assert run(x, x, x, dropout_rate=0.1, deterministic=True).shape == x.shape
     np.testing.assert_allclose(run(x, x, x, is_causal=True), attention(x, x, x), rtol=1e-6)
 
@@ -112,4 +127,17 @@ def test_on_a_mesh_of_several_devices_the_kernel_says_why_it_cannot_run():
     x = jax.device_put(jnp.ones((1, 128, 2, 64)), place)
     with pytest.raises(Unsupported, match=r"several devices; .* jax.shard_map"):
         attention(x, x, x, implementation="mosaic_tpu", interpret=True)
-    assert attention(x, x, x).shape == x.shape
+
+
+def test_on_a_mesh_of_auto_axes_xla_splits_sequences_and_heads():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None, "y"))
+    q, k, v = (jnp.asarray(x) for x in cases.operands(0, 2, 500, 500, 4, 2))
+    mask = window(64) | blocks(np.eye(4), 128)
+    want = attention(q, k, v, mask)
+    split = [jax.device_put(x, place) for x in (q, k, v)]
+    run = jax.jit(lambda *x: attention(*x, mask)).lower(*split).compile()
+    cases.assert_close(run(*split), want, "float32")
+    gradient = jax.jit(jax.grad(lambda *x: attention(*x, mask).sum(), (0, 1, 2)))
+    for program in (run, gradient.lower(*split).compile()):
+        assert not re.search(r"all-gather|all-reduce|all-to-all|permute", program.as_text())

@@ -86,6 +86,9 @@ def test_masks_are_values():
     for wrong in (lambda: window(0), lambda: fixed(4, 5), lambda: blocks([1], 8)):
         with pytest.raises(ValueError):
             wrong()
+    for wrong in (lambda: window(2.5), lambda: causal(1.5), lambda: per_head([causal(), "full"])):
+        with pytest.raises(TypeError):
+            wrong()
 
 
 LEAVES = st.one_of(

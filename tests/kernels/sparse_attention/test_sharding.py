@@ -146,6 +146,9 @@ def test_what_cannot_be_split_is_an_error():
             "q_spec": P(None, None, "x"), "mask": per_head([causal(), causal(), full(), full()]),
         },
         "whole sequences": {"q_spec": P(None, "x"), "span": jnp.ones(4)},
+        "names 'z'; the mesh has the axes": {"q_spec": P("z")},
+        "kv_spec .* 5 entries, the array has 4": {"q_spec": P(), "kv_spec": P(*[None] * 5)},
+        "leaves an axis open": {"q_spec": P(P.UNCONSTRAINED)},
     }.items():  # fmt: skip
         length = 29 if "queries" in message else 30
         with pytest.raises(ValueError, match=message):
