@@ -58,8 +58,8 @@ def quantized_matmul(
       bias: ``(*stack, N)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       activation_dtype: None, "int8" (integer codes) or "float8_e4m3fn" (int4, int2 and fp8 codes).
-      x_scales: f32, broadcasts against ``(*stack, .., 1)``: what rows are divided by before they
-        are rounded, static scales for instance; None for each row's largest entry.
+      x_scales: f32 or a number, broadcasts against ``(*stack, .., 1)``: what rows are divided by
+        before they are rounded, static scales for instance; None for each row's largest entry.
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
         Hopper GPUs was never run on one: None takes it where a table of measurements says so.
@@ -158,6 +158,8 @@ def prepare(
       'mosaic_tpu/1'
     """
     weight = weights.stored(codes, scales, zeros, table, format, group_size)
+    if chip is not None and chip not in chips.BY_NAME:
+        raise ValueError(f"chip {chip!r} is unknown; use one of {', '.join(chips.BY_NAME)}")
     known = chips.chip_of(codes) if chip is None else chips.BY_NAME[chip]
     if known is None or known.platform == "cpu":
         return weight
@@ -190,7 +192,7 @@ def options_of(x, weight, bias, activation, activation_dtype, out_dtype) -> Opti
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
     allowed = reference.activation_dtypes(weight.format)
-    name = None if activation_dtype is None else jnp.dtype(activation_dtype).name
+    name = None if activation_dtype is None else _dtype("activation_dtype", activation_dtype)
     if name is not None and name not in allowed:
         raise ValueError(
             f"activation_dtype {name} does not multiply codes of {weight.format} exactly; use "
@@ -202,7 +204,17 @@ def options_of(x, weight, bias, activation, activation_dtype, out_dtype) -> Opti
             f"bias {bias.shape} must be (*stack, N) = {expected}, as the weight's scales "
             f"{weight.scales.shape} say"
         )
-    return Options(activation, name, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+    out = _dtype("out_dtype", x.dtype if out_dtype is None else out_dtype)
+    if not jnp.issubdtype(out, jnp.floating):
+        raise TypeError(f"out_dtype is {out}; y is a float")
+    return Options(activation, name, out)
+
+
+def _dtype(name: str, dtype: jax.typing.DTypeLike) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        raise TypeError(f"{name} {dtype!r} is no dtype") from None
 
 
 def _row_scales(x, x_scales, options) -> jax.Array | None:
@@ -211,9 +223,12 @@ def _row_scales(x, x_scales, options) -> jax.Array | None:
         return None
     if options.activation_dtype is None:
         raise ValueError(
-            f"x_scales {x_scales.shape} are to quantize x {x.shape}: give activation_dtype as well"
+            f"x_scales {jnp.shape(x_scales)} are to quantize x {x.shape}: give activation_dtype as "
+            "well"
         )
     shape = (*x.shape[:-1], 1)
+    if isinstance(x_scales, float):
+        x_scales = jnp.float32(x_scales)
     if x_scales.dtype != jnp.float32:
         raise TypeError(f"x_scales {x_scales.shape} are {x_scales.dtype}; use float32")
     try:

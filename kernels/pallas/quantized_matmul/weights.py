@@ -128,17 +128,21 @@ def stored(
       ValueError: shapes do not belong together, or the format is unknown.
     """
     if format not in FORMATS:
-        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+        nf4 = " (NF4 is 'codebook', whose table it is)" if str(format).lower() == "nf4" else ""
+        raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}{nf4}")
     bits = FORMATS[format].bits
     if codes.dtype != jnp.uint8:
+        array = "codes" if bits == 8 else f"codes.astype(int{bits}).reshape(.., {8 // bits})"
         raise TypeError(
-            f"codes {codes.shape} are {codes.dtype}; they are stored as uint8 bytes of {format}: "
-            f"use jax.lax.bitcast_convert_type for 8 bits, or pack {8 // bits} codes a byte"
+            f"codes {codes.shape} are {codes.dtype}; they are stored as uint8 bytes of {format}, "
+            f"{8 // bits} a byte: use jax.lax.bitcast_convert_type({array}, jnp.uint8)"
         )
     if codes.ndim < 2:
         raise ValueError(f"codes {codes.shape} must be (*stack, N, K * {bits} / 8)")
     size = codes.shape[-1] * 8 // bits
     group_size = size if group_size is None else group_size
+    if not isinstance(group_size, int):
+        raise TypeError(f"group_size is {group_size!r}; it must be an integer or None")
     if group_size < 1 or size % group_size:
         raise ValueError(
             f"codes {codes.shape} of {format} have K = {size} inputs, which group_size "

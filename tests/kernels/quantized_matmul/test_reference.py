@@ -204,7 +204,11 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "words"),
         [
-            ({"codes": jnp.zeros((8, 32), jnp.int8)}, TypeError, ["(8, 32)", "int8", "uint8"]),
+            (
+                {"codes": jnp.zeros((8, 32), jnp.int8)},
+                TypeError,
+                ["(8, 32)", "int8", "uint8", "astype(int4).reshape(.., 2)"],
+            ),
             ({"scales": jnp.ones((2, 8), jnp.float16)}, TypeError, ["(2, 8)", "float16"]),
             ({"x": jnp.ones((3, 64), jnp.int32)}, TypeError, ["(3, 64)", "int32"]),
             ({"scales": jnp.ones((3, 8))}, ValueError, ["(3, 8)", "(8, 32)", "(2, 8)"]),
@@ -213,6 +217,10 @@ class TestErrors:
             ({"x": jnp.ones((3, 63))}, ValueError, ["(3, 63)", "(8, 64)"]),
             ({"bias": jnp.ones((3,))}, ValueError, ["(3,)", "(8,)"]),
             ({"format": "int5"}, ValueError, ["int5", "int4"]),
+            ({"format": "nf4"}, ValueError, ["nf4", "'codebook'"]),
+            ({"group_size": 32.0}, TypeError, ["group_size is 32.0"]),
+            ({"activation_dtype": "int9"}, TypeError, ["activation_dtype 'int9'"]),
+            ({"out_dtype": "int8"}, TypeError, ["out_dtype is int8"]),
             ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
             ({"activation_dtype": "int4"}, ValueError, ["int4", "int8"]),
             ({"x_scales": jnp.ones(())}, ValueError, ["()", "activation_dtype"]),

@@ -152,6 +152,8 @@ class TestChoice:
         import dataclasses
 
         case, x = self.make(rng)
+        with pytest.raises(ValueError, match="chip 'v4' is unknown; use one of v5e"):
+            prepare(*case.arguments(), **case.options, chip="v4")
         weight = prepare(*case.arguments(), **case.options, chip="v5e")
         old = dataclasses.replace(weight, layout="mosaic_tpu/0")
         with pytest.raises(ValueError, match=r"'mosaic_tpu/0'.*'mosaic_tpu/1'"):
