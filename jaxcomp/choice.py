@@ -98,7 +98,7 @@ def choose(
                 "leave implementation out to let each site choose"
             )
         if forced == "kernel" and plain:
-            return forced, "asked for" + _forced_on_gpu(op, leaf, split)
+            return forced, "asked for" + _forced(op, leaf, split)
         return forced, "asked for"
     if plain and not reasons["kernel"] and chip.platform == "gpu":
         return "kernel", f"measured to be faster than XLA on {chip.name}"
@@ -193,16 +193,14 @@ def _no_kernel(
     return ""
 
 
-def _forced_on_gpu(op: Op, leaf: formats.CompressedArray, split: NamedSharding | None) -> str:
-    """What runs on a GPU when a kernel is asked for; empty on other chips."""
+def _forced(op: Op, leaf: formats.CompressedArray, split: NamedSharding | None) -> str:
+    """What runs on the chip at hand when a kernel is asked for."""
     chip = chip_of(leaf, split and split.mesh)
-    if chip.platform != "gpu":
-        return ""
     dtype, batched = op.eqn.invars[1 - op.site.operand].aval.dtype, bool(op.site.batch_axes)
     problems = [
         packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p), batched)
         for p in leaf.parts
     ]
     if None in problems:
-        return f": decoded next to the matrix unit of an {chip.name}"
+        return f": decoded next to the matrix unit of the {chip.name}"
     return f", and XLA runs it: {'; '.join(dict.fromkeys(problems))}"

@@ -50,6 +50,10 @@ class Dispatched:
                 f"implementation {implementation!r} is unknown; use None for the best one, or one "
                 f"of {', '.join(IMPLEMENTATIONS)}"
             )
+        if not callable(apply):
+            raise JaxcompError(
+                f"apply is a {type(apply).__name__}; give a function apply(params, *inputs)"
+            )
         self.apply = apply
         self.implementation = implementation
         self.rules = rules
@@ -58,7 +62,7 @@ class Dispatched:
 
     def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
         """Evaluates ``apply(params, *inputs, **kwargs)``; wrap it in ``jax.jit`` to trace once."""
-        named, _ = leaf_paths(params)
+        named, _ = leaf_paths(_checked(params))
         if not any(is_compressed(leaf) for _, leaf in named):
             return self.apply(params, *inputs, **kwargs)
         graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
@@ -78,7 +82,7 @@ class Dispatched:
         Returns:
           One choice for each use of a compressed weight, in order of evaluation.
         """
-        graph = trace(self.apply, params, *inputs, select=is_compressed, **kwargs)
+        graph = trace(self.apply, _checked(params), *inputs, select=is_compressed, **kwargs)
         splits = self._splits(leaf_paths(params)[0])
         choices = []
         for op, weights in _uses(graph.program):
@@ -108,7 +112,7 @@ class Dispatched:
         Returns:
           Parameters to call this with in place of ``params``.
         """
-        named, treedef = leaf_paths(params)
+        named, treedef = leaf_paths(_checked(params))
         blocks = [self._listed(leaf) for _, leaf in named]
         readers: dict[str, set[str]] = {}
         for choice in self.report(jax.tree.unflatten(treedef, blocks), *inputs, **kwargs):
@@ -185,6 +189,14 @@ def dispatch(
       (2, 4)
     """
     return Dispatched(apply, implementation, sharding, mesh)
+
+
+def _checked(params: Any) -> Any:
+    if hasattr(params, "params") and hasattr(params, "report"):
+        raise JaxcompError(
+            f"params is a {type(params).__name__}, what compress or load returned; give its .params"
+        )
+    return params
 
 
 def arrays_of(named: Sequence[tuple[str, Any]], inputs: tuple, kwargs: dict) -> list:

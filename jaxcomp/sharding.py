@@ -103,6 +103,7 @@ def specs(params: Any, rules: Any, mesh: Mesh) -> Any:
     Raises:
       JaxcompError: a rule matches nothing or does not fit its leaf (see ``leaf_specs``).
     """
+    check_mesh(mesh)
     named, treedef = leaf_paths(params)
     wanted = matched([path for path, _ in named], rules)
     leaves = [leaf_specs(leaf, wanted.get(path), mesh, path) for path, leaf in named]
@@ -219,11 +220,26 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
     from jaxcomp.compress import Result
     from jaxcomp.io.checkpoint import Saved
 
+    check_mesh(mesh, concrete=True)
     if isinstance(value, Saved):
         return value._replace(params=shard(value.params, mesh, rules))
     if isinstance(value, Result):
         return dataclasses.replace(value, params=shard(value.params, mesh, rules))
     return jax.tree.map(_place, value, shardings(value, rules, mesh))
+
+
+def check_mesh(mesh: Any, concrete: bool = False) -> None:
+    """Refuses what is no mesh, or with ``concrete`` no mesh of devices.
+
+    Raises:
+      JaxcompError: it is not.
+    """
+    if isinstance(mesh, jax.sharding.Mesh if concrete else Mesh):
+        return
+    raise JaxcompError(
+        f"mesh is a {type(mesh).__name__}; give a jax.sharding.Mesh of devices, as jax.make_mesh "
+        "makes it."
+    )
 
 
 def _place(array: Any, sharding: NamedSharding) -> Any:
@@ -255,8 +271,13 @@ def matched(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]
       Path -> spec of the dense leaf, or None where it is replicated.
 
     Raises:
-      JaxcompError: a rule matches nothing, or a tree lacks a leaf.
+      JaxcompError: a rule matches nothing or has no spec, a tree lacks a leaf, or they are none.
     """
+    if rules is None or _is_spec(rules) or isinstance(rules, str):
+        raise JaxcompError(
+            f"sharding rules are {rules!r}; give a list of (path, PartitionSpec), or a tree of "
+            "PartitionSpecs with the paths of the parameters."
+        )
     if _is_sequence(rules):
         return _matched(paths, rules)
     if isinstance(rules, nnx.State):
@@ -291,7 +312,12 @@ def _is_sequence(rules: Any) -> bool:
 
 
 def _matched(paths: Sequence[str], rules: Any) -> dict[str, PartitionSpec | None]:
-    for rule, _ in rules:
+    for rule, spec in rules:
+        if not (spec is None or _is_spec(spec)):
+            raise JaxcompError(
+                f"sharding rule {rule!r} gives a {type(spec).__name__}; use a PartitionSpec, or "
+                "None to replicate."
+            )
         if not any(names.fits(rule, path) for path in paths):
             raise JaxcompError(_nothing(rule, paths))
     return {
@@ -316,6 +342,10 @@ def _checked(
         )
     used: set[str] = set()
     for axis, entry in enumerate(entries):
+        if entry is PartitionSpec.UNCONSTRAINED:
+            raise JaxcompError(
+                f"{path} {shape}: {spec} leaves axis {axis} open; say how it is split, or None."
+            )
         for name in names_of(entry):
             if name not in sizes:
                 raise JaxcompError(

@@ -79,7 +79,7 @@ class Group:
         return [process.returncode for process in self.running]
 
     def wait(self, timeout: float = 120) -> list[str]:
-        """Waits for all to end well and gives what their scripts printed; AssertionError if one failed."""
+        """Waits for all to end well and gives what their scripts printed, or fails."""
         codes = self.codes(timeout)
         failed = [k for k, code in enumerate(codes) if code]
         assert not failed, "".join(

@@ -245,6 +245,11 @@ def test_forcing_an_implementation():
         jc.dispatch(apply, "fp8")(compressed, x)
     with pytest.raises(jc.JaxcompError, match="int8, fp8, kernel, parts, rows"):
         jc.dispatch(apply, "triton")
+    with pytest.raises(jc.JaxcompError, match="apply is a int; give a function"):
+        jc.dispatch(3)
+    whole = jc.compress(apply, {"w": normal(16, 8)}, jc.presets.w4a16_rtn(group_size=8), [(x,)])
+    with pytest.raises(jc.JaxcompError, match=r"params is a Result, .*; give its .params"):
+        jc.dispatch(apply)(whole, x)
 
 
 @pytest.mark.parametrize("fmt", [Int(3), Codebook("nf4", group_size=8), NM(2, 4), Float("mxfp4")])
@@ -316,7 +321,11 @@ def test_packed_operands_mean_what_the_parts_mean(fmt, dtype):
     x = normal(2, 5, 64, seed=2)
     compressed = rtn(apply, params, x, fmt=fmt)
     fast = jc.dispatch(apply, "kernel")
-    assert {c.implementation for c in fast.report(compressed, x)} == {"kernel"}
+    report = fast.report(compressed, x)
+    assert {c.implementation for c in report} == {"kernel"}
+    assert {c.reason for c in report} == {
+        "asked for, and XLA runs it: the chip is cpu, not a TPU or GPU"
+    }
     expected = apply(jc.materialize(compressed), x.astype(dtype).astype(jnp.float32))
     got = jax.jit(fast)(compressed, x.astype(dtype))
     scale = float(jnp.abs(expected).max())

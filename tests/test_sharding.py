@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
@@ -224,3 +224,18 @@ def test_rules_that_match_nothing():
         jc.shard(params, mesh_of(), [("v", P("a"))])
     with pytest.raises(JaxcompError, match="no entry for this leaf"):
         jc.shard(params, mesh_of(), {})
+
+
+def test_what_are_no_rules_and_no_mesh():
+    params = {"w": jnp.ones((4, 4))}
+    for rules in (None, P("a"), "w"):
+        with pytest.raises(JaxcompError, match=r"give a list of \(path, PartitionSpec\)"):
+            jc.shard(params, mesh_of(), rules)
+    for spec in ("a", ("a",), NamedSharding(mesh_of(), P("a"))):
+        with pytest.raises(JaxcompError, match=r"rule 'w' gives a .*; use a PartitionSpec"):
+            jc.shard(params, mesh_of(), [("w", spec)])
+    with pytest.raises(JaxcompError, match="leaves axis 0 open"):
+        jc.shard(params, mesh_of(), [("w", P(P.UNCONSTRAINED))])
+    for mesh in (None, "a", mesh_of().abstract_mesh):
+        with pytest.raises(JaxcompError, match=r"give a jax\.sharding\.Mesh of devices"):
+            jc.shard(params, mesh, [("w", P("a"))])

@@ -25,7 +25,6 @@ from jaxcomp.errors import JaxcompError
 from jaxcomp.quantization import checks, common
 from jaxcomp.step import Layer, Step, run
 
-
 # Rows of a weight on the host that are looked at together.
 _ROWS = 256
 
@@ -87,7 +86,7 @@ def _scales(x_absmax, w_absmax, alpha):
 
 
 def _column_maxima(w: Any) -> Any:
-    """Largest magnitude of each column ``(*stack, in)``, on the host without a copy of the weight."""
+    """Largest magnitude of each column ``(*stack, in)``, on the host without a whole copy."""
     w = host.numpy(w)
     if not isinstance(w, np.ndarray):
         return jnp.abs(w).max(-2)

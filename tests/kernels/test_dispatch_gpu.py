@@ -118,7 +118,7 @@ def test_which_measurements_say_nothing(table):
 def test_asked_for_it_runs(name, hopper):
     fast, params = jc.dispatch(apply, "kernel"), {"w": weight(name)}
     (choice,) = fast.report(params, rows(MANY))
-    assert choice.reason == "asked for: decoded next to the matrix unit of an h100"
+    assert choice.reason == "asked for: decoded next to the matrix unit of the h100"
     assert kernels_of(fast, params, rows(MANY)) == 1
     # It writes what the caller wants, not float32 to be turned and rounded.
     if "2:4" not in name:
