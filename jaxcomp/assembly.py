@@ -12,6 +12,7 @@ from jaxcomp import folding
 from jaxcomp.formats import CompressedArray
 from jaxcomp.formats.assemble import stack_arrays
 from jaxcomp.graph import Graph
+from jaxcomp.io.later import Later
 from jaxcomp.io.stacked import Stacked
 from jaxcomp.records import Index, Record, Store
 
@@ -85,6 +86,9 @@ class Assembly:
         folds = self._folds.get(path, ())
         if not folds:
             return array
+        before = jax.tree.map(lambda a: np.asarray(a) if isinstance(a, Later) else a, array)
+        held = dict(zip(map(id, jax.tree.leaves(before)), jax.tree.leaves(array), strict=True))
+        array = before
         for at, fold in folds:
             depth = min(len(at), len(index))
             # Where it is another slice's, rows are multiplied by one: so all keep equal shapes.
@@ -92,7 +96,10 @@ class Assembly:
             vector = jnp.asarray(fold.vector if here else np.ones_like(fold.vector))
             array = folding.scale_rows(array, at[depth:] if here else (), vector)
         array = self._finished(array)
-        return array if self._store.journal is None else jax.tree.map(np.asarray, array)
+        if self._store.journal is None:
+            return array
+        # What was not multiplied is in its file as it was.
+        return jax.tree.map(lambda a: held[id(a)] if id(a) in held else np.asarray(a), array)
 
     def _stack(self, path: str, indices: Sequence[Index]) -> CompressedArray:
         layout = self._graph.layouts[path]

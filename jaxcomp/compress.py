@@ -98,8 +98,9 @@ def compress(
       save_to: folder of a checkpoint to write, the same as ``jc.save`` of the result, or a
         ``jc.Output`` with what more it is to hold; for models whose compressed weights should not
         wait in memory. Finished weights go to ``FOLDER.unfinished`` (or to ``journal``) as they
-        come, and are then in no memory: the result holds shapes. The folder appears when all is
-        done, and the other one goes (a ``journal`` stays); a run that was killed goes on from it.
+        come, in the files that the checkpoint will have, and are then in no memory: the result
+        holds shapes. The folder appears when all is done, and the other one goes (a ``journal``
+        stays); a run that was killed goes on from it.
         Over several processes each writes its share of everything, to a disk that all reach.
 
     Returns:
@@ -253,7 +254,7 @@ class _Run:
         self.place = place or placing.Here()
         self.records: dict[str, dict[Index, Record]] = {path: {} for path in plan}
         self.together = together or Together("compress", self.place.processes)
-        self.store = Store(self.together, streams)
+        self.store = Store(self.together, self._sizes, streams)
         self.contractions = 0
         uses: dict[str, int] = {}
         for item in (*graph.sites, *graph.other_uses):
@@ -272,6 +273,10 @@ class _Run:
         steps = (self.recipe.steps[k] for k in self.plan[site.path])
         needs = frozenset().union(*(s.needs() for s in steps))
         return needs if site.is_contraction else frozenset()
+
+    def _sizes(self, path: str, index: Index) -> Sequence[int]:
+        layout = self.graph.layouts[path]
+        return layout.sizes(layout.stack_axes[: len(index)])
 
     def _contracted(self, path: str) -> bool:
         return any(s.is_contraction for s in self.graph.sites_of(path))

@@ -128,9 +128,17 @@ class Journal:
         file = self._file(key)
         return _read_record(file, key, verify) if file.exists() else None
 
-    def is_own(self, key: str) -> bool:
-        """Whether this process has a record's file: always, for it writes all of them."""
+    def claim(self, key: str, nbytes: int) -> bool:
+        """Whether this process is to write a record: always, for it writes all of them."""
         return True
+
+    def record(self, key: str) -> pathlib.Path:
+        """The file of a record."""
+        return self._file(key)
+
+    def beside(self, key: str) -> pathlib.Path:
+        """A folder for further files of a record, which its meta data may name."""
+        return self.path / "arrays" / self._file(key).stem
 
     def put(
         self, key: str, arrays: collections.abc.Mapping[str, Any], meta: Any = None

@@ -1,7 +1,7 @@
 """Finished weights, as they wait for the end of a run of ``compress``: in memory or a journal."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxcomp import folding, formats
 from jaxcomp.formats import CompressedArray
+from jaxcomp.io.staged import Staged, stage
+from jaxcomp.journal import JournalError
 from jaxcomp.processes import Together
 
 Index = tuple[int, ...]
@@ -43,33 +45,49 @@ class Store:
 
     Attributes:
       journal: where they are kept, or None.
-      streams: whether they leave memory as soon as the pass has gone on with them, and are read
-        from the journal when the checkpoint is written.
+      streams: whether they leave memory as soon as the pass has gone on with them, and are written
+        as a checkpoint will have them.
     """
 
-    def __init__(self, together: Together, streams: bool = False) -> None:
+    def __init__(
+        self,
+        together: Together,
+        sizes: Callable[[str, Index], Sequence[int]],
+        streams: bool = False,
+    ) -> None:
         """Begins without a journal.
 
         Args:
           together: the processes of the run.
+          sizes: those of the stack in which a path and index give a slice's position.
           streams: see the class.
         """
         self.journal: Any = None
         self.streams = streams
-        self._together = together
+        self._together, self._sizes = together, sizes
 
     def get(self, path: str, index: Index, verify: bool = True) -> Record | None:
-        """A record of the journal, its arrays memory-mapped; None where there is none.
+        """A record of the journal, its arrays memory-mapped or in memory; None where none is.
 
         Args:
           path: of the weight.
           index: position in its stack.
-          verify: compare with the checksum, for which all of it is read.
+          verify: compare with the checksum, for which all of it is read. Without, of a run that
+            streams, arrays may be ``Staged``.
         """
         found = None if self.journal is None else self.journal.get(key(path, index), verify)
         if found is None:
             return None
         arrays, meta = found
+        for name, entry in meta.get("staged", {}).items():
+            array = Staged(self.journal.beside(key(path, index)) / name.replace("/", "."), entry)
+            if verify and (damaged := array.damaged()):
+                raise JournalError(
+                    f"journal {self.journal.path}: {damaged} is missing or does not match its "
+                    f"checksum; delete {self.journal.record(key(path, index))} and run again: only "
+                    "this weight is computed anew."
+                )
+            arrays[name] = np.asarray(array) if verify or not self.streams else array
         folds = [
             folding.Fold(p, kind, axis, tuple(loops), arrays[f"fold/{k}"])
             for k, (p, kind, axis, loops) in enumerate(meta["folds"])
@@ -85,7 +103,7 @@ class Store:
           records: the weights, on all processes the same.
 
         Returns:
-          The same, their arrays from now on memory-mapped where this process has them in a file.
+          The same, their arrays from now on memory-mapped, unless the run streams.
 
         Raises:
           JournalError: they could not be written, here or by another process.
@@ -99,22 +117,29 @@ class Store:
 
         # A full disk of one process is an error of all: they would wait for it at the next sum.
         self._together.step("keep " + key(*keys[0]), put)
-        return [
-            self.get(*at, verify=False) if self.journal.is_own(key(*at)) else record
-            for at, record in zip(keys, records, strict=True)
-        ]
+        return records if self.streams else [self.get(*at, verify=False) for at in keys]
 
     def put(self, path: str, index: Index, record: Record) -> None:
-        """Writes a record to the journal."""
+        """Writes a record to the journal; of a shared one, one of the processes does."""
         arrays, structure = formats.to_arrays(record.array)
+        name, staged = key(path, index), {}
+        if not self.journal.claim(name, formats.nbits(record.array) // 8):
+            return
+        if self.streams:
+            folder, sizes = self.journal.beside(name), self._sizes(path, index)
+            for at, array in arrays.items():
+                staged[at] = stage(folder / at.replace("/", "."), array, index, sizes)
+            staged = {at: entry for at, entry in staged.items() if entry is not None}
+            arrays = {at: array for at, array in arrays.items() if at not in staged}
         arrays |= {f"fold/{k}": fold.vector for k, fold in enumerate(record.folds)}
         meta = {
             "structure": structure,
             "folds": [[f.path, f.kind, f.axis, list(f.loops)] for f in record.folds],
             "metrics": record.metrics,
             "seconds": record.seconds,
+            **({"staged": staged} if staged else {}),
         }
-        self.journal.put(key(path, index), arrays, meta)
+        self.journal.put(name, arrays, meta)
 
 
 def key(path: str, index: Sequence[Any]) -> str:

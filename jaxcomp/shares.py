@@ -56,16 +56,22 @@ class SharedJournal:
             )
         return found
 
-    def put(self, key: str, arrays: Mapping[str, Any], meta: Any = None) -> None:
-        """As ``Journal.put``, on one of the processes."""
-        nbytes = sum(np.dtype(a.dtype).itemsize * int(np.prod(a.shape)) for a in arrays.values())
-        holder = self._holder[key] = self._shares.take(nbytes)
-        if self.is_own(key):
-            self._all[holder].put(key, arrays, meta)
-
-    def is_own(self, key: str) -> bool:
-        """Whether this process has a record's file."""
+    def claim(self, key: str, nbytes: int) -> bool:
+        """Whether this process is to ``put`` a record, of about so many bytes; one of them is."""
+        self._holder[key] = self._shares.take(nbytes)
         return self._holder[key] == self._shares.rank
+
+    def put(self, key: str, arrays: Mapping[str, Any], meta: Any = None) -> None:
+        """As ``Journal.put``, where the record was claimed."""
+        self._own.put(key, arrays, meta)
+
+    def record(self, key: str) -> pathlib.Path:
+        """As of ``Journal``, whoever wrote it."""
+        return self._all[self._holder[key]].record(key)
+
+    def beside(self, key: str) -> pathlib.Path:
+        """As of ``Journal``, whoever wrote it."""
+        return self._all[self._holder[key]].beside(key)
 
     def close(self) -> None:
         """As ``Journal.close``, of this process's."""

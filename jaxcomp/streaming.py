@@ -1,7 +1,9 @@
-"""``compress(.., save_to=..)``: a checkpoint that is written from the records of finished weights.
+"""``compress(.., save_to=..)``: a checkpoint that is written while the weights are compressed.
 
-Records leave memory when the pass has gone on with them. At the end each leaf is put together from
-files and written piece by piece, by all processes, each its share: no process ever holds the model.
+Finished weights leave memory when the pass has gone on with them, in files as the checkpoint will
+have them (``jaxcomp.io.staged``). At the end these are linked to their places. What is left is read
+from files and written piece by piece, by all processes, each its share: slices of stacks of which a
+file holds several, what channel scales were folded into, and leaves that stay dense.
 """
 
 import functools
@@ -15,6 +17,7 @@ from jaxcomp.assembly import Assembly
 from jaxcomp.formats import is_compressed
 from jaxcomp.io.later import Later
 from jaxcomp.io.stacked import Stacked
+from jaxcomp.io.staged import staged_files
 
 
 def leaves(assembly: Assembly, named: Sequence[tuple[str, Any]]) -> tuple[list[Any], list[Any]]:
@@ -43,6 +46,8 @@ def leaves(assembly: Assembly, named: Sequence[tuple[str, Any]]) -> tuple[list[A
             read = functools.partial(current, path)
         flat, structure = jax.tree.flatten(made)
         later = [Later.of(a, functools.partial(_nth, read, k)) for k, a in enumerate(flat)]
+        for each, array in zip(later, flat, strict=True):
+            each.files = staged_files(array)
         stored.append(jax.tree.unflatten(structure, later))
     return shapes, stored
 

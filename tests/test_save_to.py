@@ -1,16 +1,25 @@
 """``compress(.., save_to=..)`` writes what ``save`` writes, and holds no result."""
 
+import errno
 import itertools
+import json
+import os
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jaxcomp as jc
 from jaxcomp.fingerprint import leaf_bytes
 from jaxcomp.formats import Int
+from jaxcomp.io import arrays, checkpoint
+from jaxcomp.io.checkpoint import save_among
 from jaxcomp.io.later import Later, Shares
 from jaxcomp.io.stacked import Stacked
+from jaxcomp.io.staged import Staged, stage, staged_files
 from jaxcomp.quantization import RTN, LLMInt8, SmoothQuant
 from jaxcomp.recipe import Recipe
 from jaxcomp.records import Store
@@ -27,7 +36,7 @@ RECIPE = Recipe(
             format=Int(8, full_range=False),
             activation=Activation(),
         ),
-        LLMInt8(include=["*mixed"], threshold=2.5),
+        LLMInt8(include=["*mixed"], threshold=8.0),
     )
 )
 
@@ -51,10 +60,17 @@ def contents(path):
 
 
 def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch):
+    # So that there are arrays of many files, and slices that files hold one or several of.
+    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 256)
+    linked = []
+    link = lambda path, target: (linked.append(target), os.link(path, target))  # noqa: E731
+    monkeypatch.setattr(arrays, "link", link)
     params, data = model(), inputs()
     result = jc.compress(apply, params, RECIPE, data)
     jc.save(tmp_path / "saved", result, files={"a": b"b"}, metadata={"of": 1})
     assert any("folded into layers/up" in row.notes for row in result.report.rows)
+    outliers = np.asarray(result.params["layers"]["mixed"].parts[1].indices)
+    assert len(set((outliers < 16).sum(-1).tolist())) == 3
 
     put = Store.put
     kept = itertools.count(1)
@@ -79,6 +95,13 @@ def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch)
     assert len(again) == 9 - 5  # No weight twice, and no stack of them.
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "saved"]
     assert contents(out) == contents(tmp_path / "saved")
+    # The codes are linked: what finished weights were written to are the checkpoint's own files.
+    stored = checkpoint.read_metadata(out)["arrays"]
+    files = {"/".join(f.parts[-3:]) for f in linked}
+    for name in ("down/0/part/values", "up/0/part/values", "mixed/0/part/part/values"):
+        entry = stored[f"layers/{name}"]
+        mine = {f"{entry['shard']}/{entry['key']}/{file}" for file in entry["sha256"]}
+        assert mine - files == {f"{entry['shard']}/{entry['key']}/.zarray"}, name
 
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), result.params)
     shapes["layers"]["gate"] = jax.ShapeDtypeStruct((3, 16, 32), np.float32)
@@ -87,6 +110,43 @@ def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch)
     assert streamed.report.without_times() == result.report.without_times()
     with pytest.raises(jc.JaxcompError, match="already holds a compressed model"):
         jc.compress(apply, params, RECIPE, data, save_to=out)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_staged_files_are_those_of_a_checkpoint(tmp_path, monkeypatch, rng, copies):
+    """Of arrays and slices; slices of which a file holds several are not staged."""
+    monkeypatch.setattr(arrays, "_CHUNK_BYTES", 128)
+    if copies:  # Another disk.
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EXDEV, "")))
+    array = rng.standard_normal((2, 3, 4, 8)).astype(ml_dtypes.float8_e3m4)
+    assert stage(tmp_path / "none", array[0, 0, 0], (0, 0), (2, 3)) is None
+    assert stage(tmp_path / "none", array[:0], (), ()) is None
+    wide = array.astype(np.float32)
+    for name, slices, depth in [("all", array, 0), ("odd", wide, 2), ("one", wide[1, 1, 1, 1], 0)]:
+        staged = {}
+        for index in np.ndindex(slices.shape[:depth]):
+            folder = tmp_path / name / "-".join(map(str, index))
+            entry = stage(folder, slices[index], index, slices.shape[:depth])
+            staged[index] = Staged(folder, json.loads(json.dumps(entry)))
+            np.testing.assert_array_equal(np.asarray(staged[index]), slices[index])
+            assert staged[index].damaged() is None
+        held = staged.get(()) or Stacked(
+            [Stacked([staged[i, j] for j in range(3)]) for i in range(2)]
+        )
+        later = Later.of(held)
+        later.files = staged_files(held)
+        jc.save(tmp_path / f"{name}-saved", SimpleNamespace(params=[slices]))
+        save_among(
+            (0,), tmp_path / f"{name}-linked", SimpleNamespace(params=[later]), None, None, 0
+        )
+        assert contents(tmp_path / f"{name}-linked") == contents(tmp_path / f"{name}-saved")
+        assert later.files
+        # Slices of another stack, as those are that are padded: these are read.
+        assert not depth or not staged_files(Stacked(held.parts[:1]))
+    file, _ = next(iter(held.files.values()))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert held.damaged() == file
 
 
 def test_several_processes_write_each_part_once(rng):

@@ -50,7 +50,7 @@ def stack_arrays(
                 f"{sorted({leaf.shape for leaf in leaves})}; use a pattern with equal counts a "
                 f"layer"
             )
-        host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+        host = not any(isinstance(leaf, jax.Array) for leaf in leaves)
         return stack(leaves) if host else jnp.stack([jnp.asarray(v) for v in leaves])
 
     return jax.tree.map(stacked, *arrays)

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -57,12 +58,17 @@ class Source:
       chunks: shape of the pieces that become files; divides the shape of a shard along the axes
         that are split over devices.
       pieces: (position in the array, contents) of what this process is to write.
+      files: where there are no pieces because all its files are written, their paths and checksums
+        by name.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
     pieces: tuple[tuple[Index, Any], ...]
+    files: collections.abc.Mapping[str, tuple[pathlib.Path, str]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +98,9 @@ def source(value: Any, shares: Shares | None = None) -> Source:
     shares = shares or Shares(jax.process_index(), jax.process_count())
     shape, dtype = tuple(value.shape), np.dtype(value.dtype)
     if isinstance(value, Later):
-        chunks = _chunks(shape, shape, dtype)
-        return Source(shape, dtype, chunks, value.pieces(chunks, shares))
+        chunks = chunks_of(shape, shape, dtype)
+        pieces = () if value.files else value.pieces(chunks, shares)
+        return Source(shape, dtype, chunks, pieces, value.files)
     whole = tuple(slice(0, n) for n in shape)
     if not isinstance(value, jax.Array) or len(value.sharding.device_set) == 1:
         # As every process has it: the same for one device and one process.
@@ -103,12 +110,12 @@ def source(value: Any, shares: Shares | None = None) -> Source:
             pieces = ((whole, value),)
         else:
             pieces = ()
-        return Source(shape, dtype, _chunks(shape, shape, dtype), pieces)
+        return Source(shape, dtype, chunks_of(shape, shape, dtype), pieces)
     shard = tuple(value.sharding.shard_shape(shape))
     pieces = tuple(
         (bounded(s.index, shape), s.data) for s in value.addressable_shards if s.replica_id == 0
     )
-    return Source(shape, dtype, _chunks(shape, shard, dtype), pieces)
+    return Source(shape, dtype, chunks_of(shape, shard, dtype), pieces)
 
 
 def bounded(index: Index, shape: tuple[int, ...]) -> Index:
@@ -122,7 +129,7 @@ def _frozen(piece: Any) -> np.ndarray:
     return np.array(piece)
 
 
-def _chunks(shape: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+def chunks_of(shape: tuple[int, ...], shard: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """Shape of the files of an array: shards, cut along the first axes to ``_CHUNK_BYTES``.
 
     Along an axis that is split over devices only a divisor of the shard's size will do, so that no
@@ -185,10 +192,14 @@ def write(
         elif group:  # Only the first process writes orbax's own files beside the chunks.
             for key, held in group.items():
                 if held.pieces:
-                    _write_chunks(folder / f"{number:05d}" / key, held)
-    for entry in entries.values():
+                    write_chunks(folder / f"{number:05d}" / key, held)
+    for name, entry in entries.items():
         if entry["shard"] is not None:
-            entry["sha256"] = checksums(folder / entry["shard"] / entry["key"])
+            place, known = folder / entry["shard"] / entry["key"], {}
+            if first:
+                for file, (path, known[file]) in sources[name].files.items():
+                    link(path, place / file)
+            entry["sha256"] = checksums(place, known)
     return entries
 
 
@@ -226,13 +237,14 @@ def _orbax() -> tuple[Any, Any]:
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
             for value, info in zip(values, infos, strict=True):
                 await info.await_path_creation()
-                _write_chunks(pathlib.Path(info.path), value)
+                write_chunks(pathlib.Path(info.path), value)
             return []
 
     return ocp, Handler
 
 
-def _write_chunks(folder: pathlib.Path, held: Source) -> None:
+def write_chunks(folder: pathlib.Path, held: Source) -> None:
+    """Writes the pieces of an array, and what zarr says of it."""
     store = open_store(
         folder,
         create=True,
@@ -295,10 +307,25 @@ def open_store(folder: pathlib.Path, **options: Any) -> Any:
     return ts.open(spec, **options).result()
 
 
-def checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each file of a folder, by name; empty without the folder."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else ()
-    return {file.name: sha256(file) for file in files}
+def checksums(
+    folder: pathlib.Path, known: collections.abc.Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by name; empty without the folder.
+
+    Args:
+      folder: of an array.
+      known: those of some of its files, which are not read.
+    """
+    files, known = sorted(folder.iterdir()) if folder.is_dir() else (), known or {}
+    return {file.name: known.get(file.name) or sha256(file) for file in files}
+
+
+def link(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Gives a file a second name; copies it where another disk or the file system forbids that."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def merge(entries: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Arrays that are read when they are written to a checkpoint, by the processes that share this."""
 
 import math
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,10 @@ class Later:
       shape: its shape.
       dtype: its dtype.
       read: gives it, as an array or a ``Stacked``: on every process, each time the same.
+      files: where all its files are written, their paths and checksums by name.
     """
+
+    files: Mapping[str, tuple[pathlib.Path, str]] = {}
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], Any]) -> None:
         self.shape, self.dtype, self.read = shape, dtype, read
@@ -49,6 +53,19 @@ class Later:
     def of(cls, value: Any, read: Callable[[], Any] | None = None) -> "Later":
         """What stands for an array that ``read`` gives again; by default for the array itself."""
         return cls(tuple(value.shape), np.dtype(value.dtype), read or (lambda: value))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of it, read now."""
+        return self.read()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it, read now."""
+        return np.asarray(self.read(), dtype=dtype)
 
     def pieces(self, chunks: tuple[int, ...], shares: Shares) -> tuple[tuple[Index, "Later"], ...]:
         """What this process is to write.
