@@ -100,7 +100,7 @@ def save(
 
     Raises:
       CheckpointError: the folder holds something or another save writes to it, the disk is full, or
-        the tree has nodes or leaves that cannot be stored.
+        the tree has nodes or leaves, or files or metadata are given, that cannot be stored.
     """
     shares = Shares(jax.process_index(), jax.process_count())
     prepared = functools.partial(_contents, result, state, files, metadata, shares)
@@ -220,8 +220,28 @@ def _contents(result: Any, state: Any, files: Any, metadata: Any, shares: Shares
         "metadata": dict(metadata or {}),
         **({} if leaves is None else {"state": leaves}),
     }
+    files = dict(files or {})
+    check_extras(files, plain["metadata"])
     sources = {name: storage.source(value, shares) for name, value in held.items()}
-    return Contents(sources, dict(files or {}), plain)
+    return Contents(sources, files, plain)
+
+
+def check_extras(files: dict[str, Any], metadata: dict[str, Any]) -> None:
+    """Raises a ``CheckpointError`` unless ``save`` can lay these into a folder."""
+    for name, content in files.items():
+        if name in (METADATA, "arrays", "", ".", "..") or pathlib.PurePath(name).name != name:
+            raise CheckpointError(
+                f"files: {name!r} cannot be the name of a file of its own in the checkpoint; use a "
+                f"name without folders, and not {METADATA} or arrays."
+            )
+        if not isinstance(content, bytes) and not os.path.isfile(content):
+            raise CheckpointError(f"files: {name!r}: {content}, to be copied, is no file.")
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"metadata: {error}; give what JSON has: dicts with names, lists, text, numbers."
+        ) from error
 
 
 def _check_result(result: Any, state: Any) -> None:
@@ -441,7 +461,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             ) from error
         raise CheckpointError(
             f"checkpoint {path}: cannot read {METADATA} ({error.strerror}); is this a folder that "
-            "`jaxcomp compress` or jc.save wrote?"
+            "`jaxcomp compress` or jc.save wrote? One in Hugging Face layout is for jc.models.load."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -78,7 +78,7 @@ class Compiler:
           JaxcompError: the compiler is not installed.
         """
         if topology.device.platform == "cuda" and not cuda.available():
-            raise JaxcompError(cuda.MISSING.format(jax.__version__))
+            raise JaxcompError(cuda.missing(jax.__version__))
         if topology.device.platform == "tpu" and not available():
             raise JaxcompError(
                 "plan: the TPU compiler (libtpu) is not installed; it needs no TPU, install it "

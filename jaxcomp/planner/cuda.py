@@ -36,11 +36,22 @@ dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-MISSING = (
-    "plan: JAX's compiler for GPUs is not installed; it needs no GPU, install it for JAX 0.11.2 or "
-    "newer with: pip install --no-deps jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} "
-    "nvidia-cuda-nvcc nvidia-nvvm"
-)
+OLDEST = (0, 11, 2)
+
+
+def missing(version: str) -> str:
+    """What to install where a JAX of this version has no compiler for GPUs."""
+    if tuple(int(part) for part in version.split(".")[:3]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return (
+            f"plan: compiling for GPUs needs JAX {oldest} or newer, and this is {version}; upgrade "
+            "JAX (it needs Python 3.12 or newer)."
+        )
+    return (
+        "plan: JAX's compiler for GPUs is not installed; it needs no GPU, install it with: pip "
+        f"install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} "
+        "nvidia-cuda-nvcc nvidia-nvvm"
+    )
 
 
 def toolkit() -> pathlib.Path | None:

@@ -144,6 +144,17 @@ def test_plain_orbax_reads_the_arrays(tmp_path, rng):
     np.testing.assert_array_equal(tree["a00000"], w)
 
 
+def test_files_and_metadata_that_no_folder_can_hold(tmp_path, result):
+    for name in ("../escaped", "sub/file", "jaxcomp.json", "arrays", ".."):
+        with pytest.raises(JaxcompError, match="cannot be the name of a file of its own"):
+            checkpoint.save(tmp_path / "out", result, files={name: b"x"})
+    with pytest.raises(JaxcompError, match="to be copied, is no file"):
+        checkpoint.save(tmp_path / "out", result, files={"a": tmp_path / "missing"})
+    with pytest.raises(JaxcompError, match=r"metadata: .* serializable; give what JSON has"):
+        checkpoint.save(tmp_path / "out", result, metadata={"a": object()})
+    assert _contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_something_else_is_refused(tmp_path, result, overwrite):
     (tmp_path / "out").mkdir()
