@@ -3,8 +3,8 @@
     python -m benchmarks.dispatch [--rounds 5] [--save]
 
 The demo's evaluation: the embedded model, batches of 16 windows of 256 tokens, compiled once. Dense
-and compressed take turns, batch by batch, and the ratio is that of their median times. Weights are
-compressed without calibration: only their formats matter here.
+and compressed take turns, batch by batch, and the ratio is that of their median times. The recipes
+are one for each way of storing a weight that the demo's have, and a few more.
 """
 
 import argparse
@@ -28,6 +28,9 @@ RECIPES = (
     "nf4",
     "magnitude_50",
     "magnitude_2_4",
+    "w4a16_awq",
+    "w8a8_smoothquant",
+    "sparsegpt_2_4_int4",
 )
 LIMIT = 1.10
 

@@ -30,7 +30,7 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.io.checkpoint import check_output, save_among
+from jaxcomp.io.checkpoint import check_extras, check_output, save_among
 from jaxcomp.io.later import Shares
 from jaxcomp.io.output import Output
 from jaxcomp.io.stacked import densified
@@ -141,6 +141,8 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
     prepared = []
 
     def prepare():
+        if output is not None:
+            check_extras(dict(output.files or {}), dict(output.metadata or {}))
         if output is not None and together.first:
             check_output(output.path, output.overwrite)
         chosen = _batches(batches)
