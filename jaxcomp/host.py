@@ -203,6 +203,19 @@ def to_device(tree: Any) -> Any:
     return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jax.device_put(a), tree)
 
 
+def settle(tree: Any) -> None:
+    """Waits until arrays are computed, and until what they were computed from can go.
+
+    A CPU that computes holds its arguments and temporary arrays; and of arguments that were NumPy's
+    JAX lets go only when it is called the next time.
+
+    Args:
+      tree: arrays.
+    """
+    jax.block_until_ready(tree)
+    jax.device_put(np.int32(0))
+
+
 def fetch(tree: Any) -> Any:
     """Whole arrays as NumPy's, also where other processes hold parts of them.
 

@@ -136,11 +136,19 @@ class Layer:
         return tuple(self.held_weight.shape)
 
     def map_weight(self, function: Callable[[jax.Array], jax.Array]) -> "Layer":
-        """The layer with a function of its weight, which keeps the shape."""
+        """The layer with a function of its weight, which keeps the shape.
+
+        Args:
+          function: is given the weight, where that spares a copy in the dtype in which it is stored.
+
+        Returns:
+          The layer.
+        """
         held = self.held_weight
         if not isinstance(held, Deferred):
             return self.replace(weight=function(held))
-        return self.replace(weight=Deferred(lambda: function(held.read()), held.shape))
+        read = held.read if held.stored is None else lambda: held.stored
+        return self.replace(weight=Deferred(lambda: function(read()), held.shape))
 
 
 @functools.singledispatch

@@ -362,7 +362,7 @@ class Sequential:
             return [self.place.load(v[b]) if isinstance(v, Many) else v for v in operands]
 
         # Otherwise a CPU still evaluates, with copies of weights, while Hessians are allocated.
-        jax.block_until_ready([list(v) if isinstance(v, Many) else v for v in operands])
+        host.settle([list(v) if isinstance(v, Many) else v for v in operands])
         stack = site.layout.sizes(site.batch_axes)
         state = calibration.init(site.in_size, needs, stack)
         x = operands[1 - site.operand]

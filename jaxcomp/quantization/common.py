@@ -408,8 +408,9 @@ def _rescaled(w, scale):
     xp = np if isinstance(w, np.ndarray) else jnp
     scale = xp.broadcast_to(scale, (*w.shape[:-2], w.shape[-1]))
     if xp is np:
-        # Into an array that JAX takes as it is, without a copy in between.
-        product = np.multiply(w, scale[..., None, :], out=host.empty(w.shape, w.dtype))
+        # Into an array that JAX takes as it is; nor is what is stored copied to be converted.
+        out = host.empty(w.shape, jax.dtypes.canonicalize_dtype(working_dtype(w)))
+        product = np.multiply(w, scale[..., None, :], out=out)
     else:
         product = (w * scale[..., None, :]).astype(w.dtype)
     return product
@@ -562,6 +563,7 @@ def quantized(
     """
     if error is None:
         h = None if layer.statistics is None else layer.statistics.hessian
+        host.settle(values)  # Before the weight is read again.
         error = relative_error(layer.weight, values, h)
     parts = with_activation(parts, activation, layer.statistics, layer.path)
     metrics = {**layer.metrics, "error": float(error)}

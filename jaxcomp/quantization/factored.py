@@ -15,7 +15,7 @@ import scipy.linalg
 
 # Rows and elements that are moved at a time, by way of a copy.
 _ROWS = 256
-_ELEMENTS = 2**20
+_ELEMENTS = 2**18
 
 
 class Factored:
