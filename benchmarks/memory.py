@@ -255,7 +255,7 @@ def main() -> int:
         print(*rows[-1], file=sys.stderr, flush=True)
     output = common.Output()
     output(common.machine("jax", "jaxlib"))
-    arguments = " ".join(a for a in sys.argv[1:] if a != "--save")
+    arguments = " ".join(a for a in sys.argv[1:] if a not in ("--save", o.save))
     output(f"python -m benchmarks.memory {arguments}".strip())
     output(
         f"{o.recipe} of a Llama {o.hidden} wide (MLP {o.mlp}), {o.dtype} weights memory-mapped, "
