@@ -12,10 +12,10 @@ milliseconds by the parent): pages of memory-mapped files can be dropped at any 
 out. From the peak is taken the fixed cost, measured in the same process just before: Python, JAX,
 and the programs (1.4 MB each, of which JAX keeps a megabyte from lowering) that a narrow model of
 two layers takes, whose weights and activations weigh nothing. Those are thrown away before the
-model brings as many of its own. Arrays of more than 64 KB are mapped each by itself, so that none
-hides in what has been freed. The bound is twice the bytes of a layer in the file, plus the
-activations that wait between layers: of all tokens the residual stream and the widest input of a
-weight.
+model brings as many of its own, and what was freed is given back to the system; arrays of more
+than 64 KB are mapped each by itself: so none hides in memory that is counted already. The bound is
+twice the bytes of a layer in the file, plus the activations that wait between layers: of all tokens
+the residual stream and the widest input of a weight.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NARROW = ["--layers", "2", "--hidden", "128", "--mlp", "512"]
 ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "JAX_PLATFORMS": "cpu",
-    # Otherwise glibc keeps freed arrays of up to 32 MB for itself.
+    # Otherwise glibc keeps freed arrays of up to 32 MB for itself, where others may hide.
     "MALLOC_MMAP_THRESHOLD_": str(2**16),
 }
 INTERVAL = 0.004
@@ -148,11 +148,16 @@ def worker(narrow: pathlib.Path, folder: pathlib.Path, recipe: str) -> dict:
     """
     import jax
 
+    from jaxcomp import host
+
     with tempfile.TemporaryDirectory() as place:
         compress(narrow, pathlib.Path(place), recipe)
     gc.collect()
+    host.trim()
     fixed = _anonymous(os.getpid())
     jax.clear_caches()
+    gc.collect()
+    host.trim()
     with tempfile.TemporaryDirectory() as place:
         found = compress(folder, pathlib.Path(place), recipe)
     gc.collect()

@@ -9,7 +9,10 @@ rows or tokens by itself, and what they found is put together afterwards.
 """
 
 import contextlib
+import ctypes
+import functools
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Elements that ``any_rows`` looks at together.
 _ELEMENTS = 2**18
+# Elements of arrays from which on it pays to give their memory back as soon as can be.
+LARGE = 2**20
+# Seconds in which JAX's threads let go of the arguments of what they have computed.
+_MOMENT = 0.003
 
 
 def is_on_host(*arrays: Any) -> bool:
@@ -204,16 +211,41 @@ def to_device(tree: Any) -> Any:
 
 
 def settle(tree: Any) -> None:
-    """Waits until arrays are computed, and until what they were computed from can go.
+    """Waits until arrays are computed, and lets go of what they were computed from.
 
-    A CPU that computes holds its arguments and temporary arrays; and of arguments that were NumPy's
-    JAX lets go only when it is called the next time.
+    A CPU that computes holds its arguments and temporary arrays until a moment after the results
+    are there; and of arguments that were NumPy's JAX lets go only when it is called the next time.
 
     Args:
-      tree: arrays.
+      tree: arrays; for those of fewer than ``LARGE`` elements nothing is waited for but them.
     """
     jax.block_until_ready(tree)
+    if sum(a.size for a in jax.tree.leaves(tree)) >= LARGE:
+        _let_go()
+
+
+def _let_go() -> None:
+    time.sleep(_MOMENT)
     jax.device_put(np.int32(0))
+
+
+def trim() -> None:
+    """Gives freed memory back to the system where the C library would keep it.
+
+    glibc keeps freed arrays of up to 32 MB for the next ones, in heaps from which it gives back by
+    itself only what is at the end. Other C libraries are left alone.
+    """
+    _let_go()
+    if (give_back := _malloc_trim()) is not None:
+        give_back(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # Not glibc; not even a C library that is linked.
+        return None
 
 
 def fetch(tree: Any) -> Any:

@@ -139,7 +139,7 @@ class Layer:
         """The layer with a function of its weight, which keeps the shape.
 
         Args:
-          function: is given the weight, where that spares a copy in the dtype in which it is stored.
+          function: is given the weight, in the dtype in which it is stored if that spares a copy.
 
         Returns:
           The layer.

@@ -1,6 +1,7 @@
 """compress: the sequential pass against what the same algorithms give when called by hand."""
 
 import pathlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,26 @@ def test_statistics_of_every_kind_of_site_give_the_output():
 class _Always:
     def needs(self, site):
         return frozenset({"hessian"})
+
+
+def test_statistics_go_before_what_weights_are_evaluated_with_is_made(monkeypatch):
+    hessians, seen = [], []
+    init, for_evaluation = calibration.init, _Run.for_evaluation
+
+    def remembered(*args):
+        state = init(*args)
+        hessians.append(weakref.ref(state.hessian))
+        return state
+
+    def looked_at(run, group, records):
+        seen.append([hessian() is None for hessian in hessians])
+        return for_evaluation(run, group, records)
+
+    monkeypatch.setattr(calibration, "init", remembered)
+    monkeypatch.setattr(_Run, "for_evaluation", looked_at)
+    recipe = Recipe(steps=(GPTQ(format=INT4),))
+    jc.compress(mlp, jax.tree.map(np.asarray, MLP), recipe, inputs(), progress=False)
+    assert seen == [[True], [True, True]]
 
 
 def test_convolution_patches_have_the_order_of_the_matrix():

@@ -1,5 +1,7 @@
 """Arithmetic in NumPy where arrays are on the host."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +55,19 @@ def test_any_rows_looks_at_every_element(monkeypatch):
             values[index] = np.nan
             assert host.any_rows(np.isnan, values) and host.any_rows(np.isnan, values.T)
             values[index] = 0
+
+
+def test_what_was_computed_from_goes_when_a_result_settles():
+    given = host.empty((1024, 1024), np.float32)
+    given[...] = 1
+    memory = weakref.ref(given.base)
+    result = jax.jit(jnp.negative)(host.to_device(given))
+    del given
+    jax.block_until_ready(result)
+    for _ in range(1000):  # The first time, unless the machine has better things to do.
+        if memory() is None:
+            break
+        host.settle(result)
+    assert memory() is None
+    host.trim()
+    assert float(result[0, 0]) == -1

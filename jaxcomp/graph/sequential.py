@@ -321,13 +321,18 @@ class Sequential:
                 "input is not known when it is reached; exclude this path"
             )
         needs = frozenset().union(*(self.compressor.needs(t.site) for t in targets))
+        is_large = sum(t.leaf.size for t in targets) >= host.LARGE
         statistics = None
         if needs:
+            if is_large:
+                host.trim()
             what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
             with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
                 statistics = self.statistics(program, op, env, count, needs)
         finished = self.compress(program, targets, statistics)
         del statistics  # As large as the layer, maybe.
+        if is_large:
+            host.trim()
         self.go_on(targets, finished)
 
     def compress(self, program: Program, targets: Sequence[Target], statistics: Any) -> list[Any]:
