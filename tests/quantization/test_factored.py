@@ -125,9 +125,9 @@ def test_weights_of_a_group_are_read_one_at_a_time(steps):
         jax.tree.map(np.testing.assert_array_equal, a.parts, b.parts)
 
 
-def test_gptq_converts_the_rows_of_a_stored_weight_as_it_goes():
+def test_a_stored_weight_is_not_converted_as_a_whole():
     x = np.random.default_rng(0).standard_normal((90, 32)).astype(np.float32)
-    given = statistics(x, {"hessian"})
+    given = statistics(x, {"hessian", "absmax"})
     stored = np.random.default_rng(1).standard_normal((300, 32)).astype(jnp.bfloat16)
 
     def read():
@@ -135,8 +135,10 @@ def test_gptq_converts_the_rows_of_a_stored_weight_as_it_goes():
 
     lazy = Layer("w", Deferred(read, stored.shape, stored), given)
     whole = lazy.replace(weight=jnp.asarray(stored, jnp.float32))
-    for order in ("natural", "activation"):
-        step = GPTQ(format=Int(4, 8), order=order)
-        (found,), (expected,) = run(step, (lazy,)), run(step, (whole,))
+    chains = [(GPTQ(format=Int(4, 8), order=order),) for order in ("natural", "activation")]
+    for steps in (*chains, (SmoothQuant(), RTN(format=Int(8)))):
+        found, expected = lazy, whole
+        for step in steps:
+            (found,), (expected,) = run(step, (found,)), run(step, (expected,))
         jax.tree.map(np.testing.assert_array_equal, found.parts, expected.parts)
         assert found.metrics == expected.metrics
