@@ -14,7 +14,7 @@ from jaxcomp.kernels.quantized_matmul import Weight, grouped_quantized_matmul
 from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases
 from tests.kernels.quantized_matmul.test_grouped import product
-from tests.kernels.quantized_matmul.test_sharding import COLLECTIVES, mesh_of, put
+from tests.kernels.quantized_matmul.test_sharding import CHIPS, COLLECTIVES, mesh_of, put
 
 # Of experts, outputs and inputs. Rows are split over "data" where that is free.
 SPLITS = {
@@ -118,11 +118,12 @@ def mixtral(mesh, split):
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-def test_compiles_inside_a_sharded_program():
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_grouped_sharding:mixtral"
     splits = [["model", "data", None], ["model", None, "data"]]
     requests = [(name, {"mesh": [2, 4], "split": split}) for split in splits]
-    for result in aot.compile_cases("v5e", requests):
+    for result in aot.compile_cases(chip, requests):
         assert result["error"] is None, result["error"]
         assert "tpu_custom_call" in result["hlo"]
         assert set(re.findall(COLLECTIVES, result["hlo"])) == {"all-reduce"}

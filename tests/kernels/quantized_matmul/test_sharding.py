@@ -23,6 +23,9 @@ SPLITS = {
 }
 
 
+CHIPS = ["v5e", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v5p", "v6e", "7x"))]
+
+
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
 
@@ -183,11 +186,12 @@ def llama(mesh, split):
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-def test_compiles_inside_a_sharded_program():
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_sharding:llama"
     splits = [["model", None], [None, "model"]]
     requests = [(name, {"mesh": [2, 4], "split": split}) for split in splits]
-    for split, result in zip(splits, aot.compile_cases("v5e", requests), strict=True):
+    for split, result in zip(splits, aot.compile_cases(chip, requests), strict=True):
         assert result["error"] is None, result["error"]
         assert "tpu_custom_call" in result["hlo"]
         used = set(re.findall(COLLECTIVES, result["hlo"]))

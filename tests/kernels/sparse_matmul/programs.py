@@ -67,3 +67,26 @@ def nm(mesh, rows=16, outputs=4096, inputs=4096, dtype="bfloat16", group_size=No
     )
     run = functools.partial(nm_matmul, implementation="mosaic_tpu", **options)
     return run, [shape(rows, inputs, of=dtype), weight, shape(outputs, of=dtype)]
+
+
+def sharded(mesh, split, kind):
+    """A product on eight devices: outputs or inputs of the weight over the axis "model"."""
+    split = jax.sharding.PartitionSpec(*split)
+    rows, outputs, inputs = 64, 4096, 14336
+
+    def shape(sizes, of, *spec):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(of), sharding=place)
+
+    x = shape((rows, inputs), "bfloat16", "data", split[1])
+    if kind == "nm":
+        values = shape((2, outputs, inputs // 4), "bfloat16", None, *split)
+        positions = shape((outputs, inputs // 4), "int4", *split)
+        weight = NMSparse(values, positions, None, 2, 4, None, (outputs, inputs), LAYOUT)
+        return functools.partial(nm_matmul, weight_spec=split), [x, weight]
+    parts = tuple(mesh.shape["model"] if axis else 1 for axis in split)
+    count = outputs // 128 * inputs // 128 // 8  # Blocks, an eighth of all.
+    lists = (shape((count,), "int32", "model") for _ in range(2))
+    values = shape((count, 128, 128), "bfloat16", "model")
+    weight = BlockSparse(values, *lists, None, (outputs, inputs), parts)
+    return functools.partial(block_sparse_matmul, weight_spec=split), [x, weight]

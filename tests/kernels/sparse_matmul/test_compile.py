@@ -1,8 +1,11 @@
 """Every kernel through the real compiler, for each chip."""
 
+import re
+
 import pytest
 
 from tests.kernels import aot
+from tests.kernels.sparse_matmul.test_sharding import COLLECTIVES
 
 PROGRAMS = "tests.kernels.sparse_matmul.programs:"
 CASES = [
@@ -29,3 +32,18 @@ def test_compiles(chip):
     errors = [(case, r["error"]) for case, r in zip(CASES, results, strict=False) if r["error"]]
     assert not errors and len(results) == len(CASES)
     assert all("tpu_custom_call" in result["hlo"] for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_compiles_inside_a_sharded_program(chip):
+    splits = {"outputs": ["model", None], "inputs": [None, "model"]}
+    cases = [(kind, split) for kind in ("nm", "blocks") for split in splits]
+    options = [{"mesh": [2, 4], "split": splits[split], "kind": kind} for kind, split in cases]
+    results = aot.compile_cases(chip, [(PROGRAMS + "sharded", o) for o in options])
+    for (kind, split), result in zip(cases, results, strict=True):
+        assert result["error"] is None, result["error"]
+        assert "tpu_custom_call" in result["hlo"]
+        used = set(re.findall(COLLECTIVES, result["hlo"]))
+        assert used == ({"all-reduce"} if split == "inputs" else set()), (kind, split)
