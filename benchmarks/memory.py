@@ -1,11 +1,12 @@
 """Peak host memory of compressing and saving models of 4, 16 and 64 layers of the same width.
 
     python -m benchmarks.memory [--layers 4 16 64] [--recipe w8a8_smoothquant] [--save [NAME]]
-        [--hidden 768] [--mlp 2048] [--dtype float32]
+        [--hidden 768] [--mlp 2048] [--dtype float32] [--stream]
 
 Random weights are written to a safetensors file, from which they are memory-mapped; finished
-weights go to a journal on disk, and from there to a checkpoint (``jc.save``). Each model is handled
-in a process of its own, on the CPU, so that what a device would hold counts too.
+weights go to a journal on disk, and from there to a checkpoint (``jc.save``), or with ``--stream``
+to the checkpoint's own files (``save_to``). Each model is handled in a process of its own, on the
+CPU, so that what a device would hold counts too.
 
 Counted is the anonymous memory of the process (RssAnon of /proc/PID/status, read every few
 milliseconds by the parent): pages of memory-mapped files can be dropped at any time and are left
@@ -100,13 +101,14 @@ def _shapes(tree, prefix: str = "") -> dict:
     return found
 
 
-def compress(folder: pathlib.Path, out: pathlib.Path, recipe: str) -> dict:
+def compress(folder: pathlib.Path, out: pathlib.Path, recipe: str, stream: bool) -> dict:
     """Compresses and saves a model in this process.
 
     Args:
       folder: the model.
       out: an existing folder for the journal and the checkpoint.
       recipe: name of a preset.
+      stream: write the checkpoint with ``save_to``, in place of a journal and ``jc.save``.
 
     Returns:
       When it began, when everything was compressed and when it was saved (``time.monotonic``, the
@@ -126,22 +128,24 @@ def compress(folder: pathlib.Path, out: pathlib.Path, recipe: str) -> dict:
         model.params,
         presets.get(recipe),
         batches,
-        journal=out / "journal",
         progress=False,
+        **({"save_to": out / "model"} if stream else {"journal": out / "journal"}),
     )
     compressed = time.monotonic()
-    jc.save(out / "model", result)
+    if not stream:
+        jc.save(out / "model", result)
     times = {"began": began, "compressed": compressed, "saved": time.monotonic()}
     return {**times, "bytes": jc.nbits(result.params) // 8}
 
 
-def worker(narrow: pathlib.Path, folder: pathlib.Path, recipe: str) -> dict:
+def worker(narrow: pathlib.Path, folder: pathlib.Path, recipe: str, stream: bool) -> dict:
     """The fixed cost and then the model itself, in this process.
 
     Args:
       narrow: a model that weighs nothing.
       folder: the model.
       recipe: name of a preset.
+      stream: as of ``compress``.
 
     Returns:
       What ``compress`` gives, and the bytes of anonymous memory before.
@@ -151,7 +155,7 @@ def worker(narrow: pathlib.Path, folder: pathlib.Path, recipe: str) -> dict:
     from jaxcomp import host
 
     with tempfile.TemporaryDirectory() as place:
-        compress(narrow, pathlib.Path(place), recipe)
+        compress(narrow, pathlib.Path(place), recipe, stream)
     gc.collect()
     host.trim()
     fixed = _anonymous(os.getpid())
@@ -159,7 +163,7 @@ def worker(narrow: pathlib.Path, folder: pathlib.Path, recipe: str) -> dict:
     gc.collect()
     host.trim()
     with tempfile.TemporaryDirectory() as place:
-        found = compress(folder, pathlib.Path(place), recipe)
+        found = compress(folder, pathlib.Path(place), recipe, stream)
     gc.collect()
     return {**found, "fixed": fixed, "left": _anonymous(os.getpid())}
 
@@ -220,6 +224,7 @@ def main() -> int:
     parser.add_argument(
         "--save", nargs="?", const="memory", metavar="NAME", help="write results/NAME.txt"
     )
+    parser.add_argument("--stream", action="store_true", help="write the checkpoint with save_to")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--write", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,7 +233,7 @@ def main() -> int:
         write_model(pathlib.Path(o.write), o.layers[0], o.hidden, o.mlp, o.dtype)
         return 0
     if o.worker:
-        print(json.dumps(worker(*map(pathlib.Path, o.worker), o.recipe)))
+        print(json.dumps(worker(*map(pathlib.Path, o.worker), o.recipe, o.stream)))
         return 0
     size = 2 if o.dtype == "bfloat16" else 4
     layer = size * (4 * o.hidden**2 + 3 * o.hidden * o.mlp + 2 * o.hidden)
@@ -236,6 +241,7 @@ def main() -> int:
     bound = 2 * layer + activations
     me = [sys.executable, "-m", "benchmarks.memory", "--recipe", o.recipe]
     me += ["--hidden", str(o.hidden), "--mlp", str(o.mlp), "--dtype", o.dtype]
+    me += ["--stream"] if o.stream else []
     rows, peaks = [], []
     for layers in o.layers:
         with tempfile.TemporaryDirectory() as place:
@@ -248,7 +254,7 @@ def main() -> int:
 
         def peak(start, end, reply=reply, seen=seen):
             inside = (n for t, n in seen if reply[start] <= t <= reply[end])
-            return max(inside) - reply["fixed"]
+            return max(inside, default=reply["fixed"]) - reply["fixed"]
 
         compressing, saving = peak("began", "compressed"), peak("compressed", "saved")
         peaks.append(max(compressing, saving))
@@ -264,7 +270,8 @@ def main() -> int:
     output(f"python -m benchmarks.memory {arguments}".strip())
     output(
         f"{o.recipe} of a Llama {o.hidden} wide (MLP {o.mlp}), {o.dtype} weights memory-mapped, "
-        f"{SAMPLES} x {LENGTH} calibration tokens, journal and checkpoint on disk"
+        f"{SAMPLES} x {LENGTH} calibration tokens, "
+        f"{'checkpoint' if o.stream else 'journal and checkpoint'} on disk"
     )
     output(
         f"a layer is {layer / 1e6:.0f} MB, activations {activations / 1e6:.0f} MB; anonymous "

@@ -419,6 +419,8 @@ class _Run:
                     "one use and contracted whole at another, so its slices have no one input "
                     "each; use a recipe without calibration for it, or exclude this path"
                 )
+        if self._recalled():
+            return
         passes = Sequential(self, Dispatcher(), len(batches), self.place)
         arrays = [self.place.parameter(leaf) for _, leaf in named if hasattr(leaf, "shape")]
         program = self.graph.program
@@ -440,6 +442,22 @@ class _Run:
                 f"reached it ({len(self.records[path])} of {_positions(self.graph, path)} "
                 "positions); give data that does, or exclude this path"
             )
+
+    def _recalled(self) -> bool:
+        """Whether a run that ended later had finished all weights; they are read then."""
+        indices = {path: list(np.ndindex(*_stack(self.graph, path))) for path in self.plan}
+        if not all(self.store.has(path, i) for path in self.plan for i in indices[path]):
+            return False
+        for path in self.plan:
+            for index in indices[path]:
+                record = self.store.get(path, index)
+                for leaf in jax.tree.leaves(record.array):
+                    jaxcomp.io.safetensors.release(leaf)
+                if self.store.streams:
+                    record = record.without_contents()
+                self.records[path][index] = record
+                self.progress.advance(path)
+        return True
 
     def data_free(self) -> None:
         """Each weight by itself, as a whole stack, without evaluating the model."""
@@ -536,9 +554,14 @@ class _Run:
 
 def _positions(graph: Graph, path: str) -> int:
     """At how many positions of loops and fixed axes a weight is used."""
+    return int(np.prod(_stack(graph, path), dtype=int))
+
+
+def _stack(graph: Graph, path: str) -> Sequence[int]:
+    """The sizes of these loops and fixed axes."""
     site = next(s for s in graph.sites_of(path))
     depth = len(site.view.loops) + len(site.view.fixed)
-    return int(np.prod(site.layout.sizes(site.layout.stack_axes[:depth]), dtype=int))
+    return site.layout.sizes(site.layout.stack_axes[:depth])
 
 
 def _slice_axes(target: Target, layout: Layout) -> tuple:

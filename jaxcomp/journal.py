@@ -128,6 +128,10 @@ class Journal:
         file = self._file(key)
         return _read_record(file, key, verify) if file.exists() else None
 
+    def has(self, key: str) -> bool:
+        """Whether there is a record; nothing of it is read."""
+        return self._file(key).exists()
+
     def claim(self, key: str, nbytes: int) -> bool:
         """Whether this process is to write a record: always, for it writes all of them."""
         return True

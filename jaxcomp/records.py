@@ -66,6 +66,10 @@ class Store:
         self.streams = streams
         self._together, self._sizes = together, sizes
 
+    def has(self, path: str, index: Index) -> bool:
+        """Whether the journal holds a record."""
+        return self.journal is not None and self.journal.has(key(path, index))
+
     def get(self, path: str, index: Index, verify: bool = True) -> Record | None:
         """A record of the journal, its arrays memory-mapped or in memory; None where none is.
 

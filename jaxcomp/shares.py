@@ -56,6 +56,10 @@ class SharedJournal:
             )
         return found
 
+    def has(self, key: str) -> bool:
+        """As ``Journal.has``, whoever wrote it."""
+        return key in self._holder
+
     def claim(self, key: str, nbytes: int) -> bool:
         """Whether this process is to ``put`` a record, of about so many bytes; one of them is."""
         self._holder[key] = self._shares.take(nbytes)

@@ -91,8 +91,15 @@ def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch)
         jc.load(out)
     again = []
     monkeypatch.setattr(Store, "put", lambda *args: (again.append(args[1:3]), put(*args)))
-    streamed = jc.compress(apply, params, RECIPE, data, save_to=output)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "publish", mock.Mock(side_effect=arrays.CheckpointError("full")))
+        with pytest.raises(jc.JaxcompError, match="full"):
+            jc.compress(apply, params, RECIPE, data, save_to=output)
     assert len(again) == 9 - 5  # No weight twice, and no stack of them.
+    # What is finished is not evaluated again either.
+    monkeypatch.setitem(jc.compress.__globals__, "Sequential", None)
+    streamed = jc.compress(apply, params, RECIPE, data, save_to=output)
+    assert len(again) == 4
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "saved"]
     assert contents(out) == contents(tmp_path / "saved")
     # The codes are linked: what finished weights were written to are the checkpoint's own files.
