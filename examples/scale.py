@@ -6,6 +6,11 @@
 # there. On a TPU or GPU the mesh is made of the real devices; on a CPU of virtual ones, which are
 # asked for before JAX is imported. `docs/scale.md` explains each step.
 #
+# It runs in the folder of the repository. In Colab, first:
+#
+#     !git clone <this repository> jaxcomp && pip install -e './jaxcomp[tpu]'
+#     %cd jaxcomp
+#
 # The sizes are in `configs/examples/scale.yaml`; on the command line, or in the environment
 # variable JAXCOMP_SETTINGS, they can be overridden: `python examples/scale.py model_parallel=4`.
 
@@ -34,7 +39,10 @@ s = read_settings("configs/examples/scale.yaml")
 # On a slice of several hosts every host runs the same program, and one line comes before all else:
 # `jax.distributed.initialize()`. After it `jax.devices()` is all devices of the slice.
 #
-#     gcloud compute tpus tpu-vm ssh SLICE --worker=all --command="python scale.py"
+#     gcloud compute tpus tpu-vm ssh SLICE --worker=all \
+#         --command="cd jaxcomp && python examples/scale.py distributed=true"
+#
+# (`docs/scale.md` has the commands that make a slice.)
 #
 # Whether a model fits, and how fast it could be at best, can be asked of the TPU's compiler first,
 # on any machine: `jaxcomp plan llama-3-70b --recipe w4a16_gptq --topology v5e:4x4`.

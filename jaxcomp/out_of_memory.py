@@ -30,6 +30,10 @@ _SMALLER_WORK = (
     "split the work over more devices with compress(mesh=..), give a smaller block_size, use an "
     "algorithm that needs no Hessian for this path (rtn, smoothquant, wanda), or exclude it"
 )
+_MORE_DEVICES = (
+    "split it over more devices with the sharding rules, drop arrays that these devices hold "
+    "already, or store the model in fewer bits (`jaxcomp plan` says what fits)"
+)
 
 
 @contextlib.contextmanager
@@ -75,6 +79,24 @@ def compressing(
     if in_size is not None:
         what += f" (their Hessian alone is {bytes_text(4 * in_size * in_size)})"
     with _named(paths[0], shapes[0], what, _SMALLER_WORK):
+        yield
+
+
+@contextlib.contextmanager
+def placing(path: str, shape: Sequence[int]) -> Iterator[None]:
+    """Names a weight in an out-of-memory error of bringing it to devices.
+
+    Args:
+      path: the weight's.
+      shape: its shape.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      OutOfMemoryError: the work in the block ran out of memory.
+    """
+    with _named(path, shape, "placing it on devices", _MORE_DEVICES):
         yield
 
 

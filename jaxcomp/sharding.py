@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcomp import packed, packed_sparse
+from jaxcomp import out_of_memory, packed, packed_sparse
 from jaxcomp import rules as names
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import CompressedArray, is_compressed
@@ -210,6 +210,7 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
 
     Raises:
       JaxcompError: as ``specs``, before anything is placed.
+      OutOfMemoryError: of a device; the message names the weight.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("model",))
@@ -225,7 +226,13 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
         return value._replace(params=shard(value.params, mesh, rules))
     if isinstance(value, Result):
         return dataclasses.replace(value, params=shard(value.params, mesh, rules))
-    return jax.tree.map(_place, value, shardings(value, rules, mesh))
+    wanted = shardings(value, rules, mesh)
+    named, treedef = leaf_paths(value)
+    placed = []
+    for (path, leaf), of in zip(named, treedef.flatten_up_to(wanted), strict=True):
+        with out_of_memory.placing(path, np.shape(leaf)):
+            placed.append(jax.tree.map(_place, leaf, of))
+    return jax.tree.unflatten(treedef, placed)
 
 
 def check_mesh(mesh: Any, concrete: bool = False) -> None:

@@ -131,3 +131,12 @@ def test_host_memory_of_a_recipe_without_calibration(monkeypatch):
             [(np.ones((1, 8), np.float32),)],
             progress=False,
         )
+
+
+def test_placing_on_devices():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"a": np.ones(4, np.float32), "b": np.broadcast_to(np.float32(1), (1 << 22, 1 << 22))}
+    told = r"^b \(4194304, 4194304\): out of host memory"
+    with pytest.raises(jc.OutOfMemoryError, match=told) as caught:
+        jc.shard(params, mesh, [("b", jax.sharding.PartitionSpec("x"))])
+    assert "32.0 TiB were asked for; split it over more devices" in str(caught.value)

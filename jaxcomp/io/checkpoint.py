@@ -25,8 +25,8 @@ import jax
 import msgspec
 import numpy as np
 
+from jaxcomp import out_of_memory, sharding
 from jaxcomp import rules as names
-from jaxcomp import sharding
 from jaxcomp.io import arrays as storage
 from jaxcomp.io.arrays import CheckpointError
 from jaxcomp.io.folder import METADATA, Contents, locked, publish
@@ -318,6 +318,7 @@ def load(
         the array; a rule of ``include`` matches nothing; or the state differs from ``like`` in a
         path, shape or dtype, which the message names.
       JaxcompError: ``rules`` do not fit the weights or the mesh.
+      OutOfMemoryError: of a device or the host; the message names the weight.
 
     Example:
       >>> import tempfile, types
@@ -339,9 +340,10 @@ def load(
         placed = _placed(path, plain["tree"], reader, mesh, rules)
 
         def leaf(at: str, node: dict[str, Any]) -> Any:
-            if at in chosen:
-                return assemble(node, lambda name: reader.array(name, placed.get(name)))
             shapes = assemble(node, reader.struct)
+            if at in chosen:
+                with out_of_memory.placing(at, np.shape(shapes)):
+                    return assemble(node, lambda name: reader.array(name, placed.get(name)))
             return jax.ShapeDtypeStruct(tuple(shapes.shape), shapes.dtype)
 
         if like is not None:
