@@ -11,10 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import chips
+from jaxcomp.kernels.schedules import Bundles, Schedule
 from jaxcomp.kernels.sparse_attention import decode, tpu, tpu_walk
 from jaxcomp.kernels.sparse_attention import schedule as listed
 
-from benchmarks.schedules import Bundles, Case, Schedule
+from benchmarks.tpu_cases import Case
 from tests.kernels.sparse_attention import programs
 
 # So many heads that the arrays are in HBM, not in vector memory, as in a model.

@@ -15,10 +15,11 @@ import functools
 import pathlib
 import tempfile
 
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, tune_compiled
+from jaxcomp.kernels.schedules import Schedule, schedules
 
 from benchmarks import tpu_attention
-from benchmarks.schedules import Case, Schedule, schedules
+from benchmarks.tpu_cases import Case
 from tests.kernels import aot
 
 _MODULE = "tests.kernels.quantized_matmul.aot_cases"
@@ -46,32 +47,6 @@ def measure(chip: chips.Chip, cases: list[Case]) -> list[tuple[Case, Schedule | 
     return out
 
 
-def _dense_cycles(schedule: Schedule, tile, outputs: int, times: list[int], decodes: bool) -> float:
-    """Scheduled cycles of the kernels of many rows.
-
-    Args:
-      schedule: of the kernel, or of the bf16 one in its tiling.
-      tile: of the kernel.
-      outputs: tiles of outputs.
-      times: for each tile of outputs, how many steps decode a weight and how many find it decoded.
-      decodes: False for bf16, whose steps are all alike.
-
-    Returns:
-      Cycles; NaN where the compiler has made other loops than the source has.
-    """
-    # Of the loops inside a step, those count that hold a product, not a few odd slots.
-    inner = [loop for loop in schedule.inner() if loop.used.get("MXU", 0) > 128]
-    times = times if decodes else [sum(times)]
-    if len(inner) < len(times):
-        times = [count for count in times if count]  # What never runs is not compiled.
-    if len(inner) != len(times):
-        return float("nan")
-    total = sum(times) * schedule.step().bundles
-    for loop, count in zip(inner, times, strict=True):
-        total += loop.bundles * (tile.n // tile.columns) * count
-    return total * outputs
-
-
 def quantized_matmul() -> list[Case]:
     """Llama-3-8B's W4A16 g128 products, and the dense ones that the large ones are held against."""
     from jaxcomp.kernels.quantized_matmul import tpu_tiles
@@ -83,12 +58,13 @@ def quantized_matmul() -> list[Case]:
 
             def few(schedule, chip, m=m, n=n, k=k):
                 tile = tpu_tiles.few(chip.name, m, n, k, 128, 128, 1)
-                return sum(loop.bundles for loop in schedule.loops) * -(-n // tile.n) * k / tile.k
+                return tune_compiled.few_cycles(schedule, tile, n, k)
 
             def dense(schedule, chip, decodes, m=m, n=n, k=k):
                 tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
                 times = [1, -(-m // tile.m) - 1]
-                return _dense_cycles(schedule, tile, -(-n // tile.n), times, decodes)
+                times = times if decodes else [sum(times)]
+                return tune_compiled.dense_cycles(schedule, tile, n, times)
 
             shape = {"m": m, "n": n, "k": k}
             name = f"W4A16 g128 M={m} {n}x{k}"
@@ -132,13 +108,13 @@ def grouped_matmul() -> list[Case]:
         def few(schedule, chip, n=n, k=k):
             tile = tpu_tiles.grouped_few(chip.name, 32, experts, n, k, 128, 128, 1)
             visits = -(-32 // tile.m) + experts - 1
-            steps = -(-n // tile.n) * k / tile.k
-            return sum(loop.bundles for loop in schedule.loops) * visits * steps
+            return tune_compiled.few_cycles(schedule, tile, n, k) * visits
 
         def dense(schedule, chip, decodes, n=n, k=k):
             tile = tpu_tiles.grouped_dense(chip.name, 4096, experts, n, k, chip.mxu)
             times = [experts, -(-4096 // tile.m) - 1]
-            return _dense_cycles(schedule, tile, -(-n // tile.n), times, decodes)
+            times = times if decodes else [sum(times)]
+            return tune_compiled.dense_cycles(schedule, tile, n, times)
 
         target = f"{_MODULE}:grouped"
         size = experts * (n * k / 2 + n * (k // 128) * 2)

@@ -5,13 +5,13 @@
 
 For each shape and format: the kernel with its table's tiles against XLA's forms, and on TPUs other
 tiles too. On a CPU, where kernels are only interpreted, XLA's forms alone. Every measurement is
-written as soon as it is there: stop it at any time, and the same command goes on.
+written as soon as it is there: stop it at any time, and the same command goes on. Without a TPU,
+``--compile-only --topology v5e:1x1`` chooses tiles by the compiler's schedules (``tune_compiled``).
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -21,80 +21,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels import chips, tuning
+from jaxcomp.kernels import chips, offline, tuning
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import api, reference, tpu_tiles, weights
 from jaxcomp.kernels.quantized_matmul.weights import Weight
+from jaxcomp.kernels.tune_cases import DTYPES, Case, cases
 
-# Rows, outputs and inputs: of small models on a CPU, of Llama-3-8B elsewhere.
-_CPU_SHAPES = tuple(itertools.product((16, 256, 4096), ((256, 256), (1024, 1024))))
-_SHAPES = tuple(itertools.product((1, 16, 256, 2048), ((4096, 4096), (14336, 4096), (4096, 14336))))
-_WIDTHS = (256, 512, 1024)
-_DTYPES = {"int8": "int8", "e4m3": "float8_e4m3fn"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A product to measure.
-
-    Attributes:
-      format: of the weight, a key of ``weights.FORMATS``.
-      activation: "int8" or "e4m3", what rows are quantized to, or None.
-      m: rows.
-      n: outputs.
-      k: inputs.
-      group_size: inputs that share a scale.
-    """
-
-    format: str
-    activation: str | None
-    m: int
-    n: int
-    k: int
-    group_size: int
-
-    def __str__(self) -> str:
-        quantized = f" of {self.activation} rows" if self.activation else ""
-        return (
-            f"{self.format} in groups of {self.group_size}{quantized}, {self.m} x {self.n} x "
-            f"{self.k}"
-        )
-
-
-def cases(
-    chip: Chip,
-    formats: Sequence[str] | None = None,
-    shapes: Sequence[tuple[int, int, int]] | None = None,
-    group_size: int = 128,
-) -> list[Case]:
-    """The products between whose ways there is something to choose on a chip.
-
-    Args:
-      chip: from ``chips.chip_of``.
-      formats: of weights; None for those that are common.
-      shapes: (rows, outputs, inputs); None for common ones.
-      group_size: of formats below 8 bits; others have one scale a row.
-
-    Returns:
-      The cases, in order.
-    """
-    cpu = chip.platform == "cpu"
-    formats = formats or (("int8", "int4") if cpu else ("int4", "int8", "fp8", "codebook"))
-    shapes = shapes or [(m, *nk) for m, nk in (_CPU_SHAPES if cpu else _SHAPES)]
-    found = []
-    for format, (m, n, k) in itertools.product(formats, shapes):
-        wide = weights.FORMATS[format].bits == 8
-        for activation in (None, *_DTYPES):
-            exact = _DTYPES.get(activation) in reference.activation_dtypes(format)
-            if activation is None:
-                useful = not cpu  # There, XLA is the only one.
-            elif cpu:
-                useful = exact and activation == "int8"
-            else:
-                useful = exact and chip.multiplies(_DTYPES[activation])
-            if useful:
-                found.append(Case(format, activation, m, n, k, k if wide else min(group_size, k)))
-    return found
+WIDTHS = (256, 512, 1024)
+# What marks tiles of a table that were chosen by the compiler's schedules.
+SCHEDULED = "scheduled cycles"
 
 
 def ways(case: Case, chip: Chip) -> dict[str, Callable[[], jax.Array]]:
@@ -118,7 +53,7 @@ def ways(case: Case, chip: Chip) -> dict[str, Callable[[], jax.Array]]:
     scales = jax.random.uniform(keys[2], (case.k // case.group_size, case.n), minval=0.5)
     weight = weights.stored(codes, scales, None, None, case.format, case.group_size)
     dense = jax.random.normal(keys[2], (case.n, case.k), dtype)
-    name = _DTYPES.get(case.activation)
+    name = DTYPES.get(case.activation)
     options = reference.Options(None, name, "float32")
     found = {"dense": (lambda x, w: x @ w.T, dense)}
     if name is None:
@@ -213,17 +148,36 @@ def tile_ways(case: Case, chip: Chip) -> tuple[str, int, dict[str, Callable[[], 
       Which kernel ("few" or "dense") has it, up to how many inputs its entry in the table counts,
       and functions by width.
     """
-    from jaxcomp.kernels.quantized_matmul import tpu, tpu_dense
-
     x = jnp.ones((case.m, case.k), jnp.bfloat16)
     codes = jnp.zeros((case.n, case.k * weights.FORMATS[case.format].bits // 8), jnp.uint8)
     scales = jnp.ones((case.k // case.group_size, case.n))
     weight = api.prepare(codes, scales, format=case.format, group_size=case.group_size)
+    kernel, tile, call = tiled(case, chip, weight)
+    functions = {
+        str(width): functools.partial(jax.jit(functools.partial(call, width)), x, weight)
+        for width in WIDTHS
+    }
+    return kernel, inputs_of(chip, kernel, tile), functions
+
+
+def tiled(case: Case, chip: Chip, weight: Weight) -> tuple[str, tpu_tiles.Tile, Callable]:
+    """The kernel that a TPU has for a weight-only product, with tiles of any width.
+
+    Args:
+      case: without an activation.
+      chip: a TPU.
+      weight: prepared; shapes suffice.
+
+    Returns:
+      "few" or "dense"; its tile; and the product, (width of the tile, x, weight) -> y.
+    """
+    from jaxcomp.kernels.quantized_matmul import tpu, tpu_dense
+
     options = reference.Options(None, None, "bfloat16")
     tile = tpu_tiles.dense(chip.name, case.m, case.n, case.k, chip.mxu)
     kernel = "dense" if case.m > tpu_tiles.table(chip.name, "few")["rows"] and tile else "few"
     if kernel == "few":
-        how = tpu.arithmetic(chip, x.dtype, weight, options)
+        how = tpu.arithmetic(chip, jnp.bfloat16, weight, options)
         tile = tpu_tiles.few(
             chip.name, case.m, case.n, case.k, case.group_size, how.depth, how.pieces * how.copies
         )
@@ -234,13 +188,13 @@ def tile_ways(case: Case, chip: Chip) -> tuple[str, int, dict[str, Callable[[], 
             return tpu_dense.matmul(x, weight, None, options, chip, False, own)
         return tpu.matmul(x, weight, None, options, chip, tile=own)
 
+    return kernel, tile, call
+
+
+def inputs_of(chip: Chip, kernel: str, tile: tpu_tiles.Tile) -> int:
+    """Up to how many inputs the entry of a tile counts in a kernel's table."""
     entries = tpu_tiles.table(chip.name, kernel)["outputs"]
-    most = next((inputs for inputs, _ in entries if tile.k <= inputs), entries[-1][0])
-    functions = {
-        str(width): functools.partial(jax.jit(functools.partial(call, width)), x, weight)
-        for width in _WIDTHS
-    }
-    return kernel, most, functions
+    return next((inputs for inputs, _ in entries if tile.k <= inputs), entries[-1][0])
 
 
 def best_tiles(measured: Sequence[dict], chip: Chip) -> dict[str, dict]:
@@ -256,6 +210,7 @@ def best_tiles(measured: Sequence[dict], chip: Chip) -> dict[str, dict]:
     found = {}
     for kernel in sorted({entry["kernel"] for entry in measured}):
         table = dict(tpu_tiles.table(chip.name, kernel))
+        table.pop("source", None)
         outputs = []
         for inputs, width in table["outputs"]:
             mine = [
@@ -266,12 +221,26 @@ def best_tiles(measured: Sequence[dict], chip: Chip) -> dict[str, dict]:
             # Relative to each product's best, so that large ones do not decide for all.
             losses = {
                 w: sum(s[w] / min(s.values()) for s in mine)
-                for w in (str(w) for w in _WIDTHS)
+                for w in (str(w) for w in WIDTHS)
                 if mine and all(w in s for s in mine)
             }
             outputs.append([inputs, int(min(losses, key=losses.get)) if losses else width])
         found[kernel] = {**table, "outputs": outputs}
     return found
+
+
+def choose(mine: dict, chip: Chip) -> None:
+    """Puts the best tiles among a device's entries: what was measured counts before schedules.
+
+    Args:
+      mine: what a table has of the device.
+      chip: the device.
+    """
+    scheduled = [{**entry, "seconds": entry["cycles"]} for entry in mine.get("schedules", ())]
+    tiles = {k: {**t, "source": SCHEDULED} for k, t in best_tiles(scheduled, chip).items()}
+    tiles |= best_tiles(mine.get("widths", ()), chip)
+    if tiles:
+        mine["tiles"] = tiles
 
 
 class Table:
@@ -346,15 +315,23 @@ def tune(
             file=sys.stderr,
             flush=True,
         )
-    if table.mine.get("widths"):
-        table.mine["tiles"] = best_tiles(table.mine["widths"], chip)
+    choose(table.mine, chip)
     table.write()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 130 where it was stopped, and 2 where no kernel knows the device."""
+    """The command line; 130 where it was stopped, and 2 where it cannot measure or compile."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxcomp.kernels.tune", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="choose the tiles of a TPU that is not here: those with the fewest cycles in the "
+        "compiler's schedule (waits for memory are not in it); needs libtpu, and --topology",
+    )
+    parser.add_argument(
+        "--topology", help="with --compile-only: for what it compiles, as v5e:1x1 or tpu7x:2x2x1"
     )
     parser.add_argument(
         "--output",
@@ -378,14 +355,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError
         except ValueError:
             parser.error(f"--shapes {given.shapes!r} must be as 16x4096x4096,256x4096x4096")
-    chip = chips.chip_of()
+    if given.compile_only != bool(given.topology):
+        parser.error("--compile-only and --topology, as in v5e:1x1, go together")
+    if given.compile_only and not offline.available():
+        print(offline.MISSING, file=sys.stderr)
+        return 2
+    try:
+        chip = offline.chip_of_topology(given.topology) if given.topology else chips.chip_of()
+    except ValueError as error:
+        parser.error(str(error))
     if chip is None:
         print(f"no kernel knows {jax.devices()[0].device_kind}", file=sys.stderr)
         return 2
+    wanted = cases(chip, formats, shapes, given.group_size)
     try:
-        tune(given.output, chip, cases(chip, formats, shapes, given.group_size), given.rounds)
+        if given.compile_only:
+            from jaxcomp.kernels import tune_compiled
+
+            tune_compiled.rank(given.output, given.topology, wanted)
+        else:
+            tune(given.output, chip, wanted, given.rounds)
     except KeyboardInterrupt:
-        print(f"stopped; {given.output} has what was measured: run it again", file=sys.stderr)
+        print(f"stopped; {given.output} has what is done: run it again", file=sys.stderr)
         return 130
     print(f"{tuning.VARIABLE}={given.output} makes programs choose by it", file=sys.stderr)
     return 0

@@ -1,6 +1,6 @@
 """Loops and regions in the compiler's schedules, of which kernels' cycles are counted."""
 
-from benchmarks import schedules
+from jaxcomp.kernels import schedules
 
 # A loop over steps, in which a branch skips two bundles, and a loop of one inside it.
 BUNDLES = """

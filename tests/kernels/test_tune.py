@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxcomp.kernels import chips, tune, tuning
+from jaxcomp.kernels import chips, offline, schedules, tune, tune_compiled, tuning
 from jaxcomp.kernels.quantized_matmul import tpu_tiles
 
 import jaxcomp as jc
@@ -161,3 +161,68 @@ def test_the_table_that_comes_with_the_library():
     devices = tuning.read(f"{next(iter(kernels.__path__))}/tuned.json")
     for entry in itertools.chain.from_iterable(d["products"] for d in devices.values()):
         assert {"codes", "floats", "dense"} <= set(entry["seconds"])
+
+
+COMPILED = {
+    "format": "int4", "activation": None, "m": 16, "n": 512, "k": 4096, "group_size": 128
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not offline.available(), reason="no TPU compiler")
+def test_tiles_by_the_compilers_schedule(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "WIDTHS", (256,))
+    path = tmp_path / "tuned.json"
+    arguments = ["--compile-only", "--topology", "v6e:1x1", "--output", str(path)]
+    arguments += ["--formats", "int4", "--shapes", "16x512x4096"]
+    for _ in range(2):
+        assert tune.main(arguments) == 0
+    assert "known" in capsys.readouterr().err  # The second time nothing is compiled.
+    device = tuning.read(path)["v6e"]
+    (entry,) = device["schedules"]
+    assert COMPILED.items() <= entry.items() and entry["errors"] == {}
+    # A core has two matrix units, each with 256 x 256 places that 4096 x 512 weights pass through
+    # once, in rows of 16 at best; their bytes take 1154 cycles at the chip's bandwidth.
+    assert 4096 * 512 / (2 * 256 * 16) < entry["cycles"]["256"] < 1154
+    assert entry["spills"] == {"256": 0}
+    assert device["tiles"]["few"]["source"] == tune.SCHEDULED
+
+
+def test_measurements_count_before_schedules(monkeypatch):
+    shipped = tpu_tiles.table("v5e", "few")
+    (low, _), (high, kept) = shipped["outputs"]
+    entry = {"kernel": "few", "inputs": low}
+    mine = {"schedules": [{**entry, "cycles": {"256": 9.0, "512": 7.0, "1024": 8.0}}]}
+    tune.choose(mine, chips.V5E)
+    expected = {**shipped, "outputs": [[low, 512], [high, kept]]}
+    assert mine["tiles"] == {"few": {**expected, "source": tune.SCHEDULED}}
+    mine["widths"] = [{**entry, "seconds": {"256": 1.0, "512": 2.0, "1024": 3.0}}]
+    tune.choose(mine, chips.V5E)
+    assert mine["tiles"] == {"few": {**shipped, "outputs": [[low, 256], [high, kept]]}}
+
+
+def test_a_tile_that_does_not_compile_is_told(monkeypatch):
+    """Then each width is compiled alone, so that one that aborts the compiler stops no other."""
+    calls = []
+
+    def compiled(case, chip, topology, kernel, widths, timeout):
+        calls.append(widths)
+        good = schedules.Schedule("", [schedules.Loop(100, {"VSTORE:SPILL": 2}, depth=1)], {})
+        return {w: (None, "no memory") if w == 512 else (good, None) for w in widths}
+
+    monkeypatch.setattr(tune_compiled, "_compiled", compiled)
+    case = tune.Case(**{**COMPILED, "n": 1000})
+    found = tune_compiled.candidates(case, chips.V5E, "v5e:1x1")
+    assert calls == [[256, 512], [256], [512]]
+    assert found["errors"] == {"512": "no memory"} and found["spills"] == {"256": 2}
+    assert found["cycles"] == {"256": 4 * 100}  # Four tiles of outputs, all inputs in one.
+
+
+def test_compiling_without_the_compiler_or_a_topology(monkeypatch, capsys):
+    arguments = ["--compile-only", "--topology", "v5e:1x1"]
+    monkeypatch.setattr(offline, "available", lambda: False)
+    assert tune.main(arguments) == 2 and "pip install libtpu" in capsys.readouterr().err
+    monkeypatch.setattr(offline, "available", lambda: True)
+    for wrong in (["--compile-only"], arguments[1:], [*arguments[:2], "h100:8"]):
+        with pytest.raises(SystemExit):
+            tune.main(wrong)
+    assert "write a chip of v5e, v5p, v6e, 7x" in capsys.readouterr().err

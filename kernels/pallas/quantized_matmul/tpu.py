@@ -28,6 +28,8 @@ from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 _LANES = 128
 # Longest product whose sums are scaled as one.
 _DEEPEST = 2048
+# Most bytes of memory for the products of a tile.
+_PRODUCTS = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +147,13 @@ def matmul(
     rows, row_scales, sums = split(jnp.pad(x, more), x_scales, weight, how, options, tile)
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
-    body = functools.partial(
-        _kernel, weight=static(weight), how=how, tile=tile, options=options, steps=steps
-    )
+    scratch = scratch_of(tile, steps, how, chip)
+
+    def body(refs, y_ref, *own):
+        _kernel(
+            refs, y_ref, **dict(zip(scratch, own, strict=True)),
+            weight=static(weight), how=how, tile=tile, options=options, steps=steps,
+        )  # fmt: skip
 
     def by_group(array):
         """(groups, N) as (.., groups a step, N)."""
@@ -188,7 +194,7 @@ def matmul(
         in_specs=[spec for _, spec in operands.values()],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, step: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
-        scratch_shapes=[pltpu.VMEM((tile.m, tile.n), jnp.float32)] if steps > 1 else [],
+        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if interpret else ("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=40 << 20,
@@ -276,11 +282,45 @@ def _floats(x: jax.Array, pieces: int) -> list[jax.Array]:
     return parts
 
 
-def _kernel(refs, y_ref, acc_ref=None, *, weight, how, tile, options, steps):
+def scratch_of(tile: tpu_tiles.Tile, steps: int, how: Arithmetic, chip: Chip) -> dict:
+    """Memory of a kernel, by the name of its argument."""
+    found = {}
+    rows = how.pieces * how.copies * tile.m
+    # On v5 nothing spills without it, and there are several pieces of each row.
+    if chip.mxu > _LANES and 4 * tile.k // how.depth * rows * tile.n <= _PRODUCTS:
+        shape = tile.k // how.depth, rows, tile.n
+        found["products_ref"] = pltpu.VMEM(shape, jnp.int32 if how.x == "int8" else jnp.float32)
+    if steps > 1:
+        found["acc_ref"] = pltpu.VMEM((tile.m, tile.n), jnp.float32)
+    return found
+
+
+def keep_order(products_ref, first: jax.Array) -> None:
+    """Touches the products' memory in a branch of its own.
+
+    A compiler that sees at once that this memory is needless schedules all products of a wide
+    matrix unit before any is scaled, and the registers spill. A second block of code that stores
+    there has it keep the order, until it then drops nearly all stores and loads.
+
+    Args:
+      products_ref: None where there is none.
+      first: true at some steps.
+    """
+    if products_ref is not None:
+
+        @pl.when(first)
+        def _():
+            products_ref[0, :8] = jnp.zeros_like(products_ref[0, :8])
+
+
+def _kernel(
+    refs, y_ref, products_ref=None, acc_ref=None, *, weight, how, tile, options, steps
+):  # fmt: skip
     """One tile of y, or one more tile of inputs added to it."""
+    keep_order(products_ref, pl.program_id(1) == 0)
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
-        y = sums_of(refs, columns, weight, how, tile)
+        y = sums_of(refs, columns, weight, how, tile, products_ref)
         if steps == 1:
             y_ref[:, columns] = finish(refs, y, columns, options)
         else:
@@ -307,7 +347,7 @@ def finish(refs, y, columns, options) -> jax.Array:
     return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
 
 
-def sums_of(refs, columns, weight, how, tile):
+def sums_of(refs, columns, weight, how, tile, products_ref=None):
     """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
     scales = refs["scales"][:, columns].astype(jnp.float32)
     y = jnp.zeros((tile.m, columns.size), jnp.float32)
@@ -329,6 +369,9 @@ def sums_of(refs, columns, weight, how, tile):
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.int32 if integers else jnp.float32,
         )
+        if products_ref is not None:
+            products_ref[start // how.depth, :, columns] = products
+            products = products_ref[start // how.depth, :, columns]
         for copy in range(how.copies):
             first = copy * how.pieces * tile.m
             total = products[first : first + tile.m].astype(jnp.float32)

@@ -184,21 +184,28 @@ def _few(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
                 lambda v, i, j, step: (pinned(v, i, step), v.tile[i], 0),
             ),
         )
-    body = functools.partial(
-        _few_kernel,
-        weight=tpu.static(weight), how=how, tile=tile, options=options, steps=steps,
-    )  # fmt: skip
+    scratch = tpu.scratch_of(tile, steps, how, chip)
+
+    def body(refs, v, y_ref, *own):
+        _few_kernel(
+            refs, v, y_ref, **dict(zip(scratch, own, strict=True)),
+            weight=tpu.static(weight), how=how, tile=tile, options=options, steps=steps,
+        )  # fmt: skip
+
     return _call(
         body, operands, bounds, weight, bias, options, interpret,
         rows=(m, tile.m), outputs=tile.n, steps=(steps,),
-        scratch=[pltpu.VMEM((tile.m, tile.n), jnp.float32)] if steps > 1 else [],
+        scratch=list(scratch.values()),
         memory=40 << 20, name=f"grouped_matmul_{weight.format}",
     )  # fmt: skip
 
 
-def _few_kernel(refs, v, y_ref, acc_ref=None, *, weight, how, tile, options, steps):
+def _few_kernel(
+    refs, v, y_ref, products_ref=None, acc_ref=None, *, weight, how, tile, options, steps
+):  # fmt: skip
     """One visit, or one more tile of its inputs."""
     visit = pl.program_id(1)
+    tpu.keep_order(products_ref, visit == 0)
     step = pl.program_id(2)
     works = v.first[visit] < v.last[visit]
     for start in range(0, tile.n, tile.columns):
@@ -206,7 +213,7 @@ def _few_kernel(refs, v, y_ref, acc_ref=None, *, weight, how, tile, options, ste
 
         @pl.when(works)
         def _(columns=columns):
-            y = tpu.sums_of(refs, columns, weight, how, tile)
+            y = tpu.sums_of(refs, columns, weight, how, tile, products_ref)
             if steps == 1:
                 _keep(v, visit, y_ref, columns, tpu.finish(refs, y, columns, options))
                 return

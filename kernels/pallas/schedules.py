@@ -7,9 +7,6 @@ between a branch and where its target joins.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable
-
-from jaxcomp.kernels import chips
 
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*((?:> ?)*)")
 _BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
@@ -161,28 +158,3 @@ def schedules(folder: pathlib.Path, kernel: str) -> list[Schedule]:
         used = next(folder.glob(f"{stem}-{name}-*final_hlo-static-per-bundle-utilization.txt"))
         found.append(parse(path.read_text(), used.read_text(), name))
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A kernel to compile and what its schedule is held against.
-
-    Attributes:
-      name: printed.
-      kernel: how the kernel's name begins in the dump.
-      target: "module:function" for ``tests.kernels.aot``.
-      options: of the function, the chip aside.
-      cycles: (schedule, chip) -> scheduled cycles of the whole product.
-      bytes: bytes of the weight or the cache that it reads, or 0 where that does not bound it.
-      against: name of the case, among those of the same call, that its cycles are held against.
-      inner: the bundles that its work is in.
-    """
-
-    name: str
-    kernel: str
-    target: str
-    options: dict
-    cycles: Callable[[Schedule, chips.Chip], float]
-    bytes: float = 0.0
-    against: str = ""
-    inner: Callable[[Schedule], list[Bundles]] = lambda schedule: list(schedule.loops)
