@@ -10,6 +10,9 @@ A table is JSON, as ``python -m jaxcomp.kernels.tune`` writes it:
 "products" are those of one weight. ``python -m benchmarks.gpu --table`` adds "sparse" ones, whose
 format is "2:4", "2:4 int4" or "blocks" (with the "density" of those), in the same form.
 
+``--compile-only`` adds "schedules" of TPUs that are not here, with "cycles" by width of a tile;
+what they choose in "tiles" says so by its "source".
+
 The library brings ``tuned.json``. Entries of the file that the environment variable
 ``JAXCOMP_TUNING`` names come before its own; that file is read once.
 """
