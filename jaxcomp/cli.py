@@ -323,6 +323,7 @@ def plan(
     batch: int = 16,
     context: int = 4096,
     chunk: int = 512,
+    new_tokens: int | None = None,
     tries: int = 2,
     json: JSON = False,
     debug: Debug = False,
@@ -341,6 +342,8 @@ def plan(
       batch: sequences decoded at once.
       context: positions of the key-value cache of each.
       chunk: prompt tokens that a prefill step reads.
+      new_tokens: how many tokens a request makes, by default an eighth of the context; the rest is
+        its prompt. Splits are ranked for such requests.
       tries: splits of the devices to compile, those with the best estimates.
       json: print one line of JSON.
       debug: show tracebacks of errors.
@@ -355,6 +358,7 @@ def plan(
         batch=batch,
         context=context,
         chunk=chunk,
+        new_tokens=new_tokens,
         tries=tries,
         recipe_name="" if recipe is None else pathlib.Path(recipe).stem,
         say=_say,

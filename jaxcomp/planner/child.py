@@ -23,7 +23,7 @@ def main() -> None:
     import numpy as np
     from jax.experimental import topologies
 
-    from jaxcomp.planner.steps import Serving, Split, Workload
+    from jaxcomp.planner.steps import AXES, Serving, Split, Workload
 
     try:
         topology = topologies.get_topology_desc(**request["topology"])
@@ -36,7 +36,7 @@ def main() -> None:
     for line in sys.stdin:
         program = json.loads(line)
         split = Split(*program["split"])
-        mesh = jax.sharding.Mesh(devices.reshape(split.data, split.model), ("data", "model"))
+        mesh = jax.sharding.Mesh(devices.reshape(split.shape), AXES)
         started, used = time.perf_counter(), time.process_time()
         try:
             serving = served(program["workload"])
@@ -60,7 +60,7 @@ def measure(
       arguments: shapes with shardings.
       choices: of the implementations at compressed weights.
       serving: whose weights no all-gather should put together.
-      cached: shape of the keys that one layer keeps for the sequences of a data-parallel group.
+      cached: shape of the keys that one layer keeps on a device if it has all positions.
 
     Returns:
       Values that JSON can hold; bytes are those of one device.

@@ -1,8 +1,9 @@
 """What a compiled program sends between devices, read from its HLO text.
 
 A scanned model is a loop in the program: what its body sends counts once for each trip. The
-compiler splits one collective into pieces that overlap with other work; pieces share a channel,
-so each channel counts once.
+compiler splits one collective into fusions that overlap with other work (its start, the products
+meanwhile, its end); these share a channel, so of a channel the fusion that sends most counts.
+Outside of fusions each collective counts: those that a ``shard_map`` wrote share one channel.
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ def collectives(text: str) -> list[Collective]:
       text: ``compiled.as_text()``.
 
     Returns:
-      One entry for each channel, the largest of its pieces.
+      One entry for each, of those in fusions one for each channel.
 
     Example:
       >>> program = '''
@@ -80,8 +81,9 @@ def collectives(text: str) -> list[Collective]:
       [('all-gather', (8,), 24.0)]
     """
     bodies, entry = computations(text)
-    found: dict[object, Collective] = {}
-    for line, times in _reached(bodies, entry, 1, ()):
+    found: list[Collective] = []
+    fusions: dict[object, dict[str, list[Collective]]] = {}
+    for line, times, fusion in _reached(bodies, entry, 1, (), None):
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
@@ -90,10 +92,14 @@ def collectives(text: str) -> list[Collective]:
         name = re.search(r'op_name="([^"]*)"', line)
         channel = re.search(r"channel_id=(\d+)", line)
         one = Collective(match[2], dtype, shape, _group(line), times, name[1] if name else "")
-        key = (match[2], channel[1]) if channel else line
-        if key not in found or one.sent > found[key].sent:
-            found[key] = one
-    return list(found.values())
+        if fusion is None:
+            found.append(one)
+        else:
+            key = (match[2], channel[1] if channel else line)
+            fusions.setdefault(key, {}).setdefault(fusion, []).append(one)
+    for pieces in fusions.values():
+        found += max(pieces.values(), key=lambda piece: sum(c.sent for c in piece))
+    return found
 
 
 def whole_weights(
@@ -151,15 +157,16 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _reached(
-    bodies: dict[str, list[str]], name: str, times: int, above: tuple[str, ...]
-) -> Iterator[tuple[str, int]]:
-    """Every line that a run executes, with how often."""
+    bodies: dict[str, list[str]], name: str, times: int, above: tuple[str, ...], fusion: str | None
+) -> Iterator[tuple[str, int, str | None]]:
+    """Every line that a run executes, with how often, and the fusion that it is in."""
     for line in bodies.get(name, ()):
-        yield line, times
+        yield line, times, fusion
         repeat = times * trips(line, bodies) if is_loop(line) else times
         for other in called(line):
             if other not in above:
-                yield from _reached(bodies, other, repeat, (*above, name))
+                inside = other if fusion is None and " fusion(" in line else fusion
+                yield from _reached(bodies, other, repeat, (*above, name), inside)
 
 
 def trips(line: str, bodies: dict[str, list[str]]) -> int:

@@ -35,6 +35,7 @@ class Plan:
       batch: sequences decoded at once.
       context: positions of the cache.
       chunk: prompt tokens of a prefill step.
+      new_tokens: of a request's context, what is generated; splits are ranked for such requests.
       variants: the compressed model, then the same in bfloat16.
       experts: whether the model is a mixture of experts.
     """
@@ -45,8 +46,19 @@ class Plan:
     batch: int
     context: int
     chunk: int
+    new_tokens: int
     variants: tuple[search.Variant, ...]
     experts: bool = False
+
+    @property
+    def rule(self) -> str:
+        """By what the splits are ranked."""
+        prompt = self.context - self.new_tokens
+        return (
+            f"splits are ranked by what a request of {prompt} prompt and {self.new_tokens} new "
+            "tokens takes of the time of all devices: its prefill steps, each shared by one prompt "
+            "of every data-parallel group, and its decode steps, each shared by the batch"
+        )
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -70,6 +82,8 @@ class Plan:
             "batch": self.batch,
             "context": self.context,
             "chunk": self.chunk,
+            "new_tokens": self.new_tokens,
+            "rule": self.rule,
             "assumptions": list(self.assumptions),
             "compiler": self.variants[0].version,
             "variants": [_variant(v) for v in self.variants],
@@ -82,7 +96,8 @@ class Plan:
 
         title = (
             f"{self.model} on {self.topology.name} ({self.topology.devices} devices), batch "
-            f"{self.batch}, context {self.context}, prefill in chunks of {self.chunk}"
+            f"{self.batch}, context {self.context}, prefill in chunks of {self.chunk}, "
+            f"{self.new_tokens} new tokens a request"
         )
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("a device")
@@ -108,10 +123,13 @@ class Plan:
                     for phase, found in (("decode", tried.decode), ("prefill", tried.prefill))
                     if found is not None and "roofline" in found
                 ]
+                if tried.request is not None:
+                    took.insert(0, f"{tried.request * 1e3:.1f} ms a request")
                 told = tried.problem or "; ".join(took)
                 lines.append(f"  {mark} {tried.split}: {told}")
             if variant.best is not None:
                 lines += [f"    {text}" for text in _remarks(variant.best)]
+        lines.append(f"{self.rule[0].upper()}{self.rule[1:]}.")
         lines.append(_NOTES)
         lines += [f"Assumption: {text}." for text in self.assumptions]
         lines.append(f"Compiled by {self.variants[0].version}.")
@@ -126,6 +144,7 @@ def plan(
     batch: int = 16,
     context: int = 4096,
     chunk: int = 512,
+    new_tokens: int | None = None,
     tries: int = 2,
     recipe_name: str = "compressed",
     say: Callable[[str], None] = lambda text: None,
@@ -139,6 +158,8 @@ def plan(
       batch: sequences decoded at once.
       context: positions of the key-value cache.
       chunk: prompt tokens that a prefill step reads; at most ``context``.
+      new_tokens: how many tokens a request makes; the rest of the context is its prompt, and the
+        best split is best for such requests. None stands for an eighth of the context.
       tries: how many splits of the mesh to compile for each form of the weights.
       recipe_name: what to call the compressed form.
       say: is told what goes on.
@@ -158,11 +179,18 @@ def plan(
             f"plan: batch {batch}, context {context}, chunk {chunk} and tries {tries} must be at "
             "least 1, and the chunk at most the context."
         )
+    new_tokens = max(1, context // 8) if new_tokens is None else new_tokens
+    if not 0 < new_tokens <= context:
+        raise JaxcompError(
+            f"plan: a request makes {new_tokens} of {context} tokens of context; give new_tokens "
+            f"from 1 to {context}."
+        )
     texts = {BF16: None} if recipe is None else {recipe_name: recipe.dumps(), BF16: None}
-    work = {n: Workload(model, fields, t, batch, context, chunk) for n, t in texts.items()}
+    sizes = (batch, context, chunk, new_tokens)
+    work = {n: Workload(model, fields, text, *sizes) for n, text in texts.items()}
     variants = search.search_all(work, where, tries, say)
     name = None if recipe is None else recipe_name
-    return Plan(model, name, where, batch, context, chunk, tuple(variants), experts)
+    return Plan(model, name, where, *sizes, tuple(variants), experts)
 
 
 def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
@@ -171,7 +199,8 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
     found = getattr(tried, phase) or {}
     times = found.get("roofline")
     rows = {
-        "data x model, cache by": f"{tried.split.data} x {tried.split.model}, {tried.split.cache}",
+        "data x model": f"{tried.split.data} x {tried.split.model}",
+        "cache by": tried.split.cache,
         "weights": _gib(found.get("weights", tried.weights)),
         "of an even share": "-" if times is None else f"{found['weights_to_ideal']:.3f}",
         "cache": _gib(tried.cache),
@@ -189,6 +218,7 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
             "whole weights gathered",
             "matmuls run by",
             "roofline",
+            "of a request",
         )
         return rows | dict.fromkeys((*names, "bound by", "tokens/s, all devices"), "-")
     ran = ", ".join(f"{k} {v}" for k, v in sorted(found["implementations"].items()))
@@ -199,6 +229,7 @@ def _column(variant: search.Variant, phase: str, plan: Plan) -> dict[str, str]:
         "whole weights gathered": str(len(found["whole_weight_gathers"])),
         "matmuls run by": ran or "XLA",
         "roofline": f"{times['seconds'] * 1e3:.2f} ms",
+        "of a request": f"{times['of_request'] * 1e3:.1f} ms",
         "bound by": times["bound"],
         "tokens/s, all devices": f"{tokens / times['seconds']:.0f}",
     }
@@ -230,8 +261,8 @@ def _gib(nbytes: int | None) -> str:
 def _variant(variant: search.Variant) -> dict[str, Any]:
     tried = []
     for one in variant.tried:
-        split = one.split._asdict()
-        fields = ("weights", "cache", "problem", "decode", "prefill")
+        split = one.split._asdict() | {"model": one.split.model, "cache": one.split.cache}
+        fields = ("weights", "cache", "problem", "decode", "prefill", "request")
         tried.append({"split": split} | {name: getattr(one, name) for name in fields})
     best = None if variant.best is None else variant.tried.index(variant.best)
     return {"name": variant.name, "nbytes": variant.nbytes, "best": best, "tried": tried}

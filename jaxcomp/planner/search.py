@@ -1,7 +1,13 @@
-"""Which split of the mesh serves a model fastest: ranked by bytes and rates, the best compiled."""
+"""Which split of the mesh serves a model fastest: ranked by bytes and rates, the best compiled.
+
+The best split is the one on which a request takes least of all devices' time: the prefill steps of
+its prompt, each shared with one more prompt in every other data-parallel group, and as many decode
+steps as it makes tokens, each shared with the whole batch (``Serving.share``).
+"""
 
 import concurrent.futures
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +17,7 @@ import numpy as np
 from jaxcomp.errors import JaxcompError
 from jaxcomp.graph.trace import leaf_paths
 from jaxcomp.planner.compiler import Compiler
-from jaxcomp.planner.steps import Serving, Split, Workload
+from jaxcomp.planner.steps import PHASES, Serving, Split, Workload
 from jaxcomp.planner.targets import Topology
 
 
@@ -54,19 +60,21 @@ class Tried:
       split: the split.
       weights: bytes of weights on a device.
       cache: bytes of the cache on a device.
-      estimate: roofline of a decode step before it was compiled.
+      estimate: of ``request`` before anything was compiled.
       problem: why it cannot be used; None if it can.
       decode: what the compiler said about the decode step, and its "roofline".
       prefill: likewise.
+      request: seconds of all devices that a request takes, once both steps were compiled.
     """
 
     split: Split
     weights: int
     cache: int
-    estimate: Roofline
+    estimate: float
     problem: str | None = None
     decode: dict[str, Any] | None = None
     prefill: dict[str, Any] | None = None
+    request: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +106,8 @@ def roofline(
       topology: on which devices.
       split: how they are used.
       phase: "decode" or "prefill".
-      compiled: what the compiler said; without it Megatron's two all-reduces a layer are assumed.
+      compiled: what the compiler said; without it Megatron's two all-reduces a layer are assumed,
+        and what attention exchanges among the devices of a head.
 
     Returns:
       Bytes, operations and times of one device.
@@ -127,6 +136,7 @@ def roofline(
     operations = (2 * parameters * tokens + attended) / split.model
     if compiled is None:
         sent = 2 * layers * tokens * config.hidden_size * 2 * 2 * (1 - 1 / split.model)
+        sent += layers * _attention_sent(serving, split, phase)
     else:
         sent = sum(compiled["sent"].values())
     # Attention and what the recipe leaves alone are bfloat16's.
@@ -142,6 +152,16 @@ def roofline(
         compute,
         sent / device.interconnect,
     )
+
+
+def _attention_sent(serving: Serving, split: Split, phase: str) -> float:
+    """Bytes that a device sends in a layer because others hold positions of its heads."""
+    batch = serving.sequences(split, phase) // split.data
+    _, heads, size = serving.config.cache_shape
+    others = 1 - 1 / split.length
+    if phase == "decode":  # Of each query the sum of values over all positions, in float32.
+        return 2 * others * batch * serving.config.num_attention_heads / split.heads * size * 4
+    return 2 * others * batch * serving.workload.context * heads / split.heads * size * 2
 
 
 def splits(devices: int) -> list[tuple[int, int]]:
@@ -167,17 +187,20 @@ def candidates(serving: Serving, topology: Topology) -> tuple[list[Tried], dict[
     found, refused = [], {}
     _, heads, _ = serving.config.cache_shape
     for data, model in splits(topology.devices):
-        split = Split(data, model, "length" if heads % model else "heads")
+        of_heads = math.gcd(heads, model)
+        split = Split(data, of_heads, model // of_heads)
         problem = serving.unfit(split)
         if problem is not None:
             refused[str(split)] = problem
             continue
         sizes = serving.weight_bytes(split), serving.cache_bytes(split)
-        found.append(Tried(split, *sizes, roofline(serving, topology, split, "decode")))
+        times = {p: roofline(serving, topology, split, p).seconds for p in PHASES}
+        estimate = sum(serving.share(split, phase) * t for phase, t in times.items())
+        found.append(Tried(split, *sizes, estimate))
 
     def order(tried: Tried) -> tuple[bool, float]:
         fits = fits_at_least(tried, topology)
-        return (not fits, tried.estimate.seconds if fits else tried.weights + tried.cache)
+        return (not fits, tried.estimate if fits else tried.weights + tried.cache)
 
     return sorted(found, key=order), refused
 
@@ -216,40 +239,39 @@ def search(
         told = "; ".join(f"{split}: {why}" for split, why in refused.items())
         raise JaxcompError(f"{name} on {topology.name}: no split is possible ({told}).")
     chosen = ranked[:tries]
-    fits = [True] * len(chosen)
+    fits = [fits_at_least(tried, topology) for tried in chosen]
 
-    def compiled(tried: Tried, phase: str, wanted: Callable[[], bool] = lambda: True) -> Tried:
+    def compiled(i: int, phase: str, wanted: Callable[[], bool]) -> dict[str, Any] | None:
+        split = chosen[i].split
+
         def start() -> bool:
             if wanted():
-                say(f"{name}: compiling {phase}, {tried.split}")
+                say(f"{name}: compiling {phase}, {split}")
             return wanted()
 
-        found = compiler.compile(name, phase, tried.split, start)
-        return tried if found is None else judged(tried, phase, found, serving, topology)
+        return compiler.compile(name, phase, split, start)
 
     def decoded(i: int) -> Tried:
-        tried = compiled(chosen[i], "decode")
+        found = compiled(i, "decode", lambda: True)
+        tried = judged(chosen[i], "decode", found, serving, topology)
         fits[i] = tried.problem is None
         return tried
 
-    # Of a single split both steps are compiled at once: it is the best if it fits at all.
-    with concurrent.futures.ThreadPoolExecutor(len(chosen) + 1) as pool:
-        jobs = [pool.submit(decoded, i) for i in range(len(chosen))]
-        early = None
-        if len(chosen) == 1 and fits_at_least(chosen[0], topology):
-            early = pool.submit(compiled, chosen[0], "prefill", lambda: fits[0])
-        results = [job.result() for job in jobs]
-        usable = [i for i, tried in enumerate(results) if tried.problem is None]
-        usable.sort(key=lambda i: results[i].decode["roofline"]["seconds"])
-        best = None
-        for i in usable:
-            filled = compiled(results[i], "prefill") if early is None else early.result()
-            results[i] = dataclasses.replace(
-                results[i], prefill=filled.prefill, problem=filled.problem
-            )
-            if filled.problem is None:
-                best = results[i]
-                break
+    # Both steps of a split at once, unless one does not fit.
+    with concurrent.futures.ThreadPoolExecutor(2 * len(chosen)) as pool:
+        first = [pool.submit(decoded, i) for i in range(len(chosen))]
+        second = [
+            pool.submit(compiled, i, "prefill", lambda i=i: fits[i]) for i in range(len(chosen))
+        ]
+        results = [job.result() for job in first]
+        for i, tried in enumerate(results):
+            found = second[i].result()
+            if found is None and tried.problem is None:  # It looked as if it would not fit.
+                found = compiled(i, "prefill", lambda: True)
+            if found is not None and tried.problem is None:
+                results[i] = judged(tried, "prefill", found, serving, topology)
+    usable = [tried for tried in results if tried.request is not None]
+    best = min(usable, key=lambda tried: tried.request, default=None)
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(serving.params))
     return Variant(name, nbytes, best, tuple(results), compiler.version)
 
@@ -287,6 +309,7 @@ def judged(
         found["roofline"] = {
             **dataclasses.asdict(times),
             "seconds": times.seconds,
+            "of_request": serving.share(tried.split, phase) * times.seconds,
             "bound": times.bound,
         }
         # As the compiler lays them out; the tokens beside weights and cache are a few bytes.
@@ -298,7 +321,12 @@ def judged(
         found["total"] = needed
         if needed > topology.device.memory:
             problem = too_large(phase, needed, topology.device.memory)
-    return dataclasses.replace(tried, problem=problem, **{phase: found})
+    tried = dataclasses.replace(tried, problem=problem, **{phase: found})
+    steps = {phase: getattr(tried, phase) for phase in PHASES}
+    if problem is not None or None in steps.values():
+        return tried
+    request = sum(found["roofline"]["of_request"] for found in steps.values())
+    return dataclasses.replace(tried, request=request)
 
 
 def too_large(phase: str, needed: int, granted: int) -> str:

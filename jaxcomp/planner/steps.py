@@ -2,7 +2,11 @@
 
 ``decode`` makes one token for each sequence of a batch; ``prefill`` reads a chunk of the prompt of
 one sequence in each data-parallel group. Both get the key-value cache as a donated argument.
-Weights are split over the mesh axis "model", sequences over "data".
+
+The mesh has the axes "data", "heads" and "length". Sequences are split over "data", weights over
+the other two together, which are named for what they split of the cache: where there are more
+devices than key-value heads, "heads" takes as many as divide these, and each head's positions are
+split over "length". Attention then exchanges among the few devices of one head only.
 """
 
 import dataclasses
@@ -41,6 +45,7 @@ class Workload:
       batch: sequences decoded at once.
       context: positions of the cache.
       chunk: prompt tokens that a prefill step reads.
+      new_tokens: of a request's context, what is generated; the rest is its prompt.
     """
 
     model: str
@@ -49,6 +54,12 @@ class Workload:
     batch: int
     context: int
     chunk: int
+    new_tokens: int
+
+    @property
+    def prefill_steps(self) -> int:
+        """Chunks of a request's prompt."""
+        return -(-(self.context - self.new_tokens) // self.chunk)
 
 
 class Split(NamedTuple):
@@ -56,16 +67,36 @@ class Split(NamedTuple):
 
     Attributes:
       data: devices that each hold all weights and a part of the sequences.
-      model: devices over which each weight is split.
-      cache: what "model" splits of the cache, "heads" or "length".
+      heads: devices over which key-value heads are split.
+      length: devices over which the positions of a head are split.
     """
 
     data: int
-    model: int
-    cache: str
+    heads: int
+    length: int
+
+    @property
+    def model(self) -> int:
+        """Devices over which each weight is split."""
+        return self.heads * self.length
+
+    @property
+    def cache(self) -> str:
+        """How "heads" and "length" split the cache."""
+        if self.length > 1 and self.heads > 1:
+            return f"{self.heads} heads x {self.length} length"
+        return "length" if self.length > 1 else "heads"
 
     def __str__(self) -> str:
         return f"data {self.data} x model {self.model}, cache by {self.cache}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the mesh."""
+        return self.data, self.heads, self.length
+
+
+AXES = ("data", "heads", "length")
 
 
 class Serving:
@@ -79,7 +110,7 @@ class Serving:
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
         )
         self.params = self.dense_params
-        self.rules = models.partition_rules(self.config, scan=True)
+        self.rules = models.partition_rules(self.config, tensor=AXES[1:], scan=True)
         if workload.recipe is not None:
             tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
             graph = trace(self.dense, self.dense_params, tokens)
@@ -103,7 +134,7 @@ class Serving:
 
     def weight_bytes(self, split: Split, only: str | None = None) -> int:
         """Bytes of weights on one device; of one leaf, if its path is given."""
-        mesh = jax.sharding.AbstractMesh((split.data, split.model), ("data", "model"))
+        mesh = jax.sharding.AbstractMesh(split.shape, AXES)
         specs = self.specs(split, mesh)
 
         def nbytes(x, spec):
@@ -136,12 +167,21 @@ class Serving:
         return share, 1 - (1 - share) ** tokens
 
     def ideal_bytes(self, split: Split) -> float:
-        """Bytes of weights on one device if "model" divided every array of them."""
+        """Bytes of weights on one device if all arrays of them were divided."""
         return nbits(self.params) / 8 / split.model
 
     def sequences(self, split: Split, phase: str) -> int:
         """Sequences in a step: all that are decoded, or one prompt in each data-parallel group."""
         return self.workload.batch if phase == "decode" else split.data
+
+    def share(self, split: Split, phase: str) -> float:
+        """How many steps of a phase a request takes of the time of all devices.
+
+        A decode step serves the whole batch, a prefill step one prompt in each data-parallel group.
+        """
+        work = self.workload
+        steps = work.new_tokens if phase == "decode" else work.prefill_steps
+        return steps / self.sequences(split, phase)
 
     def cache_bytes(self, split: Split, phase: str = "decode") -> int:
         """Bytes of a step's cache on one device; while decoding that is all of it."""
@@ -150,9 +190,10 @@ class Serving:
         return total // (split.data * split.model)
 
     def layer_cache(self, split: Split, phase: str) -> tuple[int, ...]:
-        """Shape of the keys that one layer keeps for the sequences of a data-parallel group."""
+        """Shape of the keys that one layer keeps for a data-parallel group, of a device's heads."""
         _, heads, size = self.config.cache_shape
-        return self.sequences(split, phase) // split.data, self.workload.context, heads, size
+        sequences = self.sequences(split, phase) // split.data
+        return sequences, self.workload.context, heads // split.heads, size
 
     def unfit(self, split: Split) -> str | None:
         """Why a split is not possible, or None."""
@@ -160,10 +201,10 @@ class Serving:
         _, heads, _ = self.config.cache_shape
         if w.batch % split.data:
             return f"data {split.data} does not divide the batch of {w.batch}"
-        if split.cache == "heads" and heads % split.model:
-            return f"model {split.model} does not divide {heads} key-value heads"
-        if split.cache == "length" and w.context % split.model:
-            return f"model {split.model} does not divide the context of {w.context}"
+        if heads % split.heads:
+            return f"{split.heads} devices do not divide {heads} key-value heads"
+        if w.context % split.length:
+            return f"{split.length} devices do not divide the context of {w.context}"
         try:
             self.weight_bytes(split)
         except JaxcompError as error:
@@ -187,7 +228,7 @@ class Serving:
         Args:
           phase: one of ``PHASES``.
           split: how the mesh is used.
-          mesh: with the axes "data" and "model".
+          mesh: of ``split.shape``, with the axes ``AXES``.
 
         Returns:
           The jitted function, its arguments as shapes with shardings, and the choices of
@@ -195,10 +236,7 @@ class Serving:
         """
         batch = self.sequences(split, phase)
         length = 1 if phase == "decode" else self.workload.chunk
-        by = {
-            "heads": PartitionSpec(None, "data", None, "model", None),
-            "length": PartitionSpec(None, "data", "model", None, None),
-        }[split.cache]
+        by = PartitionSpec(None, "data", "length", "heads", None)
 
         def placed(shape, spec):
             return jax.ShapeDtypeStruct(

@@ -37,7 +37,7 @@ needs_libtpu = pytest.mark.skipif(not compiler.available(), reason="libtpu is no
 
 def serving(recipe=W4, batch=8, context=256, fields=FIELDS):
     text = None if recipe is None else recipe.dumps()
-    return Serving(Workload("tiny", fields, text, batch, context, 64))
+    return Serving(Workload("tiny", fields, text, batch, context, 64, 32))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -59,7 +59,7 @@ def test_named_models_have_their_number_of_parameters(name):
 
 @pytest.mark.parametrize("model", [2, 8])
 def test_bytes_of_weights_and_cache_are_their_share(model):
-    whole, split = serving(), Split(8 // model, model, "length")
+    whole, split = serving(), Split(8 // model, 1, model)
     total = jc.nbits(whole.params) / 8
     assert whole.weight_bytes(split) == pytest.approx(total / model, rel=0.01)
     layers, heads, size = whole.config.cache_shape
@@ -67,7 +67,7 @@ def test_bytes_of_weights_and_cache_are_their_share(model):
 
 
 def test_roofline_of_bf16_by_hand():
-    model, split, where = serving(recipe=None), Split(1, 8, "length"), topology("v5e:2x4")
+    model, split, where = serving(recipe=None), Split(1, 4, 2), topology("v5e:2x4")
     found = search.roofline(model, where, split, "decode")
     matrices = 4 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2048) + 2048 * 1024
     norms = 9 * 1024 * 2
@@ -80,7 +80,7 @@ def test_roofline_of_bf16_by_hand():
 
 
 def test_roofline_of_integers_uses_the_integer_rate():
-    where, split = topology("v5e:2x4"), Split(1, 8, "length")
+    where, split = topology("v5e:2x4"), Split(1, 4, 2)
     weight_only = presets.w4a16_rtn()
     step = msgspec.structs.replace(weight_only.steps[0], activation=Activation())
     floats, integers = map(serving, (weight_only, jc.Recipe(steps=(step,))))
@@ -109,7 +109,7 @@ MOE = FIELDS | {
 
 def test_roofline_of_experts_by_hand():
     """Of 8 experts a token multiplies 2; of 3 tokens each chooses an expert with 1/4."""
-    model, split = serving(recipe=None, batch=3, fields=MOE), Split(1, 8, "length")
+    model, split = serving(recipe=None, batch=3, fields=MOE), Split(1, 4, 2)
     found = search.roofline(model, topology("v5e:2x4"), split, "decode")
     experts = 2 * 8 * 3 * 1024 * 1024  # Layers, experts, projections.
     attention = 2 * (2 * 1024 * 1024 + 2 * 1024 * 512)
@@ -142,12 +142,14 @@ def test_a_mixture_of_experts_and_what_its_compiled_program_gathers(monkeypatch)
 def test_candidates_say_why_others_are_not_possible():
     found, refused = search.candidates(serving(batch=4), topology("v5e:2x4"))
     assert {(t.split.data, t.split.model) for t in found} == {(1, 8), (2, 4), (4, 2)}
-    assert [t.split.cache for t in found if t.split.model == 8] == ["length"]
+    # More devices than key-value heads: the positions of each are split.
+    (eight,) = (t.split for t in found if t.split.model == 8)
+    assert eight == (1, 4, 2) and eight.cache == "4 heads x 2 length"
     (why,) = refused.values()
     assert why == "data 8 does not divide the batch of 4"
 
 
-def test_exchanges_in_a_loop_count_once_a_trip_and_once_a_channel():
+def test_exchanges_in_a_loop_count_once_a_trip_and_in_fusions_once_a_channel():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
 
@@ -174,6 +176,18 @@ def test_exchanges_in_a_loop_count_once_a_trip_and_once_a_channel():
     few, more, many = map(bytes_of, (2, 4, 8))
     assert many - more == 2 * (more - few) and more - few >= 2 * 64 * 64 * 4
 
+    # A sum in shard_map and another: both have channel 1, and both count.
+    add = lambda x, w: jax.lax.psum(x @ w, "model")  # noqa: E731
+    add = jax.shard_map(
+        add, mesh=mesh, in_specs=(spec(None, "model"), spec("model")), out_specs=spec()
+    )
+    narrow = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place("model"))
+    twice = jax.jit(lambda x, w, v: jax.nn.relu(add(jax.nn.relu(add(x, w)), v)))
+    one = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place("model"))
+    text = twice.lower(x, one, narrow).compile().as_text()
+    sums = [c for c in hlo.collectives(text) if c.kind == "all-reduce"]
+    assert {c.shape for c in sums} == {(8, 64), (8, 32)}
+
     whole = jax.jit(lambda w: w, out_shardings=place())
     text = whole.lower(w).compile().as_text()
     assert [c.shape for c in hlo.whole_weights(hlo.collectives(text), [(5, 64, 64)])] == [
@@ -181,10 +195,24 @@ def test_exchanges_in_a_loop_count_once_a_trip_and_once_a_channel():
     ]
 
 
+def test_splits_are_ranked_by_what_a_request_takes():
+    """Of 256 tokens 32 are new: 4 chunks of 64 are read, in each data-parallel group one prompt."""
+    where, model = topology("v5e:2x4"), serving(recipe=None)
+    found, _ = search.candidates(model, where)
+    for tried in found:
+        read, made = (search.roofline(model, where, tried.split, p) for p in ("prefill", "decode"))
+        expected = 4 * read.seconds / tried.split.data + 32 * made.seconds / 8
+        assert tried.estimate == pytest.approx(expected)
+    assert [t.estimate for t in found] == sorted(t.estimate for t in found)
+    # Every data-parallel group reads all weights in each step.
+    assert found[0].split.model == 8 and found[-1].split.data == 8
+
+
 @needs_libtpu
 def test_a_plan_for_v5e_from_the_command_line(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(FIELDS))
+    fields = FIELDS | {"num_key_value_heads": 2}
+    file.write_text(json.dumps(fields))
     arguments = ["plan", str(file), "--recipe", "w4a16_rtn", "--topology", "v5e:2x4"]
     arguments += ["--batch", "8", "--context", "1024", "--chunk", "64", "--tries", "1", "--json"]
     command = [sys.executable, "-m", "jaxcomp", *arguments]
@@ -195,7 +223,7 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
     for variant, recipe in zip(found["variants"], (presets.w4a16_rtn(), None), strict=True):
         (tried,) = variant["tried"]
         assert variant["best"] == 0 and tried["problem"] is None
-        whole = serving(recipe=recipe)
+        whole = serving(recipe=recipe, fields=fields)
         ideal = jc.nbits(whole.params) / 8 / tried["split"]["model"]
         assert tried["weights"] == pytest.approx(ideal, rel=0.05)
         # q, k, v, o, gate, up and down: by their kernel, each device on its own part.
@@ -209,13 +237,22 @@ def test_a_plan_for_v5e_from_the_command_line(tmp_path):
             assert compiled["implementations"] == ran
             assert compiled["whole_weight_gathers"] == []
             # Decoding, each device attends to the positions that it holds.
-            assert phase == "prefill" or compiled["cache_gathered"] == 0
+            # While a prompt is read, the devices of a head bring together its keys and values.
+            heads, length = tried["split"]["heads"], tried["split"]["length"]
+            assert heads == 2 and length > 1
+            most = 0 if phase == "decode" else 4 * 2 * 1024 * 128 * 2 * (1 - 1 / length)
+            assert compiled["cache_gathered"] <= most
             # XLA's count has what is read at the least.
             assert compiled["accessed"] > 0.9 * compiled["roofline"]["read"]
             # No second cache: each layer writes to the donated one.
             assert compiled["temporaries"] < tried["cache"] / 2
             # Two sums over devices a layer.
             assert compiled["sent"]["all-reduce"] > 0
+        # 1024 positions: an eighth is made, the rest read 64 at a time.
+        times = [tried[phase]["roofline"]["seconds"] for phase in ("prefill", "decode")]
+        groups = tried["split"]["data"]
+        assert tried["request"] == pytest.approx(14 * times[0] / groups + 128 / 8 * times[1])
+    assert "896 prompt and 128 new tokens" in found["rule"]
     small, large = found["variants"]
     assert small["nbytes"] < 0.4 * large["nbytes"]
 
@@ -228,7 +265,7 @@ def test_what_the_compiler_is_told_of_gpus():
         "platform": "tpu",
         "topology_name": "v5p:2x2x2",
     }
-    found = search.roofline(serving(recipe=None), eight, Split(1, 8, "length"), "decode")
+    found = search.roofline(serving(recipe=None), eight, Split(1, 4, 2), "decode")
     assert found.memory == found.read / 3350e9
 
 
@@ -261,12 +298,12 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
 @needs_libtpu
 def test_the_compiler_says_that_there_is_no_such_slice():
-    work = Workload("tiny", FIELDS, None, 8, 256, 64)
+    work = Workload("tiny", FIELDS, None, 8, 256, 64, 32)
     with (
         compiler.Compiler({"bf16": work}, topology("v5e:3x5")) as one,
         pytest.raises(JaxcompError, match=r"v5e:3x5"),
     ):
-        one.compile("bf16", "decode", Split(1, 15, "length"))
+        one.compile("bf16", "decode", Split(1, 1, 15))
 
 
 def test_errors(monkeypatch, tmp_path):
@@ -295,6 +332,6 @@ def test_errors(monkeypatch, tmp_path):
 
 
 def test_no_split_is_possible_names_the_reasons():
-    work = Workload("tiny", FIELDS | {"vocab_size": 2049}, None, 1, 256, 64)
+    work = Workload("tiny", FIELDS | {"vocab_size": 2049}, None, 1, 256, 64, 32)
     with pytest.raises(JaxcompError, match=r"no split is possible .*embed_tokens.*2049"):
         search.search("bf16", Serving(work), topology("v5e:2x4"), 1, lambda text: None, None)
