@@ -217,10 +217,11 @@ def settle(tree: Any) -> None:
     are there; and of arguments that were NumPy's JAX lets go only when it is called the next time.
 
     Args:
-      tree: arrays; for those of fewer than ``LARGE`` elements nothing is waited for but them.
+      tree: arrays, or what has a shape in their place; for fewer than ``LARGE`` elements nothing is
+        waited for but them.
     """
     jax.block_until_ready(tree)
-    if sum(a.size for a in jax.tree.leaves(tree)) >= LARGE:
+    if sum(math.prod(np.shape(a)) for a in jax.tree.leaves(tree)) >= LARGE:
         _let_go()
 
 
