@@ -22,6 +22,7 @@ from jaxcomp.kernels.sparse_attention import (
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
 
+CELLS = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0]])
 MASKS = {
     "full": full(),
     "causal": causal(),
@@ -31,10 +32,18 @@ MASKS = {
     "strided": strided(96),
     "fixed": fixed(80, 3),
     "bigbird": window(64) | global_(5) | random(1, seed=3, block_size=64),
-    "blocks": blocks([[1, 0, 1], [0, 0, 0], [1, 1, 0]], 100) & causal(),
+    "blocks": blocks(CELLS, 100) & causal(),
     "not window": ~window(64) & causal(),
     "per head": per_head([causal(), window(32), random(1, block_size=128) & causal(), ~full()]),
 }
+
+
+def mask(name: str, queries: int, keys: int):
+    """One of ``MASKS``; blocks as many as the sequences have."""
+    if name != "blocks":
+        return MASKS[name]
+    rows, columns = (np.arange(-(-length // 100)) % 3 for length in (queries, keys))
+    return blocks(CELLS[np.ix_(rows, columns)], 100) & causal()
 
 
 def operands(seed: int, batch=1, queries=200, keys=200, heads=4, kv_heads=2, dim=32, out_dim=None):

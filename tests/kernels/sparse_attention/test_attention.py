@@ -66,7 +66,8 @@ class TestReference:
     def test_masks(self):
         q, k, v = cases.operands(0, **self.sizes)
         for name in self.masks:
-            check(self.run, q, k, v, cases.MASKS[name], self.dtype)
+            mask = cases.mask(name, q.shape[1], k.shape[1])
+            check(self.run, q, k, v, mask, self.dtype)
 
     def test_bfloat16(self):
         check(self.run, *cases.operands(1, dim=128, heads=2), causal(), "bfloat16")
@@ -85,7 +86,7 @@ class TestReference:
             span=np.array([3.0, 90.5], np.float32), span_ramp=24.0,
         )  # fmt: skip
 
-    @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
+    @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn", "float8_e5m2"])
     def test_quantized_keys_and_values(self, code):
         kv_heads = 1 if code == "int8" else 2
         q, k, v = cases.operands(4, queries=100, keys=140, heads=2, kv_heads=kv_heads)
@@ -209,8 +210,8 @@ class TestXla(TestReference):
 class TestInterpretedTpu(TestReference):
     """The TPU kernels, interpreted, with the detection of races."""
 
-    # Rules with bitmaps, and a list for each head. Other masks differ in their list only.
-    masks = ("bigbird", "per head")
+    # Rules with bitmaps, a list for each head, and every rule that is evaluated in the kernel.
+    masks = ("bigbird", "per head", "strided", "fixed")
     # That is of the reference itself; here gradients are compared with the reference's.
     test_the_spans_gradient_is_its_definition = None
 
@@ -252,7 +253,7 @@ def test_any_shape(name, queries, keys, heads, dim):
     """The door, with the implementation that it chooses on this machine."""
     sizes = {"queries": queries, "keys": keys, "heads": heads[0], "kv_heads": heads[1], "dim": dim}
     run = functools.partial(attention, return_logsumexp=True)
-    check(run, *cases.operands(queries, **sizes), cases.MASKS[name])
+    check(run, *cases.operands(queries, **sizes), cases.mask(name, queries, keys))
 
 
 @settings(max_examples=2, deadline=None, derandomize=True, database=None)
@@ -267,5 +268,5 @@ def test_any_shape(name, queries, keys, heads, dim):
 def test_any_shape_interpreted(name, queries, keys, group, dim, dtype):
     sizes = {"queries": queries, "keys": keys, "heads": group, "kv_heads": 1, "dim": dim}
     run = functools.partial(attention, return_logsumexp=True, **INTERPRETED)
-    check(run, *cases.operands(keys, **sizes), cases.MASKS[name], dtype)
+    check(run, *cases.operands(keys, **sizes), cases.mask(name, queries, keys), dtype)
     assert not interpreter.races.races_found
