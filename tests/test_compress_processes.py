@@ -151,9 +151,10 @@ PARTS = """
     from tests.test_compress_processes import branching, steps_and_weights
 
     params, batches = steps_and_weights()
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    names, kinds = ("data", "model"), (jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), names, axis_types=(kinds[0],) * 2)
     # Each process has a part of the weights, and a part of each batch: one of four sequences.
-    split = NamedSharding(mesh, P("data"))
+    split = NamedSharding(mesh, P("data", "model"))
     params = {
         name: jax.make_array_from_callback(w.shape, split, lambda index: w[index])
         for name, w in params.items()
@@ -166,11 +167,17 @@ PARTS = """
     recipe = jc.presets.wanda(0.5)
     result = jc.compress(branching, params, recipe, batches, mesh=mesh, progress=False)
     jc.save(FOLDER / "out", result)
+    mesh = jax.make_mesh((4, 2), names, axis_types=(kinds[1],) * 2)
+    loaded = jc.load(FOLDER / "out", mesh=mesh).params
+    columns = NamedSharding(mesh, P(None, "data"))
+    x = jax.device_put(steps_and_weights()[1][0], columns)
+    y = jax.jit(jc.dispatch(branching), out_shardings=NamedSharding(mesh, P()))(loaded, x)
+    np.save(FOLDER / f"y{PROCESS}.npy", y)
 """
 
 
 def test_four_processes_with_a_part_of_weights_and_batches_each(tmp_path):
-    with processes.start(PARTS, 4, tmp_path, devices=1) as group:
+    with processes.start(PARTS, 4, tmp_path) as group:
         group.wait(timeout=400)
     params, batches = steps_and_weights()
     one = jc.compress(branching, params, jc.presets.wanda(0.5), batches, progress=False)
@@ -178,6 +185,9 @@ def test_four_processes_with_a_part_of_weights_and_batches_each(tmp_path):
         jax.tree.map(np.asarray, jc.load(tmp_path / "out").params),
         jax.tree.map(np.asarray, one.params),
     )
+    y = jc.dispatch(branching)(one.params, batches[0])
+    for process in range(4):
+        np.testing.assert_allclose(np.load(tmp_path / f"y{process}.npy"), y, rtol=1e-5, atol=1e-5)
 
 
 DIFFERENT = """
