@@ -155,9 +155,7 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     on_tpu, tiles = several or tpu.unfit(q, k, v, chip, interpret), None
     if not on_tpu and implementation not in ("xla", "mosaic_gpu"):
         tiles, on_tpu = tpu.fitting_blocks(q, k, mask, *blocks)
-    on_gpu = several or gpu.unfit(
-        q, k, v, chips.H100 if interpret else chip, blocks, operands.get("span")
-    )
+    on_gpu = several or gpu.unfit(q, k, v, chips.H100 if interpret else chip, blocks)
     if implementation is None:
         on_gpu = on_gpu or _BY_NAME
     chosen = implementations.choose(

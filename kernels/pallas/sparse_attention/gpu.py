@@ -27,7 +27,6 @@ def unfit(
     v: jax.Array,
     chip: Chip | None,
     blocks: tuple[int | None, int | None] = (None, None),
-    span: jax.Array | None = None,
 ) -> str | None:
     """Why the kernel does not take these operands.
 
@@ -37,7 +36,6 @@ def unfit(
       v: (batch, keys, kv_heads, value_dim).
       chip: that it would run on; ``chips.H100`` for interpret mode.
       blocks: queries and keys of a block, where the caller names them.
-      span: of the adaptive span, or None.
 
     Returns:
       The reason, or None where it does.
@@ -55,8 +53,6 @@ def unfit(
         )
     if any(block not in (None, BLOCK) for block in blocks):
         return f"its blocks are {BLOCK} by {BLOCK}, not {blocks[0]} by {blocks[1]}"
-    if span is not None:
-        return "it has no adaptive span"
     return None
 
 
@@ -79,6 +75,7 @@ def attention(
     soft_cap: float | None = None,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
     span_ramp: float = 32.0,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +83,6 @@ def attention(
 
     Args and results are those of ``reference.attention``.
     """
-    del span_ramp
     listed = schedule(mask, q.shape[2], q.shape[1], k.shape[1], BLOCK, BLOCK)
     segments = None
     if segment_ids is not None:
@@ -95,26 +91,35 @@ def attention(
             jnp.where(segment_ids < 0, -1, segment_ids),
             jnp.where(kv_segment_ids < 0, -2, kv_segment_ids),
         )
-    cap = None if soft_cap is None else float(soft_cap)
-    return _attention(listed, float(scale), cap, interpret, q, k, v, segments)
+    problem = _kernels()[0].Problem(
+        codes=gpu_lists.codes(listed),
+        rules=listed.rules,
+        scale=float(scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        ramp=float(span_ramp),
+        staged=bool(interpret),
+    )
+    span = None if span is None else span.astype(jnp.float32)
+    return _attention(listed, problem, interpret, q, k, v, segments, span)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attention(listed, scale, soft_cap, interpret, q, k, v, segments):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(listed, problem, interpret, q, k, v, segments, span):
     kernel, _ = _kernels()
-    operands = _operands(listed, None, q, k, v, segments)
-    problem = _problem(listed, scale, soft_cap, interpret)
+    operands = _operands(listed, None, q, k, v, segments, span)
+    if span is not None:
+        operands["ticks"] = jnp.arange(BLOCK, dtype=jnp.float32)
     out, lse = kernel.forward(operands, problem, interpret)
     return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
-def _forward(listed, scale, soft_cap, interpret, q, k, v, segments):
-    out, lse = _attention(listed, scale, soft_cap, interpret, q, k, v, segments)
-    return (out, lse), (q, k, v, segments, out, lse)
+def _forward(listed, problem, interpret, q, k, v, segments, span):
+    out, lse = _attention(listed, problem, interpret, q, k, v, segments, span)
+    return (out, lse), (q, k, v, segments, span, out, lse)
 
 
-def _backward(listed, scale, soft_cap, interpret, saved, cotangents):
-    q, k, v, segments, out, lse = saved
+def _backward(listed, problem, interpret, saved, cotangents):
+    q, k, v, segments, span, out, lse = saved
     d_out, d_lse = cotangents
     # The gradient of a score is its share times (d_share - delta).
     delta = jnp.einsum("bqhd,bqhd->bhq", d_out, out, preferred_element_type=jnp.float32) - d_lse
@@ -123,31 +128,20 @@ def _backward(listed, scale, soft_cap, interpret, saved, cotangents):
     statistics = [jnp.pad(lse, padding, constant_values=jnp.inf), jnp.pad(delta, padding)]
     extras = {"d_out": _aligned(d_out.astype(q.dtype)), "statistics": jnp.stack(statistics)}
     _, kernel = _kernels()
-    problem = _problem(listed, scale, soft_cap, interpret)
 
     def run(group):
-        operands = _operands(listed, group, q, k, v, segments) | extras
+        operands = _operands(listed, group, q, k, v, segments, span) | extras
         return kernel.gradients(operands, problem, group is not None, interpret)
 
-    (dq,), (dk, dv) = run(None), run(q.shape[2] // k.shape[2])
-    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
+    (dq, *d_span), (dk, dv) = run(None), run(q.shape[2] // k.shape[2])
+    d_span = d_span[0].sum((0, 2)) if d_span else None
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None, d_span
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _problem(listed, scale, soft_cap, interpret):
-    """What the kernels compute."""
-    return _kernels()[0].Problem(
-        codes=gpu_lists.codes(listed),
-        rules=listed.rules,
-        scale=scale,
-        soft_cap=soft_cap,
-        staged=bool(interpret),
-    )
-
-
-def _operands(listed, group, q, k, v, segments) -> dict[str, jax.Array]:
+def _operands(listed, group, q, k, v, segments, span) -> dict[str, jax.Array]:
     """Operands that all kernels have, with the lists of queries or, for a group, of keys."""
     operands = {name: _aligned(x) for name, x in (("q", q), ("k", k), ("v", v))}
     lists = gpu_lists.arrays(listed, group)
@@ -157,7 +151,7 @@ def _operands(listed, group, q, k, v, segments) -> dict[str, jax.Array]:
         for name, ids, count in zip(names, segments, sizes, strict=True):
             padding = ((0, 0), (0, count * BLOCK - ids.shape[1]))
             operands[name] = jnp.pad(ids.astype(jnp.int32), padding, constant_values=-3)
-    return operands
+    return operands if span is None else operands | {"span": span}
 
 
 def _aligned(x: jax.Array) -> jax.Array:

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.sparse_attention.gpu_kernel import LOG2_E, LOWEST, MASKED, capped, count
+from jaxcomp.kernels.sparse_attention.gpu_kernel import (
+    LOG2_E,
+    LOWEST,
+    MASKED,
+    Scores,
+    capped,
+    count,
+)
 from jaxcomp.kernels.sparse_attention.rules import Mask
 
 ROWS = 64  # of queries: the least that the matrix unit takes
@@ -29,8 +36,8 @@ SHARED_BYTES = 216 << 10  # of 227 KiB; statistics and barriers take some more
 _CHUNK = 64  # columns that are stored at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(Scores):
     """What is known before any number is.
 
     Attributes:
@@ -38,18 +45,12 @@ class Problem:
       group: query heads that share a key head: rows of one query.
       splits: parts of a sequence's blocks, each a thread block's.
       rule: the mask, or None where a query sees all keys up to its own.
-      scale: of the products.
-      soft_cap: bound of the scores, or None.
-      staged: whether weights go through shared memory, as interpret mode needs.
     """
 
     queries: int
     group: int
     splits: int
     rule: Mask | None
-    scale: float
-    soft_cap: float | None
-    staged: bool = False
 
 
 def decode(

@@ -7,8 +7,12 @@ log-sum-exps of the forward pass, shares are computed again, and
     d_share = d_out v',  d_score = share (d_share - delta),
     dq = d_score k,      dk = d_score' q,      dv = share' d_out
 
-where delta is what the sum of a row's shares being one takes away. Of what is kept, each of two
-warpgroups has 64 rows; a block that passes by they take in parts.
+where delta is what the sum of a row's shares being one takes away. With an adaptive span a share is
+m(distance) times the exponential, and the gradient of its reach z the sum of
+
+    exponential (d_share - delta) / ramp    where 0 < m < 1.
+
+Of what is kept, each of two warpgroups has 64 rows; a block that passes by they take in parts.
 """
 
 import dataclasses
@@ -29,6 +33,7 @@ from jaxcomp.kernels.sparse_attention.gpu_kernel import (
     Problem,
     capped,
     count,
+    nearness,
     unpacked,
     words_of,
 )
@@ -55,7 +60,8 @@ def gradients(
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
 
     Returns:
-      (dq,), or (dk, dv), like q and k.
+      (dq,), or (dk, dv), like q and k. With a span also, after dq, float32 (batch, heads, whole
+      blocks of queries): what each query adds to its gradient.
     """
     (batch, _, heads, dim), kv_heads = operands["q"].shape, operands["k"].shape[2]
     pairs = [("q", "d_out"), ("k", "v")]
@@ -81,9 +87,14 @@ def gradients(
     if problem.staged:
         scratch["left"] = tiles(WORKERS, 2, ROWS, columns=width)
     names = ("dk", "dv") if by_keys else ("dq",)
+    like = operands["k"] if by_keys else operands["q"]
+    out = dict.fromkeys(names, jax.ShapeDtypeStruct(like.shape, dtype))
+    if "span" in operands and not by_keys:
+        scratch["d_span"] = plgpu.SMEM((WORKERS, ROWS), jnp.float32)
+        out["d_span"] = jax.ShapeDtypeStruct((batch, heads, rows.shape[1] * BLOCK), jnp.float32)
 
     def body(*refs, **scratch):
-        refs = dict(zip([*operands, *names], refs, strict=True))
+        refs = dict(zip([*operands, *out], refs, strict=True))
         head, worker = lax.axis_index("head"), lax.axis_index("warpgroup")
         place = _Place(
             batch=lax.axis_index("batch"),
@@ -101,10 +112,9 @@ def gradients(
             functools.partial(_work, *arguments, names, width),
         )
 
-    like = operands["k"] if by_keys else operands["q"]
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(like.shape, dtype)] * len(names),
+        out_type=list(out.values()),
         grid=(kv_heads if by_keys else heads, rows.shape[1], batch),
         grid_names=("head", "row", "batch"),
         num_threads=WORKERS + 1,
@@ -233,6 +243,11 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names, w
             return down(statistics[i])
         return across(of_columns(refs["statistics"].at[i, place.batch, head, pl.ds(at, width)]))
 
+    def near_of(at, head):
+        """The span's weights of a part: positions that change are read, as in ``masked``."""
+        columns = of_columns(refs["passing"].at[0, place.batch, pl.ds(at, width)]) - start
+        return nearness(refs["span"][head], problem.ramp, count(ROWS, 1), columns, shape)
+
     def masked(scores, code, step, within, at):
         """Scores, far down where a query may not look."""
         if code == TABLE:
@@ -258,7 +273,8 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names, w
             scores = jnp.where(down(own) == across(other), scores, MASKED)
         return scores
 
-    def add(sums, code, step, within):
+    def add(sums, code, step, within, d_span):
+        """Adds what a part of a block gives to the sums, and to the span's gradient of each row."""
         stage = lax.rem(step - first, _STAGES)
         there = [scratch[f"moving{i}"].at[stage, pl.ds(within, width)] for i in range(2)]
 
@@ -281,40 +297,64 @@ def _work(refs, scratch, place: _Place, problem: Problem, kept, moving, names, w
         at += within
         shares = masked(scores, code, step, within, at) * factor
         shares = jnp.exp2(shares - statistic(LSE, at, head))
+        if "span" in refs and by_keys:
+            near = near_of(at, head)
+            # Beyond the span a share may be more than a number can hold.
+            shares = jnp.where(near > 0, shares * near, 0.0)
         weights = shares.astype(dtype)
-        if problem.soft_cap:
+        if problem.soft_cap and d_span is None:
             shares *= 1 - scores * scores
         d_scores = shares * (product(1) - statistic(DELTA, at, head))
+        if d_span is not None:
+            near = near_of(at, place.head)
+            d_scores = jnp.where(near > 0, d_scores, 0.0)
+            d_span += jnp.where(near < 1, d_scores, 0.0).sum(axis=1)
+            d_scores *= near
+            if problem.soft_cap:
+                d_scores *= 1 - scores * scores
         for i, left in enumerate([d_scores.astype(dtype), weights][: len(sums)]):
             if problem.staged:
                 scratch["left"][worker, i] = left
                 plgpu.commit_smem()
                 left = scratch["left"].at[worker, i]
             plgpu.wgmma(sums[i], left, there[i])
+        return d_span
 
     def all_steps(*sums):
+        d_span = None
+        if "d_span" in refs:
+            d_span = plgpu.layout_cast(
+                jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+            )
         for i, code in enumerate(problem.codes):
 
-            @pl.loop(place.bound(refs, i), place.bound(refs, i + 1))
-            def _step(step, code=code):
+            def step_of(step, d_span, code=code):
                 stage = lax.rem(step - first, _STAGES)
                 plgpu.barrier_wait(scratch["full"].at[stage])
 
                 # A loop, so that no more addresses than those of one part are held in registers.
-                @pl.loop(0, BLOCK // width)
-                def _part(part):
-                    add(sums, code, step, pl.multiple_of(part * width, width))
+                def part_of(part, d_span):
+                    return add(sums, code, step, pl.multiple_of(part * width, width), d_span)
 
+                d_span = lax.fori_loop(0, BLOCK // width, part_of, d_span)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(scratch["empty"].at[stage])
+                return d_span
 
-        return tuple(x[...] for x in sums)
+            bounds = place.bound(refs, i), place.bound(refs, i + 1)
+            d_span = lax.fori_loop(*bounds, step_of, d_span)
+        return *(x[...] for x in sums), d_span
 
     plgpu.barrier_wait(scratch["kept_full"].at[worker])
-    sums = pl.run_scoped(all_steps, *[plgpu.ACC(out_shape, jnp.float32)] * len(names))
+    *sums, d_span = pl.run_scoped(all_steps, *[plgpu.ACC(out_shape, jnp.float32)] * len(names))
     for i, (name, total) in enumerate(zip(names, sums, strict=True)):
         here[i][...] = (total * problem.scale if i == 0 else total).astype(dtype)
         plgpu.commit_smem()
         to = refs[name].at[place.batch, pl.ds(start, ROWS), place.head]
         plgpu.copy_smem_to_gmem(here[i], to)
+    if d_span is not None:
+        scratch["d_span"][worker] = d_span * (1 / problem.ramp)
+        plgpu.commit_smem()
+        to = refs["d_span"].at[place.batch, place.head, pl.ds(start, ROWS)]
+        plgpu.copy_smem_to_gmem(scratch["d_span"].at[worker], to)
     plgpu.wait_smem_to_gmem(0)

@@ -34,23 +34,34 @@ LOWEST, MASKED = -1e30, -2e38
 BLOCK_MASK = MOST_BLOCKS - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is known before any number is.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How products become scores, and how a kernel has them.
 
     Attributes:
-      codes: what the schedule's blocks need, in the order of a row's list.
-      rules: masks that are computed, for codes from RULE on.
       scale: of the products.
       soft_cap: bound of the scores, or None.
       staged: whether weights go through shared memory, as interpret mode needs.
     """
 
-    codes: tuple[int, ...]
-    rules: tuple[Mask, ...]
     scale: float
     soft_cap: float | None
     staged: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(Scores):
+    """What is known before any number is.
+
+    Attributes:
+      codes: what the schedule's blocks need, in the order of a row's list.
+      rules: masks that are computed, for codes from RULE on.
+      ramp: distance over which an adaptive span fades.
+    """
+
+    codes: tuple[int, ...]
+    rules: tuple[Mask, ...]
+    ramp: float = 32.0
 
 
 def forward(
@@ -64,7 +75,9 @@ def forward(
         "rows" (lists, row blocks, 2 + codes): a block of queries, then where each code's part of
         its list starts and the last one ends, and "columns" (lists, steps), blocks of keys; where
         codes have TABLE, int32 "tables" (lists, steps) and "bits" (bitmaps, WORDS, BLOCK), 32 keys
-        a word; and, or not, int32 "segments" and "kv_segments", (batch, whole blocks).
+        a word; and, or not, int32 "segments" and "kv_segments", (batch, whole blocks); and, or not,
+        float32 "span" (heads,), how far each head sees before it fades, and "ticks" (BLOCK,), which
+        are 0, 1, 2 and so on.
       problem: what is computed.
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
 
@@ -253,6 +266,18 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
                 across(count(BLOCK, 0) + place.keys(refs, index), score_shape),
             )
             scores = jnp.where(problem.rules[code - RULE].allowed(*positions), scores, MASKED)
+        if "span" in refs:
+            # As a summand, for which it need not be kept until scores are weights. What cannot be
+            # seen, whose logarithm is infinite, does not count as the largest score either.
+            # Columns are read, from a place that is always zero, which the compiler cannot know:
+            # what it counts, or reads once for all steps, it would hold in registers.
+            zero = lax.shift_right_logical(refs["columns"][place.listed, index], jnp.int32(31))
+            ticks = refs["ticks"].at[pl.ds(zero, BLOCK)]
+            columns = plgpu.load(ticks, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            rows = count(ROWS, 1) + (start - place.keys(refs, index))
+            span = refs["span"][place.head]
+            near = nearness(span, problem.ramp, rows, columns, score_shape)
+            scores += jnp.log2(near) * (1 / factor)
 
         before, top = top, jnp.maximum(top, scores.max(axis=1) * factor)
         weights = jnp.exp2(scores * factor - down(top, score_shape))
@@ -298,7 +323,7 @@ def _attend(refs, scratch, place: _Place, problem: Problem, stages: int) -> None
     plgpu.wait_smem_to_gmem(0)
 
 
-def capped(scores, problem: Problem):
+def capped(scores, problem: Scores):
     """Scores, and the positive factor that makes them powers of two."""
     if problem.soft_cap:
         scores = jnp.tanh(scores * (problem.scale / problem.soft_cap))
@@ -315,6 +340,27 @@ def count(size: int, reduced: int) -> jax.Array:
     """
     layout = plgpu.Layout.WGMMA.reduce(reduced)
     return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
+def nearness(
+    span, ramp: float, rows: jax.Array, columns: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """An adaptive span's weights of scores: clip((ramp + span - distance) / ramp, 0, 1).
+
+    Args:
+      span: how far a head sees before it fades, a scalar.
+      ramp: distance over which it fades.
+      rows: int32 positions of rows, from somewhere near: float32 is exact to 16 million.
+      columns: those of columns.
+      shape: of the scores.
+
+    Returns:
+      float32 of that shape.
+    """
+    rows = lax.broadcast_in_dim(rows.astype(jnp.float32), shape, (0,))
+    columns = lax.broadcast_in_dim(columns.astype(jnp.float32), shape, (1,))
+    seen = (span + ramp - jnp.abs(rows - columns)) * (1 / ramp)
+    return jnp.minimum(jnp.maximum(seen, 0.0), 1.0)
 
 
 def words_of(bits, table, worker) -> list[jax.Array]:

@@ -49,7 +49,7 @@ class TestInterpreted(Reference):
     sizes = {"dim": 64}  # noqa: RUF012
     run = staticmethod(interpreted)
 
-    # These need other dtypes or widths, or an adaptive span, and are refused (``TestRefused``).
+    # These need other dtypes or widths, and are refused (``TestRefused``).
     test_lengths_and_widths_that_differ = None
     test_all_options_together = None
     test_quantized_keys_and_values = None
@@ -59,13 +59,14 @@ class TestInterpreted(Reference):
     test_the_spans_gradient_is_its_definition = None
     test_quantized_operands_are_constants = None
 
-    def test_segments_and_a_cap_in_float16(self):
+    def test_segments_a_cap_and_spans_in_float16(self):
         q, k, v = cases.operands(3, 2, queries=150, keys=270, heads=2, kv_heads=1, dim=64)
         rng = np.random.default_rng(3)
         check(
             self.run, q, k, v, global_(4) | causal(70), "float16", scale=-0.2, soft_cap=2.5,
             segment_ids=np.sort(rng.integers(-1, 3, (2, 150)), 1).astype(np.int32),
             kv_segment_ids=np.sort(rng.integers(-1, 3, (2, 270)), 1).astype(np.int32),
+            span=np.array([3.0, 90.5], np.float32), span_ramp=24.0,
         )  # fmt: skip
 
     def test_gradients_with_segments_and_a_cap(self):
@@ -73,6 +74,12 @@ class TestInterpreted(Reference):
         segments = np.repeat([[0, 1, -1]], [60, 70, 20], axis=1).astype(np.int32)
         sizes = {"queries": 150, "keys": 150, "heads": 2, "kv_heads": 1, "dim": 128}
         self.gradients(mask, "bfloat16", soft_cap=3.0, segment_ids=segments, **sizes)
+
+    def test_gradients_with_spans(self):
+        # Not whole numbers: where a ramp ends on a distance, its slope is a matter of convention.
+        span = np.array([5.3, 60.6], np.float32)
+        sizes = {"queries": 140, "keys": 150, "heads": 2, "kv_heads": 1, "dim": 64}
+        self.gradients(causal(), "bfloat16", soft_cap=3.0, span=span, **sizes)
 
     @pytest.mark.slow
     def test_gradients_of_heads_with_lists_of_their_own(self):
@@ -132,7 +139,6 @@ class TestRefused:
             ({}, {"chip": chips.V5E}, "Hopper GPUs, not on v5e"),
             ({}, {"chip": None}, "an unknown chip"),
             ({}, {"blocks": (256, None)}, "128 by 128, not 256"),
-            ({}, {"span": jnp.ones(2)}, "no adaptive span"),
         ],
     )
     def test_reasons(self, change, options, words):
@@ -150,23 +156,25 @@ class TestRefused:
 
 
 def compiled(mask="causal", queries=2048, heads=32, kv_heads=8, dim=128, dtype="bfloat16",
-             segments=False, gradient=False, **options):  # fmt: skip
+             segments=False, span=False, gradient=False, **options):  # fmt: skip
     """Attention, or its gradients, and the shapes of its arguments, for the compiler."""
     struct = jax.ShapeDtypeStruct
     arguments = [struct((1, queries, heads, dim), dtype)]
     arguments += [struct((1, queries, kv_heads, dim), dtype)] * 2
-    arguments += [struct((1, queries), jnp.int32)] if segments else []
+    more = {"segment_ids": struct((1, queries), jnp.int32)} if segments else {}
+    more |= {"span": struct((heads,), jnp.float32)} if span else {}
 
-    def function(q, k, v, ids=None):
+    def function(q, k, v, *others):
         return attention(
-            q, k, v, programs.MASKS[mask], segment_ids=ids, implementation="mosaic_gpu",
-            return_logsumexp=True, **options,
+            q, k, v, programs.MASKS[mask], implementation="mosaic_gpu", return_logsumexp=True,
+            **dict(zip(more, others, strict=True)), **options,
         )  # fmt: skip
 
     def loss(*arguments):
         return function(*arguments)[0].astype(jnp.float32).sum()
 
-    return (jax.grad(loss, (0, 1, 2)) if gradient else function), tuple(arguments)
+    wanted = (0, 1, 2, *([3 + list(more).index("span")] if span else []))
+    return (jax.grad(loss, wanted) if gradient else function), (*arguments, *more.values())
 
 
 PROGRAMS = [
@@ -181,6 +189,9 @@ PROGRAMS = [
     {"mask": "causal", "queries": 16384, "gradient": True},
     {"mask": "bigbird", "gradient": True, "dtype": "float16"},
     {"mask": "heads", "gradient": True, "segments": True, "soft_cap": 30.0},
+    {"mask": "strided", "span": True, "segments": True, "soft_cap": 30.0},
+    {"mask": "causal", "span": True, "gradient": True},
+    {"mask": "bigbird", "span": True, "gradient": True, "segments": True, "soft_cap": 30.0},
 ]
 
 
