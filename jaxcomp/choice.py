@@ -12,6 +12,7 @@ from jaxcomp.graph.program import Op
 from jaxcomp.kernels import chips, tuning
 
 IMPLEMENTATIONS = ("int8", "fp8", "kernel", "parts", "rows", "materialize")
+_ONE_BY_ONE = "experts one after the other, each with its own rows only"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ def choose(
     # Asked for, the operation runs on any chip, with what it has there.
     chip = None if forced == "kernel" else chip_of(leaf, split and split.mesh)
     if site.kind == "ragged_dot":
-        reasons["kernel"] = packed_experts.problem(op.eqn, site, leaf, chip, split) or ""
+        told = packed_experts.problem(op.eqn, site, leaf, chip, split)
+        reasons["kernel"] = told or packed_experts.slower(op.eqn, leaf, chip) or ""
     if site.kind != "gather":
         reasons["rows"] = f"a {site.kind} reads the whole weight"
     elif not look_up.row_wise(op, leaf):
@@ -97,10 +99,10 @@ def choose(
                 f"({told}); "
                 "leave implementation out to let each site choose"
             )
-        if forced == "kernel" and plain:
+        if forced == "kernel":
             return forced, "asked for" + _forced(op, leaf, split)
         return forced, "asked for"
-    if plain and not reasons["kernel"] and chip.platform == "gpu":
+    if not reasons["kernel"] and chip.platform == "gpu":
         return "kernel", f"measured to be faster than XLA on {chip.name}"
     if not reasons["parts"] and reasons["kernel"]:
         floats = _floats_pay(op, leaf, chip, not reasons["int8"], not reasons["fp8"])
@@ -112,7 +114,7 @@ def choose(
     if not reasons["fp8"] and reasons["kernel"]:
         return "fp8", "float8 values of input and weight"
     if not reasons["kernel"] and chip.platform != "tpu":
-        return "kernel", "experts one after the other, each with its own rows only"
+        return "kernel", _ONE_BY_ONE
     if not reasons["kernel"]:
         return "kernel", f"decoded next to the matrix unit of a {chip.name}"
     if not reasons["rows"]:
@@ -197,10 +199,15 @@ def _forced(op: Op, leaf: formats.CompressedArray, split: NamedSharding | None) 
     """What runs on the chip at hand when a kernel is asked for."""
     chip = chip_of(leaf, split and split.mesh)
     dtype, batched = op.eqn.invars[1 - op.site.operand].aval.dtype, bool(op.site.batch_axes)
-    problems = [
-        packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p), batched)
-        for p in leaf.parts
-    ]
+    if op.site.kind == "ragged_dot":
+        problems = [packed_experts.problem(op.eqn, op.site, leaf, chip, split)]
+    else:
+        problems = [
+            packed.problem(matmul.wrappers(p)[1], chip, dtype, split, matmul.activation(p), batched)
+            for p in leaf.parts
+        ]
+    if None in problems and chip.platform == "cpu":
+        return f": {_ONE_BY_ONE}"
     if None in problems:
         return f": decoded next to the matrix unit of the {chip.name}"
     return f", and XLA runs it: {'; '.join(dict.fromkeys(problems))}"

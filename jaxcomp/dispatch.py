@@ -6,7 +6,7 @@ A site whose weight is compressed goes to an implementation:
 - "fp8": the same with float8 values;
 - "kernel": the weight stays packed in memory and is decoded next to the matrix unit (on TPUs; on
   Hopper GPUs where a table of measurements says so, see ``jaxcomp.kernels.tuning``); of experts
-  elsewhere too, one after the other, each for its own rows;
+  on a CPU too, one after the other, each for its own rows;
 - "parts": the input through each part in turn (a scale, a thin product, some dense columns);
 - "rows": of an embedding only the rows that are looked up;
 - "materialize": the weight made dense inside the computation, then the equation as it stands.
@@ -238,11 +238,10 @@ class Dispatcher(Plain):
         weight = picked(leaf, site)
         if name == "rows":
             return [look_up.looked_up(op, operands[1], weight)], state
-        x = operands[1 - site.operand]
+        x, out_dtype = operands[1 - site.operand], op.eqn.outvars[0].aval.dtype
         if site.kind == "ragged_dot":
-            y = packed_experts.multiply(x, operands[2], weight, split)
-            return [y.astype(op.eqn.outvars[0].aval.dtype)], state
-        out_dtype = op.eqn.outvars[0].aval.dtype
+            y = packed_experts.multiply(x, operands[2], weight, split, out_dtype)
+            return [y.astype(out_dtype)], state
         y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split, out_dtype)
         return [from_tokens(op.eqn, site, y)], state
 

@@ -220,7 +220,13 @@ def problem(
     return gpu.reason(jax.ShapeDtypeStruct((1, weight.shape[1]), dtype), weight, options, chip)
 
 
-def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = None) -> str | None:
+def slower(
+    part: Any,
+    chip: Chip,
+    rows: int,
+    activation: Activation | None = None,
+    kind: str = "products",
+) -> str | None:
     """Why XLA is to multiply a part that a kernel reads: the table of measurements says so.
 
     On a GPU it has to speak for the kernel, elsewhere against it.
@@ -230,6 +236,7 @@ def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = Non
       chip: whose kernel.
       rows: of the input.
       activation: how the input is quantized, or None.
+      kind: "products", or "experts" on a GPU.
 
     Returns:
       The reason, or None.
@@ -245,7 +252,8 @@ def slower(part: Any, chip: Chip, rows: int, activation: Activation | None = Non
         from jaxcomp.kernels.quantized_matmul import gpu
 
         quantized = activation and _ACTIVATION_DTYPES[activation.format]
-        return gpu.slower(rows, weight, reference.Options(None, quantized, "float32"), chip)
+        options = reference.Options(None, quantized, "float32")
+        return gpu.slower(rows, weight, options, chip, kind)
     other = "xla" if activation is None else "codes"
     kind = activation and activation.format
     shape = (rows, *weight.shape)

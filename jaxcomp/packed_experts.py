@@ -1,7 +1,8 @@
 """Compressed weights of experts as operands of the grouped product, where a ragged_dot reads them.
 
-Each expert's rows meet its own packed weight: on TPUs in a kernel, elsewhere one expert after the
-other is made dense for its rows.
+Each expert's rows meet its own packed weight: in a kernel on TPUs, and by name or where a table of
+measurements says so on Hopper GPUs; elsewhere one expert after the other is made dense for its
+rows.
 """
 
 from typing import Any
@@ -51,17 +52,33 @@ def problem(
             "on a mesh of Auto axes it cannot be known how the experts are split; give dispatch "
             "the sharding rules"
         )
-    if chip is not None and chip.platform == "gpu":
-        return "on GPUs there is no kernel for experts"
-    tpu = chip if chip is not None and chip.platform == "tpu" else None
+    there = None if chip is None or chip.platform == "cpu" else chip
     for part in leaf.parts:
         inner = matmul.wrappers(part)[1]
         if isinstance(inner, packed_sparse.PARTS):
             return f"no kernel reads a {type(inner).__name__} of experts"
-        told = packed.problem(inner, tpu, dtype, split)
+        told = packed.problem(inner, there, dtype, split)
         if told is not None:
             return told
     return None
+
+
+def slower(eqn: Any, leaf: formats.CompressedArray, chip: chips.Chip | None) -> str | None:
+    """Why XLA is to multiply experts that a kernel for GPUs reads: no measurement speaks for it.
+
+    Args:
+      eqn: the site's equation.
+      leaf: its compressed weight, for which ``problem`` is None.
+      chip: where it runs.
+
+    Returns:
+      The reason, or None.
+    """
+    if chip is None or chip.platform != "gpu":
+        return None
+    rows, inner = eqn.invars[0].aval.shape[0], [matmul.wrappers(p)[1] for p in leaf.parts]
+    found = [packed.slower(part, chip, rows, kind="experts") for part in inner]
+    return next((told for told in found if told is not None), None)
 
 
 def multiply(
@@ -69,6 +86,7 @@ def multiply(
     group_sizes: jax.Array,
     leaf: formats.CompressedArray,
     split: NamedSharding | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Rows of each expert times its own matrix, for a leaf for which ``problem`` is None.
 
@@ -77,22 +95,30 @@ def multiply(
       group_sizes: integers ``(experts,)``.
       leaf: with matrices ``(experts, out, in)``.
       split: mesh axes of the experts, out and in, on a mesh of Auto axes.
+      out_dtype: what the caller rounds to: the kernel for GPUs does so for a weight of one part.
 
     Returns:
-      ``(rows, out)`` in float32; zeros in the rows of no expert.
+      ``(rows, out)`` in float32 or ``out_dtype``; zeros in the rows of no expert.
     """
-    total = None
+    total, leaves = None, jax.tree.leaves(leaf)
+    chip = chips.chip_of(x, *leaves)
+    known = split is not None or chips.mesh_of(x, *leaves) is None
+    on_gpu = chip is not None and chip.platform == "gpu" and known
+    out_dtype = out_dtype if len(leaf.parts) == 1 else jnp.float32
     for part in leaf.parts:
         rows = x
         around, inner = matmul.wrappers(part)
         for transform in around:
             scale = jnp.repeat(transform.scale, group_sizes, axis=0, total_repeat_length=x.shape[0])
             rows = rows * scale.astype(rows.dtype)
+        # It was measured, or asked for: where it fits, nothing else is to run.
+        kernel = on_gpu and packed.problem(inner, chip, rows.dtype, split) is None
         y = kernels.grouped_quantized_matmul(
             rows,
             group_sizes,
             packed.operand(inner),
-            out_dtype=jnp.float32,
+            out_dtype=out_dtype if kernel else jnp.float32,
+            implementation="mosaic_gpu" if kernel else None,
             weight_spec=split,
         )
         total = y if total is None else total + y

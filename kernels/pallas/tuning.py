@@ -7,8 +7,9 @@ A table is JSON, as ``python -m jaxcomp.kernels.tune`` writes it:
          "seconds": {"codes": 0.011, "floats": 0.009, "dense": 0.008}}, ..],
       "tiles": {"few": {..}}}}}
 
-"products" are those of one weight. ``python -m benchmarks.gpu --table`` adds "sparse" ones, whose
-format is "2:4", "2:4 int4" or "blocks" (with the "density" of those), in the same form.
+"products" are those of one weight. ``python -m benchmarks.gpu --table`` adds in the same form
+"sparse" ones, whose format is "2:4", "2:4 int4" or "blocks" (with the "density" of those), and
+those of "experts", whose m counts the rows of all.
 
 ``--compile-only`` adds "schedules" of TPUs that are not here, with "cycles" by width of a tile;
 what they choose in "tiles" says so by its "source".

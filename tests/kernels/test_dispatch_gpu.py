@@ -25,19 +25,22 @@ CASES = {
     "2:4": (NM(2, 4), None, "2:4", None, "xla"),
     "2:4 int4": (NM(2, 4, Int(4, 128)), None, "2:4 int4", None, "xla"),
     "blocks": (Sparse(), None, "blocks", None, "xla"),
+    "experts": (Int(4, 128), None, "int4", None, "xla"),
 }
 SPARSE = ("2:4", "2:4 int4", "blocks")
 FEW, MANY = 16, 2048
 
 
 def apply(params, x):
-    return x @ params["w"]
+    w = params["w"]
+    return x @ w if len(w.shape) == 2 else jax.lax.ragged_dot(x, w, jnp.array([5, 0, 11]))
 
 
 def weight(name, size=256, out=128):
-    """A leaf (in, out)."""
+    """A leaf (in, out), or one for each of three experts."""
     fmt, kind, *_ = CASES[name]
-    w = jax.random.normal(jax.random.key(0), (out, size))
+    stack = (3,) if name == "experts" else ()
+    w = jax.random.normal(jax.random.key(0), (*stack, out, size))
     if name in SPARSE:
         input = jnp.arange(size)
         kept = input < 128 if name == "blocks" else input % 4 < 2
@@ -47,7 +50,10 @@ def weight(name, size=256, out=128):
         part = quantize(fmt, w)
     if kind is not None:
         part = InputQuant(part, spec=Activation(format=kind))
-    return CompressedArray.from_matrix(part, (size, out), jnp.bfloat16, (), (1,), (0,))
+    axes = [(i,) for i in range(len(stack) + 2)]
+    return CompressedArray.from_matrix(
+        part, (*stack, size, out), jnp.bfloat16, sum(axes[:-2], ()), axes[-1], axes[-2]
+    )
 
 
 def rows(count, dtype=jnp.bfloat16, size=256):
@@ -57,14 +63,14 @@ def rows(count, dtype=jnp.bfloat16, size=256):
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Measurements by which the kernel wins with few rows, and loses with many."""
-    found = {"products": [], "sparse": []}
-    for _, _, format, kind, other in CASES.values():
+    found = {"products": [], "sparse": [], "experts": []}
+    for name, (_, _, format, kind, other) in CASES.items():
         for m, kernel in ((FEW, 1.0), (MANY, 3.0)):
             entry = {"format": format, "activation": kind, "m": m, "n": 128, "k": 256}
             entry["group_size"] = 128 if "int4" in format else 256
             entry |= {"density": 0.5} if format == "blocks" else {}
-            where = found["sparse" if format in SPARSE else "products"]
-            where.append(entry | {"seconds": {"kernel": kernel, other: 2.0}})
+            list_of = name if name in found else "sparse" if name in SPARSE else "products"
+            found[list_of].append(entry | {"seconds": {"kernel": kernel, other: 2.0}})
     path = tmp_path / "tuned.json"
     devices = {"h100": found}
     path.write_text(json.dumps({"version": tuning.VERSION, "devices": devices}))

@@ -8,10 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.kernels.quantized_matmul import layout, reference, sharding, weights
+from jaxcomp.kernels.quantized_matmul import gradients, layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -300,33 +299,17 @@ def _differentiable(run, options, x, weight, bias, x_scales=None):
 
 
 def _forward(run, options, x, weight, bias, x_scales):
-    # The activation's gradient needs what it was applied to.
-    linear = dataclasses.replace(options, activation=None)
-    if options.activation is not None:
-        linear = dataclasses.replace(linear, out_dtype="float32")
-    z = run(linear, x, weight, bias, x_scales)
-    y = reference.finish(z, None, options)
-    return y, (x, weight, bias, x_scales, z if options.activation is not None else None)
+    y, z = gradients.activated(lambda o: run(o, x, weight, bias, x_scales), options)
+    return y, (x, weight, bias, x_scales, z)
 
 
 def _backward(run, options, saved, dy):
     x, weight, bias, x_scales, z = saved
-    dz = dy.astype(jnp.float32)
-    if z is not None:
-        dz = jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
-    dx, dscales, dzeros, dtable = reference.gradients(x, restored(weight), dz)
-    dweight = dataclasses.replace(
-        weight, codes=no_gradient(weight.codes), scales=dscales, zeros=dzeros, table=dtable
-    )
+    dz = gradients.before_activation(options, z, dy)
+    dx, *dparts = reference.gradients(x, restored(weight), dz)
+    dweight = gradients.of_weight(weight, *dparts)
     dbias = None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)
     return dx, dweight, dbias, None if x_scales is None else jnp.zeros_like(x_scales)
-
-
-def no_gradient(codes: jax.Array) -> jax.Array | np.ndarray:
-    """Cotangent of codes: those of a float dtype have zeros, as JAX asks for."""
-    if jnp.issubdtype(codes.dtype, jnp.floating):
-        return jnp.zeros_like(codes)
-    return np.zeros(codes.shape, jax.dtypes.float0)
 
 
 _differentiable.defvjp(_forward, _backward)

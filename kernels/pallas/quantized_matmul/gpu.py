@@ -73,7 +73,9 @@ def reason(x: jax.Array, weight: Weight, options: Options, chip: Chip | None) ->
     return None
 
 
-def slower(rows: int, weight: Weight, options: Options, chip: Chip) -> str | None:
+def slower(
+    rows: int, weight: Weight, options: Options, chip: Chip, kind: str = "products"
+) -> str | None:
     """Why XLA is to compute a product that the kernel can: no measurement speaks for the kernel.
 
     Args:
@@ -81,6 +83,7 @@ def slower(rows: int, weight: Weight, options: Options, chip: Chip) -> str | Non
       weight: its product, that of one matrix of a stack.
       options: what is fused.
       chip: that it would run on.
+      kind: "products", or "experts".
 
     Returns:
       The reason, or None where the kernel was measured to be faster (``tuning``).
@@ -88,7 +91,9 @@ def slower(rows: int, weight: Weight, options: Options, chip: Chip) -> str | Non
     activation = _ACTIVATIONS[options.activation_dtype]
     ways = ("kernel", "xla" if activation is None else "codes")
     shape = (rows, *weight.shape)
-    return tuning.unproven(chip.name, weight.format, activation, shape, weight.group_size, ways)
+    return tuning.unproven(
+        chip.name, weight.format, activation, shape, weight.group_size, ways, kind
+    )
 
 
 def run(
@@ -121,6 +126,35 @@ def run(
         row_scales = row_scales[:, 0]
     if tiles is None:
         tiles = choose_tiles(x, weight)
+    y, finished = product(x, weight, bias, options, row_scales, tiles, interpret)
+    return y if finished else reference.finish(y, bias, options)
+
+
+def product(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    options: Options,
+    row_scales: jax.Array | None,
+    tiles: "Tiles",
+    interpret=False,
+    experts: jax.Array | None = None,
+) -> tuple[jax.Array, bool]:
+    """The kernel's part of a product.
+
+    Args:
+      x: ``(M, K)`` in the dtype of the products.
+      weight: stored or prepared; with an axis of experts where there are some.
+      bias: ``(N,)`` or ``(E, N)``, or None.
+      options: what is fused.
+      row_scales: f32 ``(M,)``, of quantized rows.
+      tiles: how the product is divided.
+      interpret: False, or ``plgpu.InterpretGPUParams(..)``.
+      experts: as in ``gpu_kernel.product``.
+
+    Returns:
+      ``(M, N)``, and whether that is y: else it is the f32 sums, to be finished.
+    """
     m = x.shape[0]
     if m > 8 and m % 8:  # tiles of shared memory have 8 rows
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
@@ -147,18 +181,18 @@ def run(
         bias.astype(jnp.float32) if bias is not None and finished else None,
         problem,
         interpret,
+        experts,
     )
-    if finished:
-        return y[:m]
-    return reference.finish(jnp.sum(y, axis=0)[:, :m].T, bias, options)
+    return (y[:m], True) if finished else (jnp.sum(y, axis=0)[:, :m].T, False)
 
 
-def choose_tiles(x: jax.Array, weight: Weight) -> "Tiles":
+def choose_tiles(x: jax.Array, weight: Weight, products: int = 1) -> "Tiles":
     """The table's tiles for a product, with K split where N alone would leave cores idle.
 
     Args:
       x: ``(M, K)`` in the dtype of the products.
-      weight: without stack axes.
+      weight: one matrix is looked at.
+      products: how many such are computed at once, of experts.
 
     Returns:
       The tiles.
@@ -178,7 +212,7 @@ def choose_tiles(x: jax.Array, weight: Weight) -> "Tiles":
     tiles = dataclasses.replace(tiles, depth=_depth(weight, tiles.depth))
 
     def blocks(tiles):
-        return n // (64 * tiles.rows) * -(-m // tiles.tokens)
+        return products * n // (64 * tiles.rows) * -(-m // tiles.tokens)
 
     # Few blocks leave cores idle: narrower ones first, then more of them along K.
     if tiles.tokens > 128 and blocks(tiles) < _CORES // 2:
@@ -261,11 +295,12 @@ def _word_bits(weight: Weight) -> int | None:
 
 def _codes(weight: Weight) -> jax.Array:
     """Codes in the dtype that the kernel reads: no byte moves."""
-    n, k = weight.shape
+    *lead, size = weight.codes.shape
     if _word_bits(weight) is not None:
-        return lax.bitcast_convert_type(weight.codes.reshape(n, -1, 2), jnp.uint16)
+        pairs = weight.codes.reshape(*lead, size // 2, 2)
+        return lax.bitcast_convert_type(pairs, jnp.uint16)
     dtype = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[weight.format]
-    return lax.bitcast_convert_type(weight.codes, dtype).reshape(n, k)
+    return lax.bitcast_convert_type(weight.codes, dtype).reshape(*lead, weight.shape[1])
 
 
 def _depth(weight: Weight, most: int) -> int | None:

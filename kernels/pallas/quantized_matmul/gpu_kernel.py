@@ -88,8 +88,11 @@ def product(
     bias: jax.Array | None,
     problem: Problem,
     interpret=False,
+    experts: jax.Array | None = None,
 ) -> jax.Array:
     """Computes y = activation((x Wᵀ) row_scales + bias), or the sums that it is made of.
+
+    Where there are weights of several experts, each tile of tokens has its own.
 
     Args:
       x: ``(M, K)`` bf16, int8 or float8_e4m3fn: the dtype of the products. M is at most 8 or a
@@ -103,6 +106,9 @@ def product(
       bias: f32 ``(N,)`` or None.
       problem: what is computed.
       interpret: False, or ``plgpu.InterpretGPUParams(..)``.
+      experts: int32, of each tile of ``tiles.tokens`` rows, or -1 for a tile that is not computed;
+        codes, scales, zeros and bias then have an axis of experts before all others. None for one
+        weight.
 
     Returns:
       ``(M, N)``; without ``out_dtype`` the f32 sums ``(split, N, M)`` with M up to a multiple of
@@ -112,7 +118,7 @@ def product(
       ValueError: the tiles do not fit the arrays.
     """
     tiles = problem.tiles
-    (m, k), n = x.shape, codes.shape[0]
+    (m, k), n = x.shape, scales.shape[-1]
     if n % (ROWS * tiles.rows) or k % tiles.depth or (m > 8 and m % 8):
         raise ValueError(
             f"{tiles} do not fit x {x.shape} and codes {codes.shape}: N must be a multiple of "
@@ -131,12 +137,13 @@ def product(
         row_scales = row_scales.reshape(m_blocks, tiles.tokens)
     inputs = {
         "x": x,
-        "codes": codes.reshape(n // ROWS, ROWS, k // problem.packed),
+        "codes": codes.reshape(-1, ROWS, k // problem.packed),
         "scales": scales.reshape(-1, n // ROWS, ROWS),
         "zeros": None if zeros is None else zeros.reshape(-1, n // ROWS, ROWS),
         "table": None if table is None else gpu_decode.table_bytes(table),
         "row_scales": row_scales,
-        "bias": None if bias is None else bias.reshape(n // ROWS, ROWS),
+        "bias": None if bias is None else bias.reshape(-1, ROWS),
+        "experts": experts,
     }
     inputs = {name: array for name, array in inputs.items() if array is not None}
 
@@ -186,19 +193,27 @@ def product(
 
     def body(*refs, **scratch):
         refs = dict(zip([*inputs, "out"], refs, strict=True))
+        m_block = lax.axis_index("m")
+        expert = refs["experts"][m_block] if experts is not None else 0
         place = _Place(
             worker=lax.axis_index("warpgroup"),
-            m_block=lax.axis_index("m"),
+            m_block=m_block,
             n_block=lax.axis_index("n"),
             first=lax.axis_index("split") * steps,
             split=lax.axis_index("split"),
+            row_before=expert * (n // ROWS),
+            group_before=expert * (k // problem.group_size),
         )
         arguments = (refs, scratch, place, problem, steps)
-        lax.cond(
-            place.worker == workers,
-            functools.partial(_copy, *arguments),
-            functools.partial(_multiply, *arguments, sums, narrow),
-        )
+
+        def work():
+            lax.cond(
+                place.worker == workers,
+                functools.partial(_copy, *arguments),
+                functools.partial(_multiply, *arguments, sums, narrow),
+            )
+
+        work() if experts is None else pl.when(expert >= 0)(work)
 
     if problem.out_dtype is None:
         out = jax.ShapeDtypeStruct((tiles.split, n, m_blocks * tiles.tokens), jnp.float32)
@@ -226,6 +241,8 @@ class _Place:
     n_block: jax.Array
     first: jax.Array
     split: jax.Array
+    row_before: jax.Array | int  # rows of 64 outputs, of the experts before
+    group_before: jax.Array | int
 
 
 def _bits(dtype) -> int:
@@ -269,7 +286,8 @@ def _copy(refs, scratch, place: _Place, problem: Problem, steps: int) -> None:
             at = ((place.first + step) * tiles.slices + part) * tiles.depth
             inputs = pl.ds(at, tiles.depth)
             words = pl.ds(at // problem.packed, tiles.depth // problem.packed)
-            groups = pl.ds(lax.div(at, problem.group_size), scratch["scale_stages"].shape[-2])
+            group = lax.div(at, problem.group_size) + place.group_before
+            groups = pl.ds(group, scratch["scale_stages"].shape[-2])
             plgpu.copy_gmem_to_smem(
                 refs["x"].at[tokens, inputs], scratch["x_stages"].at[stage, part], full
             )
@@ -277,7 +295,9 @@ def _copy(refs, scratch, place: _Place, problem: Problem, steps: int) -> None:
                 n_row = place.n_block * tiles.rows + row
                 to = (stage, part, row)
                 plgpu.copy_gmem_to_smem(
-                    refs["codes"].at[n_row, :, words], scratch["code_stages"].at[to], full
+                    refs["codes"].at[place.row_before + n_row, :, words],
+                    scratch["code_stages"].at[to],
+                    full,
                 )
                 plgpu.copy_gmem_to_smem(
                     refs["scales"].at[groups, n_row], scratch["scale_stages"].at[to], full
@@ -404,7 +424,9 @@ def _store(y, row, refs, scratch, place: _Place, problem: Problem) -> None:
         y *= lax.broadcast_in_dim(scale, y.shape, (1,))
     if "bias" in refs:
         bias = plgpu.load(
-            refs["bias"].at[n_row], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
+            refs["bias"].at[place.row_before + n_row],
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
         )
         y += lax.broadcast_in_dim(bias, y.shape, (0,))
     y = _ACTIVATIONS[problem.activation](y)

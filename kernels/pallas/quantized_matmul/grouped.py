@@ -10,12 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.quantized_matmul import (
     api,
+    gradients,
     grouped_reference,
     reference,
     sharding,
     sharding_grouped,
 )
-from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 
@@ -60,8 +60,10 @@ def grouped_quantized_matmul(
       activation: None, "relu", "silu" or "gelu".
       activation_dtype: None, "int8" or "float8_e4m3fn".
       out_dtype: dtype of y; None for x's.
-      implementation: "xla", "mosaic_tpu" or None for the best one.
-      interpret: of the Pallas kernel: False, or ``pltpu.InterpretParams(..)`` to run it on a CPU.
+      implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
+        Hopper GPUs was never run on one: None takes it where a table of measurements says so.
+      interpret: of a Pallas kernel: False, or to run it on a CPU ``pltpu.InterpretParams(..)``, or
+        ``plgpu.InterpretGPUParams(..)`` for "mosaic_gpu".
       weight_spec: mesh axes of the experts, N and K, on a mesh of Auto axes; a NamedSharding where
         neither an array nor the mesh in use tells the mesh.
       x_spec: how x is; None splits rows over the mesh axes that the weight leaves.
@@ -130,9 +132,9 @@ def _run(options, x, bounds, weight, bias, *, implementation, interpret) -> jax.
     chip = chips.chip_of(x)
     if implementation is None and not interpret and (chip is None or chip.platform == "cpu"):
         return grouped_reference.matmul(x, bounds, api.restored(weight), bias, options)
-    from jaxcomp.kernels.quantized_matmul import gpu, tpu, tpu_grouped
+    from jaxcomp.kernels.quantized_matmul import gpu, gpu_grouped, tpu, tpu_grouped
 
-    if interpret and (chip is None or chip.platform != "tpu"):
+    if interpret and implementation != "mosaic_gpu" and (chip is None or chip.platform != "tpu"):
         chip = chips.V5E
     several = None
     if chips.mesh_of(x, weight.codes) is not None:
@@ -140,14 +142,19 @@ def _run(options, x, bounds, weight, bias, *, implementation, interpret) -> jax.
     on_tpu = tpu.unfit(weight, chip, options, x.dtype)
     if weight.layout == gpu.LAYOUT:
         on_tpu = "the weight was prepared for GPUs"
+    on_gpu = gpu.reason(x, weight, options, None if interpret else chip)
+    if implementation is None:
+        on_gpu = on_gpu or gpu.slower(x.shape[0], weight, options, chip, "experts")
     chosen = implementations.choose(
         f"grouped_quantized_matmul of x {x.shape} {x.dtype} and {weight.stack[0]} experts' "
         f"{weight.format} {weight.shape} in groups of {weight.group_size}",
-        {"mosaic_tpu": several or on_tpu, "xla": None},
+        {"mosaic_tpu": several or on_tpu, "mosaic_gpu": several or on_gpu, "xla": None},
         implementation,
     )
     if chosen == "xla":
         return grouped_reference.matmul(x, bounds, api.restored(weight), bias, options)
+    if chosen == "mosaic_gpu":
+        return gpu_grouped.matmul(x, bounds, weight, bias, options, interpret)
     return tpu_grouped.matmul(x, bounds, weight, bias, options, chip, interpret)
 
 
@@ -157,27 +164,17 @@ def _differentiable(run, options, x, bounds, weight, bias):
 
 
 def _forward(run, options, x, bounds, weight, bias):
-    # The activation's gradient needs what it was applied to.
-    linear = dataclasses.replace(options, activation=None)
-    if options.activation is not None:
-        linear = dataclasses.replace(linear, out_dtype="float32")
-    z = run(linear, x, bounds, weight, bias)
-    y = reference.finish(z, None, options)
-    return y, (x, bounds, weight, bias, z if options.activation is not None else None)
+    y, z = gradients.activated(lambda o: run(o, x, bounds, weight, bias), options)
+    return y, (x, bounds, weight, bias, z)
 
 
 def _backward(run, options, saved, dy):
     x, bounds, weight, bias, z = saved
-    dz = dy.astype(jnp.float32)
-    if z is not None:
-        dz = jax.vjp(ACTIVATIONS[options.activation], z)[1](dz)[0]
+    dz = gradients.before_activation(options, z, dy)
     stored = api.restored(weight)
     dx = grouped_reference.input_gradient(x, bounds, stored, dz)
-    dscales, dzeros, dtable = grouped_reference.weight_gradients(x, bounds, stored, dz)
-    dweight = dataclasses.replace(
-        weight,
-        codes=api.no_gradient(weight.codes), scales=dscales, zeros=dzeros, table=dtable,
-    )  # fmt: skip
+    dparts = grouped_reference.weight_gradients(x, bounds, stored, dz)
+    dweight = gradients.of_weight(weight, *dparts)
     dbias = None
     if bias is not None:
         dbias = grouped_reference.bias_gradient(bounds, dz).astype(bias.dtype)

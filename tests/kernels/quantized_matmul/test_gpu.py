@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.quantized_matmul import gpu, weights
+from jaxcomp.kernels.quantized_matmul import gpu, gpu_grouped, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 
 from tests.kernels import aot_gpu
@@ -205,25 +205,30 @@ class TestReason:
 
 
 def compiled(
-    m, n, k, format="int4", group_size=128, dtype=None, zeros=False, full=False, prepared=False
-):
+    m, n, k, format="int4", group_size=128, dtype=None, zeros=False, full=False, prepared=False,
+    experts=None,
+):  # fmt: skip
     """A product and the shapes of its arguments, for the compiler."""
     struct = jax.ShapeDtypeStruct
-    scales = struct((k // group_size, n), jnp.bfloat16)
+    stack = () if experts is None else (experts,)
+    scales = struct((*stack, k // group_size, n), jnp.bfloat16)
     arguments = (
         struct((m, k), jnp.bfloat16),
-        struct((n, k * cases.BITS[format] // 8), jnp.uint8),
+        struct((*stack, n, k * cases.BITS[format] // 8), jnp.uint8),
         scales,
         scales if zeros else None,
-        struct((n,), jnp.bfloat16) if full else None,
+        struct((*stack, n), jnp.bfloat16) if full else None,
+        struct((experts + 1,), jnp.int32) if experts else None,
     )
 
-    def function(x, codes, scales, zeros, bias):
+    def function(x, codes, scales, zeros, bias, bounds):
         weight = weights.stored(codes, scales, zeros, None, format, group_size)  # NF4
         if prepared:
             weight = dataclasses.replace(weight, layout=gpu.LAYOUT)
         options = Options("silu" if full else None, dtype, "bfloat16")
         assert gpu.reason(x, weight, options, chips.H100) is None
+        if experts is not None:
+            return gpu_grouped.matmul(x, bounds, weight, bias, options)
         return gpu.run(x, weight, bias, options)
 
     return function, arguments
@@ -246,6 +251,10 @@ PROGRAMS += [
     {"m": 16, "n": 4096, "k": 4096, "format": "int8"},
     {"m": 256, "n": 4096, "k": 4096, "format": "int8", "dtype": "int8"},
     {"m": 256, "n": 4096, "k": 4096, "format": "fp8", "dtype": "float8_e4m3fn"},
+    # Mixtral's experts for 16 and 2048 tokens of two experts each.
+    {"m": 32, "n": 14336, "k": 4096, "experts": 8, "prepared": True},
+    {"m": 4096, "n": 14336, "k": 4096, "experts": 8, "full": True},
+    {"m": 4096, "n": 4096, "k": 14336, "experts": 8, "dtype": "int8"},
 ]
 
 
@@ -267,4 +276,7 @@ def test_compiles_for_h100(index):
     assert not kernel["warnings"]
     # No copy of the weight, in any dtype: what is written are sums and rows of x.
     options = PROGRAMS[index]
-    assert result["memory"]["temporaries"] < options["n"] * options["k"] / 4
+    room = options["n"] * options["k"] / 4
+    if "experts" in options:  # Rows of x and y, in whole tiles of an expert.
+        room += (options["m"] + 128 * options["experts"]) * 2 * (options["n"] + options["k"])
+    assert result["memory"]["temporaries"] < room

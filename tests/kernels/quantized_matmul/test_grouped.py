@@ -38,6 +38,8 @@ class TestXla:
     implementation = "xla"
     interpret: object = False
     shape = (72, 192, 32)  # N, K, group size
+    widest = "float32"  # of x
+    many = (70, 0, 100, 330), 800  # rows of experts, and of all
 
     def run(self, x, sizes, case, **options):
         call = functools.partial(
@@ -57,7 +59,7 @@ class TestXla:
     def test_formats(self, rng, format):
         """bf16 rows and zero points, or f32 rows without."""
         sizes = (3, 0, 12)
-        dtype = "bfloat16" if format in ("codebook", "int2") else "float32"
+        dtype = "bfloat16" if format in ("codebook", "int2") else self.widest
         case = self.case(rng, format, 3, zeros=format == "int4", scale_dtype=dtype)
         x = cases.rows(rng, (20, self.shape[1]), dtype)
         y = self.run(x, sizes, case)
@@ -66,9 +68,9 @@ class TestXla:
 
     def test_many_rows(self, rng):
         """More rows than a tile has, for most experts; the last tiles are no one's."""
-        sizes = (70, 0, 100, 330)
+        sizes, rows = self.many
         case = self.case(rng, "int4", 4, zeros=True)
-        x = cases.rows(rng, (800, self.shape[1]), "bfloat16")
+        x = cases.rows(rng, (rows, self.shape[1]), "bfloat16")
         bias = jnp.asarray(rng.normal(size=(4, self.shape[0])), jnp.float32)
         y = self.run(x, sizes, case, bias=bias, out_dtype=jnp.float32)
         cases.assert_close(y, product(x, sizes, case, bias), "bfloat16")
@@ -77,16 +79,16 @@ class TestXla:
         """Of other experts, of no expert, and of the same one."""
         sizes = (2, 3)
         case = self.case(rng, "int4", 2)
-        x = cases.rows(rng, (7, self.shape[1]), "float32")
+        x = cases.rows(rng, (7, self.shape[1]), self.widest)
         spoiled = x.at[1].set(jnp.nan).at[5].set(jnp.inf)
         y = np.asarray(self.run(spoiled, sizes, case))
         assert not np.any(np.isfinite(y[1]))
         rest = [0, 2, 3, 4, 5, 6]
-        cases.assert_close(y[rest], product(x, sizes, case)[rest], "float32")
+        cases.assert_close(y[rest], product(x, sizes, case)[rest], self.widest)
 
     def test_no_rows_for_anyone(self, rng):
         case = self.case(rng, "int4", 2)
-        x = cases.rows(rng, (5, self.shape[1]), "float32")
+        x = cases.rows(rng, (5, self.shape[1]), self.widest)
         assert not np.any(self.run(x, (0, 0), case, bias=jnp.ones((2, self.shape[0]))))
         assert self.run(x[:0], (0, 0), case).shape == (0, self.shape[0])
 
@@ -219,8 +221,10 @@ class TestChoice:
             call(implementation="mosaic_tpu")
         with pytest.raises(NotImplementedError, match="192 inputs are not a multiple of 128"):
             call(implementation="mosaic_tpu", interpret=INTERPRET)
-        with pytest.raises(ValueError, match=r"'mosaic_gpu' is unknown; .*mosaic_tpu, xla"):
+        with pytest.raises(NotImplementedError, match=r"mosaic_gpu: .*(jax 0.11|this is cpu)"):
             call(implementation="mosaic_gpu")
+        with pytest.raises(ValueError, match=r"'cuda' is unknown; .*mosaic_tpu, mosaic_gpu, xla"):
+            call(implementation="cuda")
 
     def test_on_a_tpu_the_kernel_runs(self, rng, monkeypatch):
         monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V5E)
