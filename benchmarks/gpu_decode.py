@@ -12,9 +12,11 @@ import numpy as np
 from jaxcomp.kernels import chips
 from jaxcomp.kernels import sparse_attention as sparse
 
-from benchmarks.gpu_sparse import distance, repeated, stable
+from benchmarks.gpu_checks import distance, repeated, stable
 from benchmarks.gpu_timing import Variants
 
+COLUMNS = ("decoded", "us", "+-", "GB/s", "% of bandwidth", "times cuDNN")
+BASE = "cuDNN"
 HEADS, KV_HEADS, DIM = 32, 8, 128
 # Sequences -> keys of each.
 CACHES = {1: 131072, 16: 16384, 128: 2048}
@@ -129,8 +131,9 @@ def tables() -> list[tuple[str, int]]:
     return [("decode", batch) for batch in CACHES]
 
 
-def table_of(batch: int, deadline: float, small: bool) -> tuple[list, dict]:
-    """Times all variants; rows of a table, and ratios to cuDNN's bf16."""
+def table_of(name: str, batch: int, deadline: float, small: bool) -> tuple[list, dict, list]:
+    """Times all variants; rows of a table, ratios to cuDNN's bf16, and no entries."""
+    del name
     capacity = 256 if small else CACHES[batch]
     rng = np.random.default_rng(batch)
 
@@ -179,4 +182,4 @@ def table_of(batch: int, deadline: float, small: bool) -> tuple[list, dict]:
         row = (*(f"{x:.1f}" for x in numbers), f"{base / seconds:.2f}")
         rows.append((f"{title}: {name}", *row))
     failed = [(f"{title}: {n}", "", "", "", "", told) for n, told in variants.failures.items()]
-    return rows + failed, ratios
+    return rows + failed, ratios, []
