@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,38 +17,22 @@ from typing import Any
 import jax
 
 from jaxcomp.errors import JaxcompError
+from jaxcomp.kernels import offline
 from jaxcomp.planner import cuda
 from jaxcomp.planner.child import MARK
 from jaxcomp.planner.steps import Split, Workload
 from jaxcomp.planner.targets import Topology
 
-# A folder that holds libtpu beside the environment's packages: among them, every program that
-# uses JAX would look for a TPU.
-BESIDE = pathlib.Path(sys.prefix) / "tpu"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMGT]?)\)? exceeds available \w+ \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 
 
-def available() -> bool:
-    """Whether the TPU compiler is installed."""
-    return (BESIDE / "libtpu").is_dir() or importlib.util.find_spec("libtpu") is not None
-
-
 def environment() -> dict[str, str]:
     """Variables of a process that compiles for TPUs and runs on the CPU."""
+    variables = {**os.environ, **offline.environment()}
     package = str(pathlib.Path(__file__).parents[2])
-    path = [package, str(BESIDE), os.environ.get("PYTHONPATH")]
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "XLA_FLAGS": "",
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-    }
+    return variables | {"PYTHONPATH": os.pathsep.join([package, variables["PYTHONPATH"]])}
 
 
 class Compiler:
@@ -79,12 +62,8 @@ class Compiler:
         """
         if topology.device.platform == "cuda" and not cuda.available():
             raise JaxcompError(cuda.missing(jax.__version__))
-        if topology.device.platform == "tpu" and not available():
-            raise JaxcompError(
-                "plan: the TPU compiler (libtpu) is not installed; it needs no TPU, install it "
-                f"with: pip install libtpu, or beside the packages with: pip install --target "
-                f"{BESIDE} libtpu"
-            )
+        if topology.device.platform == "tpu" and not offline.available():
+            raise JaxcompError(f"plan: {offline.MISSING}")
         self._processes = [_Process(workloads, topology, timeout) for _ in range(processes)]
         self._free: queue.LifoQueue[_Process] = queue.LifoQueue()
         for process in self._processes[::-1]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import pytest
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, offline
 
 import jaxcomp as jc
 from jaxcomp import planner, presets
@@ -32,7 +32,7 @@ FIELDS = {
     "max_position_embeddings": 1024,
 }
 W4 = presets.w4a16_rtn(group_size=64)
-needs_libtpu = pytest.mark.skipif(not compiler.available(), reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(not offline.available(), reason="libtpu is not installed")
 
 
 def serving(recipe=W4, batch=8, context=256, fields=FIELDS):
@@ -326,7 +326,7 @@ def test_errors(monkeypatch, tmp_path):
     told = "pip install --no-deps jax-cuda13-plugin==0|needs JAX 0.11.2 or newer, and this is 0.10"
     with pytest.raises(JaxcompError, match=told):
         compiler.Compiler({}, topology("h100:1"))
-    monkeypatch.setattr(compiler, "available", lambda: False)
+    monkeypatch.setattr(compiler.offline, "available", lambda: False)
     with pytest.raises(JaxcompError, match="pip install libtpu"):
         compiler.Compiler({}, topology("v5e:2x4"))
 
