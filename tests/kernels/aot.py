@@ -2,13 +2,16 @@
 
 import pathlib
 
+import pytest
 from jaxcomp.kernels import offline
 from jaxcomp.kernels.offline import available
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "tpu7x:2x2x1"}
+# Parameters of a test that is not slow for all: one chip in every run.
+CHIPS = [pytest.param(c, marks=() if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES]
 ROOT = pathlib.Path(__file__).parents[2]
 
-__all__ = ["TOPOLOGIES", "available", "compile_cases"]
+__all__ = ["CHIPS", "TOPOLOGIES", "available", "compile_cases"]
 
 
 def compile_cases(

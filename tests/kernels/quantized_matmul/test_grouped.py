@@ -17,7 +17,6 @@ from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
-SLOW = [pytest.param(c, marks=() if c == "v5e" else pytest.mark.slow) for c in aot.TOPOLOGIES]
 
 
 def product(x, sizes, case, bias=None, activation=None) -> np.ndarray:
@@ -258,7 +257,7 @@ class TestChoice:
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", SLOW)
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_compiles(chip):
     """Mixtral's experts for 16 and 2048 tokens of two experts each, and every format."""
     shapes = [

@@ -14,7 +14,7 @@ from jaxcomp.kernels.quantized_matmul import Weight, grouped_quantized_matmul
 from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases
 from tests.kernels.quantized_matmul.test_grouped import product
-from tests.kernels.quantized_matmul.test_sharding import CHIPS, COLLECTIVES, mesh_of, put
+from tests.kernels.quantized_matmul.test_sharding import COLLECTIVES, mesh_of, put
 
 # Of experts, outputs and inputs. Rows are split over "data" where that is free.
 SPLITS = {
@@ -118,7 +118,7 @@ def mixtral(mesh, split):
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_grouped_sharding:mixtral"
     splits = [["model", "data", None], ["model", None, "data"]]

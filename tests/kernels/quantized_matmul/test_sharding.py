@@ -23,9 +23,6 @@ SPLITS = {
 }
 
 
-CHIPS = ["v5e", *(pytest.param(c, marks=pytest.mark.slow) for c in ("v5p", "v6e", "7x"))]
-
-
 def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
 
@@ -186,7 +183,7 @@ def llama(mesh, split):
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_sharding:llama"
     splits = [["model", None], [None, "model"]]

@@ -193,7 +193,7 @@ def test_compiles_at_the_shapes_of_llama(chip):
 
 
 @pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")
-@pytest.mark.parametrize("chip", list(aot.TOPOLOGIES))
+@pytest.mark.parametrize("chip", aot.CHIPS)
 def test_compiles(chip):
     quantized = "float8_e4m3fn" if chip == "7x" else "int8"
     requests = [
