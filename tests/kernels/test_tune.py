@@ -168,6 +168,7 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not offline.available(), reason="no TPU compiler")
 def test_tiles_by_the_compilers_schedule(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "WIDTHS", (256,))

@@ -168,6 +168,7 @@ def test_heads_have_lists_of_their_own():
     assert set(made.columns(2).group[0].tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_million_tokens_cost_memory_by_the_block():
     length, size = 1 << 20, 512
     mask = window(256) | global_(64) | random(3)
