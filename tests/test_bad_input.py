@@ -4,6 +4,7 @@ traceback."""
 import errno
 import json
 import os
+import sys
 import struct
 
 import jax.numpy as jnp
@@ -260,15 +261,15 @@ def test_a_full_disk_keeps_what_was_done(compress, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(journal, "_write", fills_up)
         says(compress(), "no space left", "bytes", "run the same command again", "are kept")
-    records = list((folder / "out.journal" / "records").iterdir())
+    records = list((folder / "out.unfinished" / "records").iterdir())
     assert len(records) == 5  # The manifest was the sixth file.
-    with journal.Journal.open(folder / "out.journal", _manifest(folder)) as opened:
+    with journal.Journal.open(folder / "out.unfinished", _manifest(folder)) as opened:
         before = {key: opened.get(key)[0] for key in opened.keys()}
     with monkeypatch.context() as patch:
         patch.setattr(journal, "_write", fills_up)
         written.clear()
         says(compress(), "no space left")  # Resumes, and stops later.
-    with journal.Journal.open(folder / "out.journal", _manifest(folder)) as opened:
+    with journal.Journal.open(folder / "out.unfinished", _manifest(folder)) as opened:
         assert len(opened) > 5
         for key, arrays in before.items():
             for name, array in opened.get(key)[0].items():
@@ -276,14 +277,15 @@ def test_a_full_disk_keeps_what_was_done(compress, folder, monkeypatch):
 
 
 def _manifest(folder):
-    return json.loads((folder / "out.journal" / "manifest.json").read_text())
+    return json.loads((folder / "out.unfinished" / "manifest.json").read_text())
 
 
 def test_a_corrupted_journal_record(compress, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cli.checkpoint, "save", _raise(OSError(errno.EIO, "broken disk")))
+        module = sys.modules["jaxcomp.compress"]
+        patch.setattr(module, "save_among", _raise(OSError(errno.EIO, "broken disk")))
         says(compress(), "broken disk")
-    record = sorted((folder / "out.journal" / "records").iterdir())[3]
+    record = sorted((folder / "out.unfinished" / "records").iterdir())[3]
     whole = record.read_bytes()
     record.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     says(compress(), record, "damaged", "delete this file")
