@@ -4,8 +4,8 @@ traceback."""
 import errno
 import json
 import os
-import sys
 import struct
+import sys
 
 import jax.numpy as jnp
 import numpy as np
