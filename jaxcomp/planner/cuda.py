@@ -7,6 +7,7 @@ are not tuned on the device then, so the compiler takes its default for each.
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 
 # What the driver says of an H100 SXM, as the compiler's ``GpuTargetConfigProto``.
@@ -41,7 +42,7 @@ OLDEST = (0, 11, 2)
 
 def missing(version: str) -> str:
     """What to install where a JAX of this version has no compiler for GPUs."""
-    if tuple(int(part) for part in version.split(".")[:3]) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return (
             f"plan: compiling for GPUs needs JAX {oldest} or newer, and this is {version}; upgrade "

@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 from jaxcomp.kernels import chips
 
@@ -111,22 +112,54 @@ def compile_cases(
       arguments, outputs, temporaries), "bytes_accessed", "hlo" (the compiled program's text). A
       case that aborts the compiler ends the list early, with that as its error.
     """
-    request = json.dumps({"topology": topology, "cases": cases})
+    request = {"topology": topology, "cases": cases}
+    return replies("jaxcomp.kernels.offline", request, environment(dump), folder, timeout)
+
+
+def replies(
+    module: str,
+    request: dict,
+    variables: dict[str, str],
+    folder: pathlib.Path | None,
+    timeout: float,
+) -> list[dict]:
+    """What a module, run in a new process, replies to each of the cases of a request.
+
+    Args:
+      module: its ``main`` reads the request, as JSON, and prints ``MARK`` and JSON for each case.
+      request: has "cases".
+      variables: of the process's environment, besides this one's.
+      folder: where it runs; None for this one.
+      timeout: seconds for all of them.
+
+    Returns:
+      The replies; if the process ends early, its error in place of the next one.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "jaxcomp.kernels.offline", request],
+        [sys.executable, "-m", module, json.dumps(request)],
         cwd=folder,
-        env={**os.environ, **environment(dump)},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
     lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
-    results = [json.loads(x.removeprefix(MARK)) for x in lines]
-    if len(results) < len(cases):
+    found = [json.loads(x.removeprefix(MARK)) for x in lines]
+    if len(found) < len(request["cases"]):
         told = done.stderr.strip()[-2000:]
-        results.append({"error": f"the compiler ended with {done.returncode}: {told}"})
-    return results
+        found.append({"error": f"the compiler ended with {done.returncode}: {told}"})
+    return found
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes of a compiled program's arguments, outputs and temporaries, on one device."""
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
 
 
 def main() -> None:
@@ -153,12 +186,7 @@ def main() -> None:
             mesh = jax.sharding.Mesh(devices[: np.prod(shape)].reshape(shape), ("data", "model"))
             function, arguments = make(mesh, **options)
             compiled = jax.jit(function).lower(*arguments).compile()
-            memory = compiled.memory_analysis()
-            result["memory"] = {
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-            }
+            result["memory"] = memory_of(compiled)
             result["bytes_accessed"] = compiled.cost_analysis().get("bytes accessed")
             result["hlo"] = compiled.as_text()
         except Exception as error:

@@ -13,17 +13,17 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 import time
+
+from jaxcomp.kernels import offline
 
 from jaxcomp.planner.cuda import H100, available, toolkit
 
 __all__ = ["available", "compile_cases"]
 
 ROOT = pathlib.Path(__file__).parents[2]
-MARK = "aot result: "
 
 
 def environment(dump: pathlib.Path) -> dict[str, str]:
@@ -60,21 +60,8 @@ def compile_cases(
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary if dump is None else dump)
         folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.aot_gpu", json.dumps({"cases": cases})],
-            cwd=ROOT,
-            env={**os.environ, **environment(folder)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    lines = [x for x in done.stdout.splitlines() if x.startswith(MARK)]
-    results = [json.loads(x.removeprefix(MARK)) for x in lines]
-    if len(results) < len(cases):
-        told = done.stderr.strip()[-2000:]
-        results.append({"error": f"the compiler ended with {done.returncode}: {told}"})
-    return results
+        request = {"cases": cases}
+        return offline.replies("tests.kernels.aot_gpu", request, environment(folder), ROOT, timeout)
 
 
 def reports(folder: pathlib.Path, since: float) -> list[dict]:
@@ -124,18 +111,13 @@ def main() -> None:
             )
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 compiled = jax.jit(function).lower(*arguments).compile()
-            memory = compiled.memory_analysis()
-            result["memory"] = {
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-            }
+            result["memory"] = offline.memory_of(compiled)
             result["hlo"] = compiled.as_text()
         except Exception as error:
             result["error"] = f"{type(error).__name__}: {error}"[:4000]
         result["kernels"] = reports(dump, since)
         result["seconds"] = time.perf_counter() - started
-        print(MARK + json.dumps(result), flush=True)
+        print(offline.MARK + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

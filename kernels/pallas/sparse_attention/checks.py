@@ -30,7 +30,7 @@ def check(
       ValueError: shapes, or numbers out of range.
       TypeError: dtypes, or what is no array or mask.
     """
-    _check_mask(mask, q, k)
+    _check_mask(mask)
     _check_arrays(q, k, v, k_scale, v_scale)
     _check_lengths_of_blocks(mask, q.shape[1], k.shape[1])
     if isinstance(mask, PerHead) and len(mask.masks) != q.shape[2]:
@@ -62,7 +62,7 @@ def check_lengths(lengths: jax.Array, q: jax.Array) -> None:
     _check_integers("lengths", lengths, q.shape[:1], "(batch,)")
 
 
-def _check_mask(mask: Any, q: jax.Array, k: jax.Array) -> None:
+def _check_mask(mask: Any) -> None:
     if isinstance(mask, Mask):
         return
     raise TypeError(
