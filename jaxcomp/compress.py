@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import operator
 import os
 import shutil
 import sys
@@ -33,7 +32,7 @@ from jaxcomp.graph.trace import flatten_inputs, leaf_paths
 from jaxcomp.io.checkpoint import check_extras, check_output, save_among
 from jaxcomp.io.later import Shares
 from jaxcomp.io.output import Output
-from jaxcomp.io.stacked import densified
+from jaxcomp.io.stacked import Stacked, densified
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
 from jaxcomp.progress import Progress
@@ -160,14 +159,14 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
     folder = journal if journal is not None or output is None else output.unfinished
     if folder is not None:
         shares = Shares(together.rank, len(together.processes))
-        read = together.step("read", lambda: weight_digests(named, shares))
-        # Of what is spread over them each has another, and its journal is its own.
-        digests = functools.reduce(operator.or_, [*read, read[together.rank]])
+        parts = run_.parts if several else lambda path, leaf: None
+        read = together.step("read", lambda: weight_digests(named, shares, parts))
+        digests = {path: "".join(r.get(path, "") for r in read) for path, _ in named}
         manifest = functools.partial(fingerprints, recipe, graph, named, batches, digests)
         run_.store.journal = agreement.open_journal(folder, manifest, together, run_.store.streams)
     try:
         with place.context():
-            if any(recipe.steps[k].needs() for steps in plan.values() for k in steps):
+            if run_.calibrates:
                 run_.calibrated(named, batches)
             else:
                 run_.data_free()
@@ -263,6 +262,7 @@ class _Run:
             uses[item.path] = uses.get(item.path, 0) + 1
         # Other uses are noted once for each reader, sites once each.
         self.single_use = {path for path in graph.paths if uses.get(path, 0) <= 1}
+        self.calibrates = any(recipe.steps[k].needs() for steps in plan.values() for k in steps)
         total = sum(_positions(graph, path) for path in plan)
         self.progress = Progress("compress", total, progress and sys.stderr.isatty())
 
@@ -275,6 +275,15 @@ class _Run:
         steps = (self.recipe.steps[k] for k in self.plan[site.path])
         needs = frozenset().union(*(s.needs() for s in steps))
         return needs if site.is_contraction else frozenset()
+
+    def parts(self, path: str, leaf: Any) -> Sequence[tuple] | None:
+        """What of a leaf this process reads to compress it; None where it reads all or nothing."""
+        if path not in self.plan or not isinstance(leaf, np.ndarray | Stacked):
+            return None
+        layout = self.graph.layouts[path]
+        depth = len(_stack(self.graph, path)) if self.calibrates else 0
+        axes = layout.stack_axes[depth:], layout.out_axes, layout.in_axes
+        return self.place.parts(leaf.shape, axes)
 
     def _sizes(self, path: str, index: Index) -> Sequence[int]:
         layout = self.graph.layouts[path]

@@ -4,7 +4,7 @@ Of arrays that are spread over processes each process reads its own parts: its j
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -65,7 +65,9 @@ def fingerprints(
 
 
 def weight_digests(
-    named: Sequence[tuple[str, Any]], shares: Shares | None = None
+    named: Sequence[tuple[str, Any]],
+    shares: Shares | None = None,
+    parts: Callable[[str, Any], Sequence[tuple] | None] = lambda path, leaf: None,
 ) -> dict[str, str]:
     """SHA-256 of the leaves of a model: names of shapes and dtypes, and all bytes.
 
@@ -73,6 +75,8 @@ def weight_digests(
       named: leaves by name.
       shares: the processes that read them, each its share; None reads all here. Of a leaf that is
         spread over processes each reads its own part, and finds a digest of its own.
+      parts: of a leaf that each reads its own part of: the positions that this process does; None
+        for any other.
 
     Returns:
       Hexadecimal digests by name, of those that this process is to read.
@@ -80,7 +84,12 @@ def weight_digests(
     shares, found = shares or Shares(0, 1), {}
     for path, leaf in named:
         arrays = jax.tree.leaves(leaf)  # One, or the parts of a compressed leaf.
-        spread = any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays)
+        own = parts(path, leaf)
+        if own is not None:
+            arrays = [leaf[position] for position in own]
+        spread = own is not None or any(
+            isinstance(a, jax.Array) and not a.is_fully_addressable for a in arrays
+        )
         nbytes = sum(getattr(a, "nbytes", 8) for a in arrays)
         if not spread and shares.take(nbytes) != shares.rank:
             continue

@@ -294,22 +294,59 @@ class OnMesh(Here):
 
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:
         """Split over rows, or the stack where that takes more devices; read shard by shard."""
-        leaf, spread = _auto(leaf), _is_global(leaf)
-        as_matrix = functools.partial(_matrix, axes)
-        matrix = jax.eval_shape(as_matrix, leaf) if spread else as_matrix(np.asarray(leaf))
-        dtype = jax.dtypes.canonicalize_dtype(_wide(matrix.dtype))
-        choices = {axis: self._dividing(matrix.shape[axis]) for axis in range(matrix.ndim - 1)}
-        sizes = {axis: math.prod(self.mesh.shape[n] for n in c) for axis, c in choices.items()}
-        # Processes that each take some experts share the work on statistics too.
-        best = max(choices, key=lambda axis: (sizes[axis], -axis if self.hosts else axis))
-        entries = [None] * matrix.ndim
-        entries[best] = choices[best] or None
-        sharding = self._sharding(*entries)
-        if spread:
+        leaf, as_matrix = _auto(leaf), functools.partial(_matrix, axes)
+        stack, out, in_ = ([leaf.shape[a] for a in given] for given in axes)
+        shape = (*stack, math.prod(out), math.prod(in_))
+        dtype = jax.dtypes.canonicalize_dtype(_wide(leaf.dtype))
+        best, names = self._split_axis(shape[:-1])
+        sharding = self._sharding(*(None,) * best, names or None)
+        if _is_global(leaf):
             return jax.jit(lambda a: as_matrix(a).astype(dtype), out_shardings=sharding)(leaf)
-        return jax.make_array_from_callback(
-            matrix.shape, sharding, lambda index: matrix[index].astype(dtype, copy=False)
-        )
+        if isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+
+        def read(index):
+            part, rest = _of_leaf(index, leaf.shape, axes)
+            return as_matrix(np.asarray(leaf[part]))[rest].astype(dtype, copy=False)
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    def parts(self, shape: Sequence[int], axes: Sequence[Sequence[int]]) -> list[tuple[slice, ...]]:
+        """What this process is the first to read when all call ``matrix``, in the leaf's own axes.
+
+        Args:
+          shape: of the leaf.
+          axes: its stack, out and in axes.
+
+        Returns:
+          Positions; over all processes they hold each element once.
+        """
+        stack, out, _ = axes
+        sizes = (*(shape[a] for a in stack), math.prod(shape[a] for a in out))
+        best, names = self._split_axis(sizes)
+        if names:
+            sharding = self._sharding(names)
+            holders: dict[tuple[int, int], int] = {}
+            for device, (rows,) in sharding.devices_indices_map(sizes[best : best + 1]).items():
+                at = rows.indices(sizes[best])[:2]
+                holders[at] = min(device.process_index, holders.get(at, device.process_index))
+            found = sorted(at for at, holder in holders.items() if holder == jax.process_index())
+        else:
+            rank, count = self._processes.index(jax.process_index()), len(self._processes)
+            found = [(sizes[best] * rank // count, sizes[best] * (rank + 1) // count)]
+        axis = (*stack, *out[:1])[best] if best < len(stack) or out else None
+        if axis is None:  # A row alone.
+            return [(slice(None),) * len(shape)] if any(b > a for a, b in found) else []
+        each = max(1, sizes[best] // max(1, shape[axis]))
+        return [(slice(None),) * axis + (slice(-(-a // each), -(-b // each)),) for a, b in found]
+
+    def _split_axis(self, sizes: Sequence[int]) -> tuple[int, tuple[str, ...]]:
+        """By which of a matrix's axes, stack and rows, devices share it, and over which names."""
+        choices = [self._dividing(size) for size in sizes]
+        devices = [math.prod(self.mesh.shape[n] for n in names) for names in choices]
+        # Processes that each take some experts share the work on statistics too.
+        best = max(range(len(sizes)), key=lambda k: (devices[k], -k if self.hosts else k))
+        return best, choices[best]
 
     def weight(self, array: formats.CompressedArray) -> jax.Array:
         """Split over outputs, or the stack where that takes more devices.
@@ -362,6 +399,23 @@ class OnMesh(Here):
 
 def _matrix(axes: Sequence[Sequence[int]], leaf: Any) -> Any:
     return formats.to_matrix(leaf, *axes)
+
+
+def _of_leaf(
+    index: tuple[slice, ...], shape: Sequence[int], axes: Sequence[Sequence[int]]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a part of a leaf's matrix lies in the leaf, and in the matrix of that part."""
+    stack, out, _ = axes
+    found = [slice(None)] * len(shape)
+    for axis, positions in zip(stack, index, strict=False):
+        found[axis] = positions
+    rest = (slice(None),) * len(stack)
+    first, end, _ = index[len(stack)].indices(math.prod(shape[a] for a in out))
+    each = max(1, math.prod(shape[a] for a in out[1:]))
+    if not out or first % each or end % each:  # From within one position of the first axis.
+        return tuple(found), (*rest, index[len(stack)])
+    found[out[0]] = slice(first // each, end // each)
+    return tuple(found), rest
 
 
 def _put(value: Any, sharding: NamedSharding) -> Any:

@@ -105,8 +105,53 @@ TOGETHER = """
 """
 
 
+# What each of two processes reads of a memory-mapped model, and of the checkpoint made of it.
+READS = """
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+    from jaxcomp import agreement
+    from jaxcomp.io import arrays, safetensors
+    from jaxcomp.io.stacked import Stacked
+    from jaxcomp.processes import Together
+    from tests import reads
+
+    # Pages come 16 at a time: few samples, so that these do not fill a small weight.
+    agreement._SAMPLE, sys.modules["jaxcomp.fingerprint"]._SAMPLES = 4096, 2
+    arrays._CHUNK_BYTES = 2**15
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (512, 64), "down": (256, 2048)} | {f"up{k}": (2048, 64) for k in range(4)}
+    held = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    file = FOLDER / "model.safetensors"
+    Together("write").step("write", lambda: PROCESS or reads.write(file, held))
+    held = safetensors.read(file)
+    mapped = reads.Mapped(held)
+
+    def experts(params, tokens):
+        y = jnp.einsum("btd,edf->btef", params["embed"][tokens], params["up"])
+        return jax.nn.relu(y.sum(2)) @ params["down"]
+
+    params = {"embed": held["embed"], "down": held["down"].T}
+    params["up"] = Stacked([held[f"up{k}"].T for k in range(4)])
+    steps = jc.presets.w4a16_gptq(group_size=16, include=["up"]).steps
+    steps += jc.presets.wanda(n=2, m=4, include=["down"]).steps
+    jc.compress(experts, params, jc.Recipe(steps=steps), tokens, mesh=mesh, save_to=FOLDER / "own")
+    assert mapped.share(held["embed"]) == 1
+    # With what the page table has around the ends, and around the two samples.
+    own = [mapped.share(held[f"up{k}"]) for k in range(4)]
+    for share, ends in ((mapped.share(held["down"]), 5), (sum(own) / 4, 8)):
+        assert 0.5 <= share <= 0.5 + ends * 2**16 / 2**21, share
+    size = sum(f.stat().st_size for f in (FOLDER / "own").glob("arrays/*/*/*"))
+    before = reads.bytes_read()
+    rules = [("up", P(("data", "model"))), ("down", P(None, ("data", "model")))]
+    jc.load(FOLDER / "own", mesh=mesh, rules=rules)
+    # Each file twice, for its checksum and its contents; those of "embed" are whole.
+    share = (reads.bytes_read() - before) / size / 2
+    assert 0.5 <= share < 0.65, share
+"""
+
+
 def test_two_processes_compress_save_load_and_evaluate(tmp_path):
-    with processes.start(TOGETHER, 2, tmp_path) as group:
+    with processes.start(TOGETHER + READS, 2, tmp_path) as group:
         printed = group.wait(timeout=400)
     assert printed[0] == printed[1]
     said = dict(line.split() for line in printed[0].splitlines())
