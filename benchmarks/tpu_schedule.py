@@ -1,6 +1,7 @@
 """Scheduled cycles of the TPU kernels, from the compiler's own dumps: no TPU is needed.
 
     python -m benchmarks.tpu_schedule [--chip v5e] [--operation quantized_matmul] [--only few]
+        [--save benchmarks/results/tpu_schedule.txt]
 
 The TPU compiler writes the final VLIW schedule of a kernel: one bundle is one cycle of the core,
 and a second file says which units each bundle uses. So the bundles of a kernel's loops, times how
@@ -8,17 +9,22 @@ often they run, are its scheduled cycles; beside them stand the cycles that the 
 take at the chip's bandwidth. It is a static model: waits for memory are not in it, nor what XLA
 does to x before the kernel, and branches that a step may skip (the first and last step's) are
 counted at every step. Clocks and bandwidths are those of ``jaxcomp.kernels.chips``.
+
+With ``--save`` the rows take the place of the file's rows of the same chips and cases, so that the
+table can be made in parts; the requirements are then checked on all rows of the file.
 """
 
 import argparse
+import datetime
 import functools
 import pathlib
+import sys
 import tempfile
 
 from jaxcomp.kernels import chips, tune_compiled
 from jaxcomp.kernels.schedules import Schedule, schedules
 
-from benchmarks import tpu_attention
+from benchmarks import tpu_attention, tpu_marks, tpu_sparse
 from benchmarks.tpu_cases import Case
 from tests.kernels import aot
 
@@ -129,41 +135,69 @@ def grouped_matmul() -> list[Case]:
 CASES = {
     "quantized_matmul": quantized_matmul,
     "grouped_matmul": grouped_matmul,
+    "sparse_matmul": tpu_sparse.cases,
     "sparse_attention": tpu_attention.cases,
 }
 
 
-def main() -> None:
-    """Prints the table."""
+def rows(chip: chips.Chip, cases: list[Case]) -> tuple[list[tpu_marks.Row], list[str]]:
+    """Compiles cases for a chip and counts them.
+
+    Returns:
+      A row for each, and the compiler's errors.
+    """
+    found, errors, date = {}, [], datetime.date.today().isoformat()
+    for case, schedule, error in measure(chip, cases):
+        if schedule is None:
+            errors.append(f"{chip.name}: {case.name}: {error}")
+            continue
+        basis = case.bytes / chip.bandwidth * chip.clock or None
+        if case.against:
+            basis = found[case.against].cycles if case.against in found else float("nan")
+        inner = case.inner(schedule)
+        busiest = max(inner, key=lambda part: part.bundles)
+        found[case.name] = tpu_marks.Row(
+            chip.name,
+            case.name,
+            case.cycles(schedule, chip),
+            basis,
+            busiest.used.get("MXU", 0) / busiest.bundles / schedule.slots["MXU"],
+            sum(part.spills for part in inner),
+            date,
+        )
+    return list(found.values()), errors
+
+
+def main() -> int:
+    """Prints the table, and whether what is required holds; the exit code is 1 if it does not."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--chip", choices=list(aot.TOPOLOGIES), action="append")
+    parser.add_argument("--chip", choices=tpu_marks.CHIPS, action="append")
     parser.add_argument("--operation", choices=list(CASES), action="append")
     parser.add_argument("--only", default="", help="cases whose name holds one of these, by commas")
+    parser.add_argument("--save", type=pathlib.Path, help="a file whose rows these replace")
     options = parser.parse_args()
-    makes = [CASES[name] for name in options.operation or CASES]
-    words = options.only.split(",")
-    cases = [c for make in makes for c in make() if any(word in c.name for word in words)]
-    head = ("chip", "case", "cycles", "held against", "ratio", "MXU slots", "spills")
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
-    for name in options.chip or aot.TOPOLOGIES:
-        chip = chips.BY_NAME[name]
-        counted: dict[str, float] = {}
-        for case, schedule, error in measure(chip, cases):
-            if schedule is None:
-                print(f"| {name} | {case.name} | {error} |", flush=True)
-                continue
-            cycles = counted[case.name] = case.cycles(schedule, chip)
-            basis = counted.get(case.against, case.bytes / chip.bandwidth * chip.clock)
-            ratio = f"{basis:.0f} | {cycles / basis:.2f}" if basis else "- | -"
-            inner = case.inner(schedule)
-            busiest = max(inner, key=lambda part: part.bundles)
-            used = busiest.used.get("MXU", 0) / busiest.bundles / schedule.slots["MXU"]
-            spills = sum(part.spills for part in inner)
-            row = f"| {name} | {case.name} | {cycles:.0f} | {ratio} | {used:.0%} | {spills} |"
-            print(row, flush=True)
+    every = [(name, case) for name, make in CASES.items() for case in make()]
+    wanted, words = options.operation or CASES, options.only.split(",")
+    cases = [c for name, c in every if name in wanted and any(word in c.name for word in words)]
+    # What a case is held against is compiled with it.
+    bases = {case.against for case in cases}
+    cases = [c for _, c in every if c in cases or c.name in bases]
+    table, failed = [], []
+    print(tpu_marks.head(), flush=True)
+    for name in options.chip or tpu_marks.CHIPS:
+        found, errors = rows(chips.BY_NAME[name], cases)
+        table += found
+        failed += errors
+        print("\n".join([*map(str, found), *errors]), flush=True)
+        if options.save is not None:
+            order = [case.name for _, case in every]
+            total = tpu_marks.save(options.save, found, order)
+    lines = tpu_marks.check(table if options.save is None else total)
+    print("\n".join(["", *(line for line, _ in lines)]))
+    return 1 if failed or any(holds is False for _, holds in lines) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

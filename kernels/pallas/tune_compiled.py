@@ -53,14 +53,21 @@ def dense_cycles(schedule: Schedule, tile: Tile, n: int, times: Sequence[int]) -
     Returns:
       Cycles; NaN where the compiler has made other loops than the source has.
     """
-    inner = [loop for loop in schedule.inner() if loop.used.get("MXU", 0) > _PRODUCTS]
-    if len(inner) < len(times):
+    parts = [loop for loop in schedule.inner() if loop.used.get("MXU", 0) > _PRODUCTS]
+    step = schedule.step().bundles
+    if tile.n == tile.columns and not parts:
+        # One block of outputs: no loops, but the branches in which they would be.
+        parts = [part for part in schedule.regions if part.used.get("MXU", 0) > _PRODUCTS]
+        step -= sum(part.bundles for part in parts)
+        if not parts:
+            return float(step * sum(times) * -(-n // tile.n))
+    if len(parts) < len(times):
         times = [count for count in times if count]  # What never runs is not compiled.
-    if len(inner) != len(times):
+    if len(parts) != len(times):
         return float("nan")
-    total = sum(times) * schedule.step().bundles
-    for loop, count in zip(inner, times, strict=True):
-        total += loop.bundles * (tile.n // tile.columns) * count
+    total = sum(times) * step
+    for part, count in zip(parts, times, strict=True):
+        total += part.bundles * (tile.n // tile.columns) * count
     return float(total * -(-n // tile.n))
 
 

@@ -50,7 +50,7 @@ def unfit(dtype: jax.typing.DTypeLike, weight: BlockSparse, chip: Chip | None) -
     if not 0 < len(weight.values) <= _MOST_BLOCKS:
         return f"it takes 1 to {_MOST_BLOCKS} blocks, not {len(weight.values)}"
     size = jnp.dtype(dtype).itemsize
-    rows = [_product_rows(_LANES, weight, axis, size, 4) for axis in (0, 1)]
+    rows = [product_rows(_LANES, weight, axis, size, 4) for axis in (0, 1)]
     if not all((*rows, _gradient_rows(_LANES, weight, size))):
         return f"128 rows of the {sum(weight.shape)} inputs and outputs do not fit into VMEM"
     return None
@@ -101,9 +101,9 @@ def _product(x, weight, bias, options, axis, interpret):
     lists = (weight.rows, weight.columns)
     m, blocks = x.shape[0], len(weight.values)
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
-    tm = _product_rows(m, weight, axis, x.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize)
+    tm = product_rows(m, weight, axis, x.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize)
     x = reference.pad_columns(_pad_rows(x, tm), k)
-    copy = _copy(weight)
+    copy = copy_size(weight)
     # The blocks lie in VMEM as they are stored; the matrix unit takes either order.
     in_specs = [
         pl.BlockSpec((tm, k), lambda i, step, *_: (i, 0)),
@@ -170,10 +170,7 @@ def _product_kernel(
         y = reference.dot(x, values_ref[i], ((1,), (1 - axis,)))
         return y * scale if scaled and axis == 0 else y
 
-    # As many products as the registers hold are computed before they are added: they do not wait
-    # for each other, while sums may meet in the same place.
-    fitting = _REGISTERS // (sums_ref.shape[0] * block[axis] * 4)
-    held = min(max(fitting, 1), 8)
+    held, together = held_together(sums_ref.shape[0], block[axis], copy)
 
     def add(first, count):
         for start in range(0, count, held):
@@ -182,7 +179,7 @@ def _product_kernel(
             for i, y in zip(together, products, strict=True):
                 sums_ref[:, _columns(to_ref[step * copy + first + i], block[axis])] += y
 
-    _each(jnp.minimum(copy, blocks - step * copy), min(max(held, 2 if fitting else 1), copy), add)
+    _each(jnp.minimum(copy, blocks - step * copy), together, add)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -192,6 +189,22 @@ def _product_kernel(
             y_ref[:, columns] = reference.finish(y, bias, options)
 
         across(write)
+
+
+def held_together(rows: int, outputs: int, copy: int) -> tuple[int, int]:
+    """How many blocks' products are computed before they are added, and how many a loop takes.
+
+    As many as the registers hold: they do not wait for each other, while sums may meet in the same
+    place.
+
+    Args:
+      rows: of a tile.
+      outputs: of a block.
+      copy: blocks in a copy.
+    """
+    fitting = _REGISTERS // (rows * outputs * 4)
+    held = min(max(fitting, 1), 8)
+    return held, min(max(held, 2 if fitting else 1), copy)
 
 
 def _values_gradient(x, weight, dz, interpret):
@@ -282,7 +295,7 @@ def _rows(m: int, row: int, room: int) -> int:
     return next(t for t in (min(-(-m // 16) * 16, 256), _LANES) if row * t <= room)
 
 
-def _product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
+def product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
     """Rows of a tile of the product: two copies of x and y each, and the f32 sums."""
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
     return _rows(m, 2 * k * itemsize + n * (4 + 2 * out_itemsize), _VMEM - 4 * _COPY)
@@ -300,7 +313,7 @@ def _padded(weight: BlockSparse, axis: int) -> int:
     return weight.grid[axis] * weight.block[axis]
 
 
-def _copy(weight: BlockSparse) -> int:
+def copy_size(weight: BlockSparse) -> int:
     """Blocks in a copy."""
     bn, bk = weight.block
     return min(len(weight.values), max(1, _COPY // (bn * bk * weight.values.dtype.itemsize)))

@@ -17,12 +17,12 @@ from jaxcomp.kernels.sparse_matmul import nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
-_LANES = 128
+LANES = 128
 # Groups of m inputs become as many parts of the tile.
 _PARTS = 4
 _VMEM = 48 << 20
 # Outputs that are written out at a time: what the registers hold.
-_FILLED = 64
+FILLED = 64
 
 
 def unfit(
@@ -43,16 +43,16 @@ def unfit(
     if (weight.n, weight.m) != (2, _PARTS):
         return f"it takes 2:4 sparsity, not {weight.n}:{weight.m}"
     k = weight.shape[1]
-    if k % (_PARTS * _LANES):
-        return f"the {k} inputs are not a multiple of {_PARTS * _LANES}"
+    if k % (_PARTS * LANES):
+        return f"the {k} inputs are not a multiple of {_PARTS * LANES}"
     if weight.group_size is not None:
         width = weight.group_size // _PARTS
-        if width % _LANES and _LANES % width:
+        if width % LANES and LANES % width:
             return (
                 f"int4 values in groups of {weight.group_size} inputs: a quarter of one neither "
-                f"divides {_LANES} nor is a multiple of it"
+                f"divides {LANES} nor is a multiple of it"
             )
-    if not _tiles(_LANES, weight, jnp.dtype(dtype).itemsize):
+    if not tiles(LANES, weight, jnp.dtype(dtype).itemsize):
         return f"128 rows and outputs of {k} inputs do not fit into VMEM"
     return None
 
@@ -80,7 +80,7 @@ def matmul(
     """
     weight = nm.prepare(weight) if weight.layout == "stored" else weight
     m, (n, k) = x.shape[0], weight.shape
-    tm, tn = _tiles(m, weight, x.dtype.itemsize)
+    tm, tn = tiles(m, weight, x.dtype.itemsize)
     x = jnp.pad(x, ((0, -m % tm), (0, 0)))
     x = x.reshape(-1, k // _PARTS, _PARTS).swapaxes(1, 2).reshape(-1, k)
     operands = {
@@ -95,7 +95,7 @@ def matmul(
         spec = pl.BlockSpec((1, tn), lambda j, i: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     names = tuple(operands)
-    outputs = chip.mxu if tn % chip.mxu == 0 else _LANES
+    outputs = chip.mxu if tn % chip.mxu == 0 else LANES
     body = functools.partial(
         _kernel, group_size=weight.group_size, options=options, outputs=outputs
     )
@@ -115,20 +115,20 @@ def matmul(
     return y[:m]
 
 
-def _tiles(m: int, weight: NMSparse, itemsize: int) -> tuple[int, int] | None:
+def tiles(m: int, weight: NMSparse, itemsize: int) -> tuple[int, int] | None:
     """Rows and outputs of a grid step: the most that fit, or None."""
     n, k = weight.shape
     coded = weight.scales is not None
     # Of an output: the dense tile, and two copies of two planes and of positions.
     stored = 1 if coded else 2 * weight.values.dtype.itemsize
     output = k * itemsize + 2 * (k // _PARTS) * (stored + 1)
-    output += 8 * max(k // weight.group_size, _LANES) if coded else 0
+    output += 8 * max(k // weight.group_size, LANES) if coded else 0
     rows = min(-(-m // 16) * 16, 256)
-    for tn in (1024, 512, 256, _LANES):
-        for tm in (rows, min(rows, _LANES)):
+    for tn in (1024, 512, 256, LANES):
+        for tm in (rows, min(rows, LANES)):
             whole = tn * output + tm * (2 * k * itemsize + 12 * tn)
-            if (tn <= _LANES or tn < n + _LANES) and whole <= _VMEM - (4 << 20):
-                return tm, min(tn, -(-n // _LANES) * _LANES)
+            if (tn <= LANES or tn < n + LANES) and whole <= _VMEM - (4 << 20):
+                return tm, min(tn, -(-n // LANES) * LANES)
     return None
 
 
@@ -143,23 +143,23 @@ def _kernel(refs, y_ref, w_ref, *, group_size, options, outputs):
 
     def fill(block):
         size = w_ref.shape[1] // _PARTS
-        for start in range(0, size, _LANES):
+        for start in range(0, size, LANES):
             parts = _decompress(refs, block, start, group_size)
             for i, part in enumerate(parts):
-                w_ref[block, pl.ds(i * size + start, _LANES)] = part.astype(w_ref.dtype)
+                w_ref[block, pl.ds(i * size + start, LANES)] = part.astype(w_ref.dtype)
 
     def multiply(block):
         y = reference.dot(refs["x"][...], w_ref[block, :], ((1,), (1,)))
         bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
         y_ref[:, block] = reference.finish(y, bias, options)
 
-    pl.when(pl.program_id(1) == 0)(lambda: blocks(fill, _FILLED))
+    pl.when(pl.program_id(1) == 0)(lambda: blocks(fill, FILLED))
     blocks(multiply, outputs)
 
 
 def _decompress(refs, block, start, group_size):
     """f32 weights ``(outputs, 128)`` at each of the four positions of 128 groups."""
-    columns = pl.ds(start, _LANES)
+    columns = pl.ds(start, LANES)
     first, second = (refs["values"][i, block, columns].astype(jnp.float32) for i in (0, 1))
     if "scales" in refs:
         scales = _spread(refs["scales"], block, start, group_size // _PARTS)
@@ -177,9 +177,9 @@ def _decompress(refs, block, start, group_size):
 
 def _spread(ref, block, start, width):
     """``(outputs, 128)``: the scale of each of 128 groups of four, ``width`` of which share one."""
-    first, count = start // width, max(_LANES // width, 1)
+    first, count = start // width, max(LANES // width, 1)
     columns = [
-        jnp.broadcast_to(ref[block, first + i : first + i + 1], (block.size, _LANES))
+        jnp.broadcast_to(ref[block, first + i : first + i + 1], (block.size, LANES))
         for i in range(count)
     ]
     lane = jax.lax.broadcasted_iota(jnp.int32, columns[0].shape, 1)

@@ -27,9 +27,11 @@ def blocks(
     dtype="bfloat16",
     values=None,
     gradient=False,
+    chip=None,
     **options,
 ):
     """The product with a block-sparse weight, or its gradients, and the shapes of its arguments."""
+    del chip  # The mesh's.
     shape = _shapes(mesh)
     count = round(-(-outputs // block) * -(-inputs // block) * density)
     weight = BlockSparse(
@@ -52,8 +54,18 @@ def blocks(
     return both, [*arguments, shape(rows, outputs, of=dtype)]
 
 
-def nm(mesh, rows=16, outputs=4096, inputs=4096, dtype="bfloat16", group_size=None, **options):
+def nm(
+    mesh,
+    rows=16,
+    outputs=4096,
+    inputs=4096,
+    dtype="bfloat16",
+    group_size=None,
+    chip=None,
+    **options,
+):
     """The product with a prepared 2:4 weight, int4 where it has groups."""
+    del chip  # The mesh's.
     shape = _shapes(mesh)
     weight = NMSparse(
         shape(2, outputs, inputs // 4, of="int4" if group_size else dtype),

@@ -1,0 +1,126 @@
+"""What is counted of the schedules of products with sparse weights, beside the dense bf16 one.
+
+Llama-3-8B's gate and up projections, 14336 x 4096. Few rows are held against the cycles that the
+bytes of the sparse weight take, many against the dense product in bf16. Branches that only some
+steps take are counted at every step, loops where they run; loops and branches without arithmetic
+are no part of a kernel but copies of operands that XLA has put into VMEM, and are not counted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxcomp.kernels import chips
+from jaxcomp.kernels.quantized_matmul import tpu_tiles
+from jaxcomp.kernels.schedules import Bundles, Schedule
+from jaxcomp.kernels.sparse_matmul import nm, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
+from jaxcomp.kernels.tune_compiled import dense_cycles
+
+from benchmarks.tpu_cases import Case
+
+N, K, GROUP, BLOCK = 14336, 4096, 128, 256
+MODULE = "tests.kernels.sparse_matmul.programs"
+DENSE = "tests.kernels.quantized_matmul.aot_cases:bf16"
+
+
+def cases() -> list[Case]:
+    """2:4 weights in bf16 and int4, and weights with a tenth and with half of their blocks."""
+    out = []
+    for m in (16, 2048):
+        shape = {"m": m, "n": N, "k": K}
+        dense = f"dense M={m} {N}x{K} in bf16"
+        # Few rows are held against bytes; bf16 is beside them to be seen.
+        size = N * K * 2.0 if m == 16 else 0
+        out.append(Case(dense, "bf16_matmul", DENSE, shape, functools.partial(_dense, m=m), size))
+        against = dense if m > 16 else ""
+        sizes = {"rows": m, "outputs": N, "inputs": K}
+        # Bytes of 16 weights: half of the values, and four bits of positions for each four.
+        for name, group, stored in (("bf16", None, 18), ("int4 g128", GROUP, 6)):
+            size = N * K / 16 * stored + (4 * N * K / GROUP if group else 0)
+            out.append(
+                Case(
+                    f"2:4 {name} M={m} {N}x{K}",
+                    "nm_matmul",
+                    f"{MODULE}:nm",
+                    sizes | {"group_size": group},
+                    functools.partial(_nm, m=m, group_size=group),
+                    0 if against else size,
+                    against,
+                )
+            )
+        for density in (0.1, 0.5):
+            options = sizes | {"block": BLOCK, "density": density}
+            count = round(N // BLOCK * (K // BLOCK) * density)
+            out.append(
+                Case(
+                    f"blocks {density:.0%} of {BLOCK} M={m} {N}x{K}",
+                    "block_sparse_matmul",
+                    f"{MODULE}:blocks",
+                    options,
+                    functools.partial(_blocks, m=m, count=count),
+                    0 if against else count * BLOCK**2 * 2,
+                    against,
+                )
+            )
+    return out
+
+
+def _dense(schedule: Schedule, chip: chips.Chip, m: int) -> float:
+    tile = tpu_tiles.dense(chip.name, m, N, K, chip.mxu)
+    return dense_cycles(schedule, tile, N, [-(-m // tile.m)])
+
+
+def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None) -> float:
+    """Two loops over outputs: one writes the dense tile, once, the other multiplies."""
+    values = jax.ShapeDtypeStruct((2, N, K // 4), jnp.int4 if group_size else jnp.bfloat16)
+    scales = jax.ShapeDtypeStruct((N, K // group_size), jnp.float32) if group_size else None
+    weight = nm.NMSparse(values, values, scales, 2, 4, group_size, (N, K), nm.LAYOUT)
+    rows, outputs = tpu_nm.tiles(m, weight, 2)
+    inner = [loop for loop in schedule.inner() if _computes(loop)]
+    if len(inner) != 2:
+        return float("nan")
+    fill, multiply = (loop.bundles for loop in inner)
+    fill *= outputs // tpu_nm.FILLED
+    multiply *= outputs // (chip.mxu if outputs % chip.mxu == 0 else tpu_nm.LANES)
+    each = (_step(schedule) + multiply) * -(-m // rows)
+    return (fill + each) * -(-N // outputs)
+
+
+def _blocks(schedule: Schedule, chip: chips.Chip, m: int, count: int) -> float:
+    """Loops over outputs that clear and write sums around those over the blocks of a copy."""
+    del chip
+    values = jax.ShapeDtypeStruct((count, BLOCK, BLOCK), jnp.bfloat16)
+    listed = jax.ShapeDtypeStruct((count,), jnp.int32)
+    weight = BlockSparse(values, listed, listed, None, (N, K))
+    rows = tpu.product_rows(m, weight, 0, 2, 2)
+    copy = tpu.copy_size(weight)
+    _, together = tpu.held_together(rows, BLOCK, copy)
+    sizes = [min(copy, count - start) for start in range(0, count, copy)]
+    trips = [
+        N // BLOCK,
+        sum(size // together for size in sizes),
+        *([sum(size % together for size in sizes)] if together > 1 else []),
+        N // BLOCK,
+    ]
+    inner = [loop for loop in schedule.inner() if _computes(loop)]
+    if len(inner) != len(trips):
+        return float("nan")
+    looped = sum(loop.bundles * trip for loop, trip in zip(inner, trips, strict=True))
+    return (_step(schedule) * len(sizes) + looped) * -(-m // rows)
+
+
+def _computes(part: Bundles) -> bool:
+    return bool(part.used.get("MXU", 0) or part.used.get("VALU", 0))
+
+
+def _step(schedule: Schedule) -> int:
+    """Bundles of a step outside of its loops, and of copies."""
+    looped = {loop.bundles for loop in schedule.inner()}
+    copies = [
+        region.bundles
+        for region in schedule.regions
+        # A region may hold a loop, whose bundles are not the step's.
+        if not _computes(region) and not any(0 <= region.bundles - size < 16 for size in looped)
+    ]
+    return schedule.step().bundles - sum(copies)
