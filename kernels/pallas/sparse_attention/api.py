@@ -16,12 +16,13 @@ from jaxcomp.kernels.sparse_attention import (
     gpu,
     gpu_decode,
     reference,
+    rows,
     sharding,
     tpu,
     xla,
 )
 from jaxcomp.kernels.sparse_attention.masks import causal, full
-from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead
+from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
 # Where more of the blocks than this are listed, gathering them costs more than the whole matrix.
@@ -185,6 +186,10 @@ def decode_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     block_k: int | None = None,
@@ -202,10 +207,17 @@ def decode_attention(
         ``k_scale``, the queries' own among them.
       v: cached values (batch, capacity, kv_heads, value_dim), likewise.
       lengths: int (batch,), tokens in the cache; query ``i`` is at ``length - queries + i``.
-      mask: a rule on positions; ``causal()`` if None. Queries never look beyond the length. Only
-        the blocks within its reach are read: with ``window(size, causal=True)`` the last ones.
+      mask: any mask, of ``capacity`` positions; ``causal()`` if None. Queries never look beyond the
+        length. Only the blocks that a row of the mask leaves are read. ``random()`` draws among the
+        blocks of the capacity: to prefill with the same draw, bind the mask to it,
+        ``mask.bind(capacity, capacity)``, and use that for both.
       scale: of the products; ``head_dim ** -0.5`` if None.
       soft_cap: bound of the scores.
+      segment_ids: int (batch, queries): queries look at keys of their own segment only, negative
+        ones at nothing.
+      kv_segment_ids: int (batch, capacity), given with ``segment_ids``.
+      span: float (heads,), the reach z of each head's adaptive span (arXiv 1905.07799).
+      span_ramp: distance over which a span fades.
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
       block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
@@ -240,40 +252,59 @@ def decode_attention(
       (2, 1, 4, 64)
     """
     mask = causal() if mask is None else mask
-    if isinstance(mask, PerHead) or (isinstance(mask, Mask) and not mask.lowers):
-        raise ValueError(
-            "decode_attention takes a mask that is one rule on positions for all heads: no "
-            "random(), blocks() or per_head()"
-        )
-    options = {"soft_cap": soft_cap, "k_scale": k_scale, "v_scale": v_scale}
-    checks.check(q, k, v, mask, **options, blocks={"block_k": block_k})
+    small = {
+        "segment_ids": segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "span": span,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    capacity = k.shape[1] if getattr(k, "ndim", 0) == 4 else None
+    checks.check(
+        q,
+        k,
+        v,
+        mask,
+        soft_cap=soft_cap,
+        span_ramp=span_ramp,
+        **small,
+        positions=capacity,
+        blocks={"block_k": block_k},
+    )
+    if segment_ids is not None and kv_segment_ids is None:
+        raise ValueError("segment_ids are given without kv_segment_ids, those of the cache")
     checks.check_lengths(lengths, q)
     operands = {"q": q, "k": k, "v": v, "lengths": lengths}
-    if k_scale is not None:
-        operands |= {"k_scale": k_scale, "v_scale": v_scale}
+    operands |= {name: x for name, x in small.items() if x is not None}
     run = functools.partial(
         _decode,
-        mask=mask,
+        capacity=capacity,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         soft_cap=soft_cap,
+        span_ramp=span_ramp,
         block_k=block_k,
         implementation=implementation,
         interpret=interpret,
     )
-    place = cache_sharding.placement(q, k, q_spec, kv_spec)
+    mask = mask.bind(capacity, capacity)
+    place = cache_sharding.placement(q, k, mask, q_spec, kv_spec)
     if place is None:
-        out, lse = run(operands, 0, q.dtype)
+        out, lse = run(operands, mask, 0, q.dtype)
     else:
-        out, lse = cache_sharding.attention(run, operands, place)
+        out, lse = cache_sharding.attention(run, operands, mask, place)
     return (out, lse) if return_logsumexp else out
 
 
-def _decode(operands, start, out_dtype, *, block_k, implementation, interpret, **options):
+def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementation, interpret,
+            span_ramp, **options):  # fmt: skip
     """Outputs and log-sum-exps from a cache, or the part from ``start`` on, that is at hand."""
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
-    on_tpu = several or decode.unfit(q, k, v, chip, interpret)
-    on_gpu = several or gpu_decode.unfit(q, k, v, chips.H100 if interpret else chip, block_k)
+    rule = rows.is_rule(mask, "segment_ids" in operands)
+    on_tpu = several or decode.unfit(q, k, v, chip, interpret, rule)
+    on_gpu = several or gpu_decode.unfit(
+        q, k, v, chips.H100 if interpret else chip, block_k, rule, "span" in operands
+    )
     if implementation is None:
         on_gpu = on_gpu or _BY_NAME
     chosen = implementations.choose(
@@ -281,11 +312,13 @@ def _decode(operands, start, out_dtype, *, block_k, implementation, interpret, *
         {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
         implementation,
     )
-    options |= {"start": start, "out_dtype": out_dtype}
+    options |= {"mask": mask, "start": start, "out_dtype": out_dtype}
     if chosen == "mosaic_gpu":
         return gpu_decode.attention(**operands, **options, interpret=interpret)
+    options["span_ramp"] = span_ramp
     if chosen == "mosaic_tpu":
-        return decode.mosaic(**operands, **options, block_k=block_k, interpret=interpret)
+        options |= {"whole_capacity": capacity, "block_k": block_k, "interpret": interpret}
+        return decode.mosaic(**operands, **options)
     return decode.plain(**operands, **options)
 
 

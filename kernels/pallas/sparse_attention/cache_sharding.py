@@ -18,10 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.sparse_attention.ring import by_query, share
+from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.sharding import (
     check_key_heads,
+    check_masks,
     check_parts,
     own_key_heads,
+    own_masks,
 )
 
 
@@ -47,6 +50,7 @@ class Placement:
 def placement(
     q: jax.Array,
     k: jax.Array,
+    mask: Mask,
     q_spec: PartitionSpec | None = None,
     kv_spec: PartitionSpec | None = None,
 ) -> Placement | None:
@@ -55,6 +59,7 @@ def placement(
     Args:
       q: (batch, queries, heads, head_dim).
       k: (batch, capacity, kv_heads, head_dim).
+      mask: which query looks at which key.
       q_spec: mesh axes of q, on a mesh of Auto axes; those of the cache's batch and heads if None.
       kv_spec: mesh axes of k and v; those of q if None.
 
@@ -103,20 +108,23 @@ def placement(
     )
     if not kv_heads:
         check_key_heads(told, count(heads, sizes), k.shape[2])
+    check_masks(told, mask, count(heads, sizes))
     return Placement(mesh, batch, cache, heads, kv_heads)
 
 
 def attention(
     local: Callable[..., tuple[jax.Array, jax.Array]],
     operands: dict[str, jax.Array],
+    mask: Mask,
     place: Placement,
 ) -> tuple[jax.Array, jax.Array]:
     """Decoding, each device with its part of the cache.
 
     Args:
-      local: gives one device's outputs and log-sum-exps from its operands, by name, the position
-        where its part of the cache starts, and the dtype that the outputs are to have.
-      operands: "q", "lengths", "k", "v", and the scales that there are.
+      local: gives one device's outputs and log-sum-exps from its operands, by name, its mask, the
+        position where its part of the cache starts, and the dtype that the outputs are to have.
+      operands: "q", "lengths", "k", "v", and those of the others that there are.
+      mask: which query looks at which key.
       place: from ``placement``.
 
     Returns:
@@ -129,21 +137,30 @@ def attention(
     specs = dict.fromkeys(operands, held) | {
         "q": PartitionSpec(place.batch, None, place.heads),
         "lengths": PartitionSpec(place.batch),
+        "segment_ids": PartitionSpec(place.batch),
+        "kv_segment_ids": PartitionSpec(place.batch, place.cache),
+        "span": PartitionSpec(place.heads),
     }
+    specs = {name: specs[name] for name in operands}
     if AxisType.Explicit in place.mesh.axis_types:
-        # Small, and often the same everywhere: its own sharding need not be asked for.
-        lengths = NamedSharding(place.mesh, specs["lengths"])
-        operands = operands | {"lengths": jax.reshard(operands["lengths"], lengths)}
+        # Small, and often the same everywhere: their own sharding need not be asked for.
+        operands = operands | {
+            name: jax.reshard(operands[name], NamedSharding(place.mesh, specs[name]))
+            for name in ("lengths", "segment_ids", "kv_segment_ids", "span")
+            if name in operands
+        }
+    mask = own_masks(mask, parts)
 
     def body(operands):
         if parts > 1 and not place.kv_heads:
             operands = own_key_heads(operands, place.heads, parts)
         q, capacity = operands["q"], operands["k"].shape[1]
         if splits == 1:
-            return local(operands, 0, q.dtype)
+            return local(operands, mask, 0, q.dtype)
         # Rounded once, after the sum.
         exact = jnp.promote_types(q.dtype, jnp.float32)
-        out, lse = local(operands, jax.lax.axis_index(place.cache) * capacity, exact)
+        start = jax.lax.axis_index(place.cache) * capacity
+        out, lse = local(operands, mask, start, exact)
         return _merged(out, lse, place.cache, q.dtype)
 
     out = specs["q"], PartitionSpec(place.batch, place.heads)

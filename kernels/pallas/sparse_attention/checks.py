@@ -23,8 +23,11 @@ def check(
     kv_segment_ids: jax.Array | None = None,
     span: jax.Array | None = None,
     span_ramp: float = 1.0,
+    positions: int | None = None,
 ) -> None:
     """Refuses operands that do not fit together; ``blocks`` are block sizes by their names.
+
+    ``positions`` are those that queries of the mask may have, those of q if None.
 
     Raises:
       ValueError: shapes, or numbers out of range.
@@ -32,7 +35,7 @@ def check(
     """
     _check_mask(mask)
     _check_arrays(q, k, v, k_scale, v_scale)
-    _check_lengths_of_blocks(mask, q.shape[1], k.shape[1])
+    _check_lengths_of_blocks(mask, positions or q.shape[1], k.shape[1])
     if isinstance(mask, PerHead) and len(mask.masks) != q.shape[2]:
         raise ValueError(
             f"per_head has {len(mask.masks)} masks, q {q.shape} has {q.shape[2]} heads"

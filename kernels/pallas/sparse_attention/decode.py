@@ -4,7 +4,10 @@ The queries are few, so reading the cache is the work, and arithmetic is idle. T
 blocks of the cache as it lies in memory, all key heads of a position beside each other: all queries
 are multiplied with all of it, and of the products those with a query's own key head are kept. To
 pick out one head's keys the whole cache would have to be copied. Which blocks hold anything that a
-query may look at depends on the sequence's length; the others are neither read nor computed.
+query may look at depends on the sequence's length; the others are neither read nor computed: where
+a distance bounds the mask, arithmetic finds them, else lists do (``rows``). A mask that is one rule
+on positions is computed in the kernel; of any other, and of segments, a word of bits is read with
+each key, less than a hundredth of its bytes.
 
 Both take a part of a cache as well, which begins at position ``start`` of every sequence: with the
 log-sum-exps that they return, results of all parts are merged exactly (``cache_sharding``).
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.tpu_kernels import LOWEST, MASKED, dot, folded, lanes
@@ -31,9 +35,23 @@ SCORES = 1 << 16
 
 
 def unfit(
-    q: jax.Array, k: jax.Array, v: jax.Array, chip: Chip | None, interpret: Any
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chip: Chip | None,
+    interpret: Any,
+    rule: bool = True,
 ) -> str | None:
-    """Why the kernel does not take these operands, or None."""
+    """Why the kernel does not take these operands, or None.
+
+    Args:
+      q: as for ``mosaic``, like k and v.
+      k: likewise.
+      v: likewise.
+      chip: that it would run on.
+      interpret: whether it is interpreted.
+      rule: whether the mask is one rule on positions.
+    """
     reason = tpu.unfit(q, k, v, chip, interpret)
     if reason:
         return reason
@@ -41,6 +59,12 @@ def unfit(
         return (
             f"it takes heads of a multiple of {LANES}, not {k.shape[-1]} and {v.shape[-1]}: a "
             "smaller one does not fill the lanes, and the cache would be copied"
+        )
+    each = q.shape[1] * (q.shape[2] // k.shape[2])
+    if not rule and each > rows_of.BITS:
+        return (
+            f"where the mask is no single rule on positions it takes up to {rows_of.BITS} queries "
+            f"and heads that share a key head, not {q.shape[1]} x {q.shape[2] // k.shape[2]}"
         )
     return None
 
@@ -56,6 +80,10 @@ def plain(
     soft_cap: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
     start: int | jax.Array = 0,
     out_dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -66,11 +94,15 @@ def plain(
       k: keys of the positions from ``start`` on.
       v: likewise.
       lengths: of whole sequences.
-      mask: likewise.
+      mask: bound to the whole cache's capacity.
       scale: of the products.
       soft_cap: bound of the scores.
       k_scale: of these keys.
       v_scale: of these values.
+      segment_ids: of the queries.
+      kv_segment_ids: of these keys.
+      span: (heads,), z of the adaptive span.
+      span_ramp: length of its ramp.
       start: position of the first key.
       out_dtype: of the outputs; q's if None.
 
@@ -88,12 +120,19 @@ def plain(
         scores *= jnp.moveaxis(k_scale.astype(compute), 1, 2)[:, :, None, None]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    q_position = (lengths[:, None] - queries + jnp.arange(queries))[:, :, None]
-    k_position = (start + jnp.arange(capacity))[None, None]
-    allowed = mask.allowed(q_position, k_position) & (k_position < lengths[:, None, None])
-    allowed = (allowed & (q_position >= 0))[:, None, None]
+    q_position = lengths[:, None] - queries + jnp.arange(queries)
+    k_position = start + jnp.arange(capacity)
+    allowed = rows_of.allowed(
+        mask, q_position, lengths, start, capacity, segment_ids, kv_segment_ids
+    )
+    by_head = (batch, kv_heads, -1) if allowed.shape[1] > 1 else (batch, 1, 1)
+    allowed = allowed.reshape(*by_head, queries, capacity)
     top = jnp.max(scores, axis=-1, where=allowed, initial=-1e30, keepdims=True)
     weights = jnp.where(allowed, jnp.exp(scores - top), 0)
+    if span is not None:
+        distance = jnp.abs(q_position[:, None, None, :, None] - k_position)
+        reach = span_ramp + span.astype(compute).reshape(kv_heads, -1, 1, 1)
+        weights *= jnp.clip((reach - distance) / span_ramp, 0, 1)
     total = weights.sum(-1, keepdims=True)
     safe = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
@@ -102,7 +141,7 @@ def plain(
     if v_scale is not None:
         v *= v_scale.astype(compute)[..., None]
     # What lies past the length may be anything, and not a number times zero is not zero.
-    v = jnp.where((k_position[0] < lengths[:, None])[:, :, None, None], v, 0)
+    v = jnp.where((k_position < lengths[:, None])[:, :, None, None], v, 0)
     out = product("bhgqk,bkhd->bqhgd", weights, v)
     out = out.reshape(*q.shape[:3], -1).astype(out_dtype or q.dtype)
     return out, lse.reshape(batch, heads, queries)
@@ -119,12 +158,20 @@ def mosaic(
     soft_cap: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
     start: int | jax.Array = 0,
+    whole_capacity: int | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     block_k: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel: arguments and results are those of ``plain``; ``block_k`` keys are in a block."""
+    """The kernel: arguments and results are those of ``plain``.
+
+    Further ones: ``whole_capacity`` of a cache of which k is a part, ``block_k`` keys of a block.
+    """
     batch, queries, heads, dim = q.shape
     capacity, kv_heads, out_dim = k.shape[1], k.shape[2], v.shape[-1]
     block = block_k or block_size(capacity, kv_heads * dim * k.dtype.itemsize)
@@ -132,7 +179,23 @@ def mosaic(
     rows = -(-queries * heads // ROWS) * ROWS
     width = columns_at_once(rows, columns)
     factor = scale / soft_cap if soft_cap else scale * LOG2_E
-    reach = mask.reach()
+    rule, reach = rows_of.is_rule(mask, segment_ids is not None), mask.reach()
+    lengths, begin = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
+    scalars, steps = [lengths, begin], count
+    whole_capacity = whole_capacity or capacity
+    listed = rows_of.lists(mask, queries, whole_capacity, block)
+    if listed and (whole_capacity == capacity or capacity % block == 0):
+        filled = _divided(jnp.clip(lengths - begin, 0, capacity) + (block - 1), block)[0]
+        found, number = listed.at(lengths - queries, _divided(begin, block)[0], filled)
+        steps = min(count, listed.longest)
+        if batch * steps <= rows_of.MOST_LISTED:
+            scalars += [found[:, :steps].reshape(-1), number]
+        else:
+            listed, steps = None, count
+    else:
+        listed = None
+    if reach is not None:
+        steps = min(count, (max(reach, 0) + queries - 2) // block + 2)
 
     def bounds(lengths, begin, sequence):
         """Keys here that a sequence has filled; first and last block a query may look at."""
@@ -143,9 +206,19 @@ def mosaic(
         nearest = jnp.maximum(lengths[sequence] - queries - reach - begin[0], 0)
         return filled, _divided(nearest, block)[0], last
 
-    def at(sequence, step, lengths, begin):
-        _, first, last = bounds(lengths, begin, sequence)
+    def visit(sequence, step, lengths, begin, found=None, number=None):
+        """Keys here that are filled, the step's block, and whether there is one."""
+        filled, first, last = bounds(lengths, begin, sequence)
+        if found is not None:
+            return filled, found[sequence * steps + step], step < number[sequence]
+        return filled, first + step, first + step <= last
+
+    def at(sequence, step, lengths, begin, found=None, number=None):
         # Past the last block it stays there, and nothing is fetched.
+        if found is not None:
+            step = jnp.maximum(jnp.minimum(step, number[sequence] - 1), 0)
+            return jnp.clip(found[sequence * steps + step], 0, count - 1)
+        _, first, last = bounds(lengths, begin, sequence)
         return jnp.maximum(jnp.minimum(first + step, last), 0)
 
     def whole(width):
@@ -166,13 +239,28 @@ def mosaic(
                 pl.BlockSpec((None, kv_heads, block), lambda b, s, *n: (b, 0, at(b, s, *n)))
             )
     scale_rows = [pltpu.VMEM((1, columns), jnp.float32) for _ in operands[3:]]
+    if not rule:
+        positions = lengths[:, None] - queries + jnp.arange(queries, dtype=jnp.int32)
+        bits = rows_of.allowed(
+            mask, positions, lengths, begin[0], capacity, segment_ids, kv_segment_ids
+        )
+        operands.append(rows_of.words(bits, kv_heads, heads))
+        specs.append(pl.BlockSpec((None, 1, columns), lambda b, s, *n: (b, 0, at(b, s, *n))))
+    if span is not None:
+        each = jnp.pad(jnp.tile(span.astype(jnp.float32), queries), (0, rows - queries * heads))
+        operands.append(jnp.broadcast_to(each[:, None], (rows, LANES)))
+        specs.append(pl.BlockSpec((rows, LANES), lambda b, s, *n: (0, 0)))
 
-    def body(lengths, begin, q, k, v, *rest):
+    def body(*refs):
+        numbers, (q, k, v, *rest) = refs[: len(scalars)], refs[len(scalars) :]
         stored, rest = rest[: len(scale_rows)], rest[len(scale_rows) :]
+        bits, rest = (None, rest) if rule else (rest[0], rest[1:])
+        spans, rest = (None, rest) if span is None else (rest[0], rest[1:])
         out, lse, top, total, summed, *scales = rest
         sequence, step = pl.program_id(0), pl.program_id(1)
-        filled, first, last = bounds(lengths, begin, sequence)
-        here = (first + step) * block
+        lengths, begin = numbers[:2]
+        filled, index, some = visit(sequence, step, *numbers)
+        here = index * block
 
         @pl.when(step == 0)
         def _():
@@ -188,6 +276,8 @@ def mosaic(
             # No key has the head of a row that is none, nor a row that of a key that is none.
             q_head = _divided(head, heads // kv_heads)[0]
             q_head = jnp.where((q_position >= 0) & (query < queries), q_head, -1)
+            group = heads // kv_heads
+            bit = jnp.left_shift(1, (query * group + _divided(head, group)[1]) & (rows_of.BITS - 1))
 
             def part(number, _):
                 start = pl.multiple_of(number * width, LANES)
@@ -207,11 +297,19 @@ def mosaic(
                 scores *= scales[0][:, place] if scales else factor
                 if soft_cap:
                     scores = jnp.tanh(scores) * (soft_cap * LOG2_E)
-                allowed = (q_head == k_head) & mask.allowed(q_position, begin[0] + k_index)
+                allowed = q_head == k_head
+                if rule:
+                    allowed &= mask.allowed(q_position, begin[0] + k_index)
+                else:
+                    allowed &= (bits[:, place] & bit) != 0
                 scores = jnp.where(allowed, scores, MASKED)
                 before = top[...]
                 after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
                 weights = jnp.exp2(scores - lanes(after, width))
+                if span is not None:
+                    distance = jnp.abs(q_position - begin[0] - k_index).astype(jnp.float32)
+                    soft = (span_ramp + lanes(spans[...], width) - distance) * (1 / span_ramp)
+                    weights *= jnp.clip(soft, 0.0, 1.0)
                 fade = jnp.exp2(before - after)
                 top[...] = after
                 total[...] = fade * total[...] + folded(weights)
@@ -224,10 +322,10 @@ def mosaic(
             jax.lax.fori_loop(0, columns // width, part, None)
 
         inside = here + block <= filled
-        pl.when((first + step <= last) & inside)(functools.partial(add, False))
-        pl.when((first + step <= last) & ~inside)(functools.partial(add, True))
+        pl.when(some & inside)(functools.partial(add, False))
+        pl.when(some & ~inside)(functools.partial(add, True))
 
-        @pl.when(step == count - 1)
+        @pl.when(step == steps - 1)
         def _():
             sums = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
             safe = jnp.where(sums > 0, sums, 1.0)
@@ -239,8 +337,8 @@ def mosaic(
     out, lse = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, count),
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, steps),
             in_specs=specs,
             out_specs=[whole(out_dim), whole(LANES)],
             scratch_shapes=[
@@ -257,7 +355,7 @@ def mosaic(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="sparse_attention_decode",
-    )(lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1), *operands)
+    )(*scalars, *operands)
     out = out[:, : queries * heads].reshape(batch, queries, heads, out_dim)
     lse = lse[:, : queries * heads, 0].reshape(batch, queries, heads)
     return out, jnp.moveaxis(lse, 2, 1)

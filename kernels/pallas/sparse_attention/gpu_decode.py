@@ -22,7 +22,13 @@ START = 4
 
 
 def unfit(
-    q: jax.Array, k: jax.Array, v: jax.Array, chip: Chip | None, block_k: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chip: Chip | None,
+    block_k: int | None = None,
+    rule: bool = True,
+    span: bool = False,
 ) -> str | None:
     """Why the kernel does not take these operands.
 
@@ -32,6 +38,8 @@ def unfit(
       v: (batch, capacity, kv_heads, value_dim).
       chip: that it would run on; ``chips.H100`` for interpret mode.
       block_k: keys of a block, where the caller names them.
+      rule: whether the mask is one rule on positions.
+      span: whether heads have adaptive spans.
 
     Returns:
       The reason, or None where it does.
@@ -51,6 +59,13 @@ def unfit(
             f"it takes heads of 64 or 128, with values of the same width, not {q.shape[-1]} and "
             f"{v.shape[-1]}"
         )
+    if not rule:
+        return (
+            "it takes a mask that is one rule on positions for all heads: no random(), blocks(), "
+            "per_head() or segments"
+        )
+    if span:
+        return "it takes no adaptive span"
     rows = q.shape[1] * q.shape[2] // k.shape[2]
     if rows > kernel.ROWS:
         return (

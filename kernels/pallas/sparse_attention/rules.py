@@ -330,9 +330,14 @@ class Random(Cells):
             )
         cells = -(-self.keys // self.block_size)
         rows = np.zeros((last - first, cells), bool)
-        for row in range(first, last):
-            rows[row - first, _draw(self.seed, row, self.blocks_per_row, cells)] = True
+        np.put_along_axis(rows, self.drawn(last, first), True, axis=1)
         return rows
+
+    def drawn(self, last, first=0):
+        """The key cells of rows ``first`` to ``last - 1``: int (rows, drawn)."""
+        cells = -(-self.keys // self.block_size)
+        each = [_draw(self.seed, row, self.blocks_per_row, cells) for row in range(first, last)]
+        return np.array(each, np.int32).reshape(last - first, -1)
 
 
 @functools.lru_cache(maxsize=1 << 14)

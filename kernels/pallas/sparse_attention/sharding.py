@@ -105,13 +105,7 @@ def placement(
     parts = count(heads, sizes)
     if not kv_heads:
         check_key_heads(told, parts, k.shape[2])
-    if isinstance(mask, PerHead) and parts > 1:
-        size = q.shape[2] // parts
-        if mask.masks != mask.masks[:size] * parts:
-            raise ValueError(
-                f"{told}: devices would have heads with different masks, and all run one program; "
-                "order heads so that each part has the same masks, or split the batch or positions"
-            )
+    check_masks(told, mask, parts)
     if sequence and span is not None:
         raise ValueError(
             f"{told}: an adaptive span needs whole sequences; split the batch or the heads"
@@ -156,6 +150,29 @@ def check_key_heads(told: str, parts: int, kv_heads: int) -> None:
         )
 
 
+def check_masks(told: str, mask: Mask, parts: int) -> None:
+    """Raises unless each part of the heads has the same masks.
+
+    Args:
+      told: what is split and how, the beginning of the message.
+      mask: which query looks at which key.
+      parts: of the query heads.
+
+    Raises:
+      ValueError: they have not.
+    """
+    if own_masks(mask, parts) != mask and mask.masks != own_masks(mask, parts).masks * parts:
+        raise ValueError(
+            f"{told}: devices would have heads with different masks, and all run one program; "
+            "order heads so that each part has the same masks, or split the batch or positions"
+        )
+
+
+def own_masks(mask: Mask, parts: int) -> Mask:
+    """The masks of one part of the heads."""
+    return PerHead(mask.masks[: len(mask.masks) // parts]) if isinstance(mask, PerHead) else mask
+
+
 def attention(
     local: Callable[..., tuple[jax.Array, jax.Array]],
     operands: dict[str, jax.Array],
@@ -178,8 +195,7 @@ def attention(
     for known, of_keys in ((OF_QUERIES, False), (OF_KEYS, True)):
         specs |= {n: place.spec(axes, of_keys) for n, axes in known.items() if n in operands}
     parts = count(place.heads, dict(place.mesh.shape))
-    if isinstance(mask, PerHead):
-        mask = PerHead(mask.masks[: len(mask.masks) // parts])
+    mask = own_masks(mask, parts)
     plan = None
     if place.sequence:
         lengths = operands["q"].shape[1], operands["k"].shape[1]

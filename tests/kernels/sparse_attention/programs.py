@@ -101,6 +101,9 @@ def decode(
     dim=128,
     dtype="bfloat16",
     cache=None,
+    mask="causal",
+    segments=False,
+    span=False,
     specs=None,
     chip=None,
     **options,
@@ -122,16 +125,20 @@ def decode(
 
     kv = shape(batch, capacity, kv_heads, dim, of=cache or dtype)
     query = shape(batch, queries, heads, dim, spec=q_spec)
-    arguments = [query, kv, kv, shape(batch, of="int32", spec=jax.sharding.PartitionSpec())]
-    run = functools.partial(decode_attention, implementation="mosaic_tpu", **told, **options)
-    if not cache:
-        return run, arguments
-    scale = shape(batch, capacity, kv_heads, of="float32")
-
-    def quantized(q, k, v, lengths, k_scale, v_scale):
-        return run(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
-
-    return quantized, [*arguments, scale, scale]
+    arguments = {"q": query, "k": kv, "v": kv}
+    arguments["lengths"] = shape(batch, of="int32", spec=jax.sharding.PartitionSpec())
+    if cache:
+        arguments["k_scale"] = shape(batch, capacity, kv_heads, of="float32")
+        arguments["v_scale"] = arguments["k_scale"]
+    if segments:
+        arguments["segment_ids"] = shape(batch, queries, of="int32", spec=q_spec)
+        arguments["kv_segment_ids"] = shape(batch, capacity, of="int32")
+    if span:
+        arguments["span"] = shape(heads, of="float32", spec=jax.sharding.PartitionSpec())
+    run = functools.partial(
+        decode_attention, mask=MASKS[mask], implementation="mosaic_tpu", **told, **options
+    )
+    return (lambda *xs: run(**dict(zip(arguments, xs, strict=True)))), list(arguments.values())
 
 
 def splash(mesh, mask, queries, heads, kv_heads, dim, size, chip=None, dtype="bfloat16"):

@@ -21,6 +21,7 @@ CASES = [
     ("decode", {}),
     ("decode", {"cache": "int8", "queries": 4, "capacity": 5000}),
     ("decode", {"cache": "float8_e4m3fn"}),
+    ("decode", {"mask": "bigbird", "queries": 2, "segments": True, "span": True}),
 ]  # fmt: skip
 
 

@@ -1,11 +1,25 @@
 """Decoding against attention over the part of the cache that is filled, in float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.sparse_attention import Mask, causal, decode_attention, global_, random, window
+from jaxcomp.kernels.sparse_attention import (
+    Mask,
+    blocks,
+    causal,
+    decode_attention,
+    fixed,
+    global_,
+    per_head,
+    random,
+    rows,
+    window,
+)
 
 from tests.kernels.sparse_attention import cases
 
@@ -54,6 +68,68 @@ class Moved(Mask):
         return self.mask.allowed(q + self.by, k)
 
 
+# Of a cache of 320 keys: every kind of mask that a step looks up by its position.
+CELLS = np.random.default_rng(5).random((5, 5)) < 0.5
+ROWS = {
+    "bigbird": (window(64) | global_(5) | random(1, seed=3, block_size=64), {}),
+    "heads": (
+        per_head([~blocks(CELLS, 64), window(70), random(1, block_size=100), fixed(80, 3)]),
+        {"soft_cap": 3.0, "code": "int8", "dtype": "bfloat16"},
+    ),
+    "segments and span": (
+        window(40) | global_(2),
+        {"segments": True, "code": "float8_e4m3fn", "span": [5.0, 0.0, 90.0, 400.0]},
+    ),
+}  # fmt: skip
+
+
+def check_rows(
+    run, mask, lengths=(300, 2), kv_heads=2, dim=128, span=None, segments=False, code=None,
+    dtype="float32", **options,
+):  # fmt: skip
+    """Compares each step with the same rows of attention over all positions, in float64."""
+    capacity, queries, batch = 320, 3, len(lengths)
+    sizes = {"queries": queries, "keys": capacity, "heads": 4, "kv_heads": kv_heads, "dim": dim}
+    q, k, v = (x.astype(dtype) for x in cases.operands(1, batch=batch, **sizes))
+    wanted, given = {}, {}
+    if code:
+        (k, wanted["k_scale"]), (v, wanted["v_scale"]) = (
+            cases.quantized(np.float32(x), code) for x in (k, v)
+        )
+    if span:
+        options["span"] = jnp.array(span)
+    if segments:
+        ids = np.random.default_rng(2).integers(-1, 2, (batch, capacity))
+        at = np.array(lengths)[:, None] - queries + np.arange(queries)
+        given["segment_ids"] = jnp.asarray(np.take_along_axis(ids, np.maximum(at, 0), 1))
+        given["kv_segment_ids"] = jnp.asarray(ids)
+    out, lse = run(
+        *map(jnp.asarray, (q, k, v)), jnp.asarray(lengths), mask, return_logsumexp=True,
+        **{n: jnp.asarray(x) for n, x in wanted.items()}, **given, **options,
+    )  # fmt: skip
+    out, lse = np.asarray(out), np.asarray(lse)
+    bound = mask.bind(capacity, capacity)
+    for b, length in enumerate(lengths):
+        first = max(length - queries, 0)
+        row = np.zeros((1, length, 4, dim), q.dtype)
+        row[:, first:] = q[b : b + 1, queries - (length - first) :]
+        part = {n: x[b : b + 1, :length] for n, x in wanted.items()}
+        if segments:
+            part["segment_ids"] = ids[b : b + 1, :length]
+        want, want_lse = cases.expected(
+            row, k[b : b + 1, :length], v[b : b + 1, :length], bound, **part, **options
+        )
+        cases.assert_close(out[b, queries - (length - first) :], want[0, first:], dtype)
+        cases.assert_close(lse[b, :, queries - (length - first) :], want_lse[0, :, first:], dtype)
+        assert not out[b, : queries - (length - first)].any()
+
+
+def jitted(q, k, v, lengths, mask, **options):
+    arrays = {n: options.pop(n) for n in tuple(options) if isinstance(options[n], jax.Array)}
+    step = functools.partial(decode_attention, mask=mask, **options)
+    return jax.block_until_ready(jax.jit(step)(q, k, v, lengths, **arrays))
+
+
 class TestPlain:
     """The reference."""
 
@@ -61,7 +137,7 @@ class TestPlain:
     sizes = {}  # noqa: RUF012
 
     def run(self, *args, **options):
-        return decode_attention(*args, implementation="xla", **options)
+        return jitted(*args, implementation="xla", **options)
 
     def test_lengths(self):
         check(self.run, dtype=self.dtype, **self.sizes)
@@ -75,6 +151,11 @@ class TestPlain:
         sizes = {**self.sizes, "lengths": (300, 64)}
         check(self.run, window(40) | global_(2), self.dtype, **sizes)
 
+    @pytest.mark.parametrize("name", ROWS)
+    def test_rows_of_any_mask(self, name):
+        mask, options = ROWS[name]
+        check_rows(self.run, mask, **options)
+
 
 class TestInterpretedTpu(TestPlain):
     """The TPU kernel, interpreted, with the detection of races."""
@@ -82,9 +163,27 @@ class TestInterpretedTpu(TestPlain):
     def run(self, *args, **options):
         interpret = pltpu.InterpretParams(detect_races=True)
         options = {"implementation": "mosaic_tpu", "block_k": 128, "interpret": interpret} | options
-        out = decode_attention(*args, **options)
+        out = jitted(*args, **options)
         assert not interpreter.races.races_found
         return out
+
+
+def test_listed_blocks_are_those_of_the_row():
+    """Each list holds every block with a key that one of its queries looks at, and few others."""
+    capacity, block = 1000, 128
+    mask = (window(100) | global_(3) | random(1, block_size=128)).bind(capacity, capacity)
+    found = rows.lists(mask, 2, capacity, block)
+    lengths = np.array([1, 2, 129, 130, 700, 1000])
+    listed, count = found.at(jnp.asarray(lengths) - 2, 0, jnp.asarray(-(-lengths // block)))
+    listed, count = np.asarray(listed), np.asarray(count)
+    dense = mask.block(0, capacity, 0, capacity)
+    for row, length in enumerate(lengths):
+        keys = dense[max(length - 2, 0) : length, :length].any(0)
+        held = {k // block for k in np.nonzero(keys)[0]}
+        assert held <= set(listed[row, : count[row]].tolist())
+        assert count[row] <= len(held) + 2
+    assert found.longest <= 6 and rows.lists(causal(), 1, capacity, block) is None
+    assert rows.lists(window(100, causal=True), 1, capacity, block) is None
 
 
 def test_wrong_operands_are_refused():
@@ -92,7 +191,9 @@ def test_wrong_operands_are_refused():
     lengths = jnp.array([4])
     with pytest.raises(ValueError, match=r"lengths \(2,\) must be \(batch,\)"):
         decode_attention(q, k, v, jnp.array([1, 2]))
-    with pytest.raises(ValueError, match="one rule on positions"):
-        decode_attention(q, k, v, lengths, random(1))
+    with pytest.raises(ValueError, match="do not cover 200 queries and 200 keys"):
+        decode_attention(q, k, v, lengths, blocks(CELLS, 64))
+    with pytest.raises(ValueError, match="without kv_segment_ids, those of the cache"):
+        decode_attention(q, k, v, lengths, segment_ids=jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match="it runs on TPU, not on cpu"):
         decode_attention(q, k, v, lengths, implementation="mosaic_tpu")

@@ -11,7 +11,7 @@ from jaxcomp.kernels.sparse_attention import decode_attention, global_, window
 
 from tests.kernels import aot
 from tests.kernels.sparse_attention import cases
-from tests.kernels.sparse_attention.test_decode import check
+from tests.kernels.sparse_attention.test_decode import ROWS, check, check_rows
 from tests.kernels.sparse_attention.test_sharding import COLLECTIVES
 
 P = PartitionSpec
@@ -36,6 +36,10 @@ CASES = {
         "Explicit", (2, 2), P(None, None, "x"), P(None, "y"), {"kv_heads": 1}, {},
     ),
     "batch and heads": ("Auto", (2, 2), P("x", None, "y"), None, {}, {}),
+    "length, any mask": ("Explicit", (1, 4), P(), P(None, "y"), {"rows": "segments and span"}, {}),
+    "kernel, length, listed blocks": (
+        "Auto", (1, 2), P(), P(None, "y"), {"rows": "bigbird"}, KERNEL,
+    ),
     "kernel, length": (
         "Auto", (1, 2), P(), P(None, "y"), {"mask": window(40) | global_(2)}, KERNEL,
     ),
@@ -55,9 +59,10 @@ def test_same_numbers_and_the_cache_stays_where_it_is(name):
     of_queries = P(of_keys[0]) if q_spec is None else q_spec
 
     def run(q, k, v, lengths, mask, **rest):
-        scales = {n: rest.pop(n) for n in ("k_scale", "v_scale") if n in rest}
-        held = {"q": q, "k": k, "v": v, "lengths": lengths, **scales}
-        specs = dict.fromkeys(held, of_keys) | {"q": of_queries, "lengths": P()}
+        more = {n: rest.pop(n) for n in tuple(rest) if isinstance(rest[n], jax.Array)}
+        held = {"q": q, "k": k, "v": v, "lengths": lengths, **more}
+        specs = dict.fromkeys(held, of_keys) | {"q": of_queries, "lengths": P(), "span": P()}
+        specs |= {"segment_ids": P(), "kv_segment_ids": P(*of_keys[:2])}
         placed = {
             n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in held.items()
         }  # fmt: skip
@@ -67,7 +72,11 @@ def test_same_numbers_and_the_cache_stays_where_it_is(name):
         assert used == ({"all-reduce"} if "length" in name else set())
         return compiled(placed)
 
-    check(run, **checked)
+    if "rows" in checked:
+        mask, more = ROWS[checked["rows"]]
+        check_rows(run, mask, **more)
+    else:
+        check(run, **checked)
 
 
 def test_what_cannot_be_split_is_an_error():

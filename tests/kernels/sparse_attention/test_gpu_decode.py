@@ -11,8 +11,8 @@ from jaxcomp.kernels.sparse_attention import causal, decode, decode_attention, g
 
 from tests.kernels import aot_gpu
 from tests.kernels.sparse_attention import cases
+from tests.kernels.sparse_attention.test_decode import ROWS, check, check_rows
 from tests.kernels.sparse_attention.test_decode import TestPlain as Plain
-from tests.kernels.sparse_attention.test_decode import check
 from tests.kernels.sparse_attention.test_gpu import OLD, needs_mosaic
 
 
@@ -29,6 +29,12 @@ class TestInterpreted(Plain):
         interpret = plgpu.InterpretGPUParams(detect_races=True)
         options |= {"implementation": "mosaic_gpu", "interpret": interpret}
         return decode_attention(*args, **options)
+
+    def test_rows_of_any_mask(self):
+        span = {"span": [0.0] * 4, "lengths": (3,)}
+        for mask, options in ((ROWS["bigbird"][0], {}), (causal(), span)):
+            with pytest.raises(NotImplementedError, match="one rule on positions|adaptive span"):
+                check_rows(self.run, mask, dtype="bfloat16", **options)
 
     def test_narrow_heads_in_float16_and_a_cache_of_odd_size(self):
         options = {"lengths": (150,), "capacity": 152, "dim": 64}
