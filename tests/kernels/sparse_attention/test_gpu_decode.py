@@ -33,7 +33,7 @@ class TestInterpreted(Plain):
     def test_rows_of_any_mask(self):
         span = {"span": [0.0] * 4, "lengths": (3,)}
         for mask, options in ((ROWS["bigbird"][0], {}), (causal(), span)):
-            with pytest.raises(NotImplementedError, match="one rule on positions|adaptive span"):
+            with pytest.raises(NotImplementedError, match=r"one rule on positions|adaptive span"):
                 check_rows(self.run, mask, dtype="bfloat16", **options)
 
     def test_narrow_heads_in_float16_and_a_cache_of_odd_size(self):

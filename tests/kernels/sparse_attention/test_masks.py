@@ -21,6 +21,7 @@ from jaxcomp.kernels.sparse_attention import (
     per_head,
     random,
     ring,
+    rows,
     rules,
     schedule,
     shifts,
@@ -46,7 +47,7 @@ DEFINITIONS = [
 ]
 
 
-@pytest.mark.parametrize("module", [masks, rules, schedule, ring, shifts, api])
+@pytest.mark.parametrize("module", [masks, rules, rows, schedule, ring, shifts, api])
 def test_examples(module):
     assert not doctest.testmod(module).failed
 
