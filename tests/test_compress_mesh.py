@@ -28,7 +28,6 @@ def make_mesh(shape, kind=AxisType.Auto):
 
 
 MESHES = {
-    "1": lambda: make_mesh((1,)),
     "2x2": lambda: make_mesh((2, 2)),
     "4x1 explicit": lambda: make_mesh((4, 1), AxisType.Explicit),
 }
@@ -80,8 +79,6 @@ RECIPES = {
     "rtn": jc.presets.w4a16_rtn(group_size=16),
     "gptq": jc.presets.w4a16_gptq(group_size=16),
     "awq": jc.presets.w4a16_awq(group_size=16),
-    "smoothquant": jc.presets.w8a8_smoothquant(granularity="tensor", dynamic=False),
-    "sparse": jc.presets.sparsegpt_int4(group_size=16),
 }
 compress = functools.partial(jc.compress, progress=False)
 
@@ -92,7 +89,7 @@ def model(layers):
     return stacked_params(rng, layers), batches(rng)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["2x2", "4x1 explicit"])  # Others: tests/test_mesh_layers.py.
 def test_sixteen_scanned_layers_by_gptq(mesh):
     params, data = model(LAYERS)
     result = compress(scanned, params, RECIPES["gptq"], data, mesh=MESHES[mesh]())
@@ -116,7 +113,7 @@ def expected(name, layers):
     return compress(scanned, params, RECIPES[name], data)
 
 
-@pytest.mark.parametrize("name", ["rtn", "awq", "smoothquant", "sparse"])
+@pytest.mark.parametrize("name", ["rtn", "awq"])  # Others: tests/test_mesh_layers.py.
 def test_recipes_on_two_axes(name):
     params, data = model(2)
     result = compress(scanned, params, RECIPES[name], data, mesh=MESHES["2x2"]())
