@@ -20,7 +20,7 @@ import tyro
 from jaxcomp import presets
 from jaxcomp.errors import DataError, JaxcompError, ModelError, RecipeError
 from jaxcomp.io import checkpoint
-from jaxcomp.io.output import unfinished
+from jaxcomp.io.output import clear
 from jaxcomp.progress import Progress
 from jaxcomp.recipe import Recipe
 
@@ -146,7 +146,7 @@ def compress(
                 "data; name another folder, delete it, or add --overwrite."
             )
         saved = checkpoint.load(output)
-        shutil.rmtree(unfinished(output), ignore_errors=True)  # Killed before it was deleted.
+        clear(output)  # Killed before it was deleted.
         _say(f"{output} is already complete.")
         return _finish(json, saved.report, output, None)
     started = time.perf_counter()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +28,11 @@ from jaxcomp.graph.program import Program
 from jaxcomp.graph.sequential import Many, Sequential, Target, _Leaf
 from jaxcomp.graph.sites import Layout, Site
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
-from jaxcomp.io.checkpoint import check_extras, check_output, save_among
+from jaxcomp.io.checkpoint import check_extras, check_output, is_checkpoint, save_among
 from jaxcomp.io.later import Shares
-from jaxcomp.io.output import Output
+from jaxcomp.io.output import Output, begin, clear, may_be_complete
 from jaxcomp.io.stacked import Stacked, densified
+from jaxcomp.journal import JournalError
 from jaxcomp.plan import make_plan
 from jaxcomp.processes import Together
 from jaxcomp.progress import Progress
@@ -138,11 +138,15 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
     several = len(together.processes) > 1
     named, treedef = leaf_paths(params)
     prepared = []
+    complete = False
+    if output is not None and journal is None:
+        told = together.step("look", lambda: together.first and may_be_complete(output))
+        complete = told[0]
 
     def prepare():
         if output is not None:
             check_extras(dict(output.files or {}), dict(output.metadata or {}))
-        if output is not None and together.first:
+        if output is not None and together.first and not complete:
             check_output(output.path, output.overwrite)
         chosen = _batches(batches)
         graph = trace(apply, place.abstract(params), *place.abstract(chosen[0]))
@@ -163,8 +167,18 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
         read = together.step("read", lambda: weight_digests(named, shares, parts))
         digests = {path: "".join(r.get(path, "") for r in read) for path, _ in named}
         manifest = functools.partial(fingerprints, recipe, graph, named, batches, digests)
-        run_.store.journal = agreement.open_journal(folder, manifest, together, run_.store.streams)
+        try:
+            streams = run_.store.streams
+            run_.store.journal = agreement.open_journal(folder, manifest, together, streams)
+        except JournalError:
+            if complete:  # By another run.
+                check_output(output.path, output.overwrite)
+            raise
     try:
+        if complete and not run_.is_finished():
+            check_output(output.path, output.overwrite)
+        if output is not None and journal is None and together.first:
+            begin(output, output.overwrite and is_checkpoint(output.path))
         with place.context():
             if run_.calibrates:
                 run_.calibrated(named, batches)
@@ -178,7 +192,8 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
         if output is not None:
             done = Result(jax.tree.unflatten(treedef, stored), report, recipe)
             options = (output.files, output.metadata, output.overwrite)
-            save_among(place.processes, output.path, done, *options)
+            if not complete:
+                save_among(place.processes, output.path, done, *options)
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"{error}; {run_.kept()}") from error.__cause__
     except jax.errors.JaxRuntimeError as error:
@@ -190,7 +205,7 @@ def _compress(apply, params, recipe, batches, journal, place, progress, output) 
     if output is not None and journal is None:  # All is in the checkpoint, and on the disk.
         together.step("close", lambda: None)
         if together.first:
-            shutil.rmtree(folder)
+            clear(output.path)
     return Result(jax.tree.unflatten(treedef, leaves), report, recipe)
 
 
@@ -452,13 +467,20 @@ class _Run:
                 "positions); give data that does, or exclude this path"
             )
 
+    def _indices(self, path: str) -> list[Index]:
+        """Those of a weight's records."""
+        return list(np.ndindex(*_stack(self.graph, path))) if self.calibrates else [()]
+
+    def is_finished(self) -> bool:
+        """Whether the journal has all weights."""
+        return all(self.store.has(path, i) for path in self.plan for i in self._indices(path))
+
     def _recalled(self) -> bool:
         """Whether a run that ended later had finished all weights; they are read then."""
-        indices = {path: list(np.ndindex(*_stack(self.graph, path))) for path in self.plan}
-        if not all(self.store.has(path, i) for path in self.plan for i in indices[path]):
+        if not self.is_finished():
             return False
         for path in self.plan:
-            for index in indices[path]:
+            for index in self._indices(path):
                 record = self.store.get(path, index)
                 for leaf in jax.tree.leaves(record.array):
                     jaxcomp.io.safetensors.release(leaf)

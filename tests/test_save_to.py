@@ -98,7 +98,23 @@ def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch)
     assert len(again) == 9 - 5  # No weight twice, and no stack of them.
     # What is finished is not evaluated again either.
     monkeypatch.setitem(jc.compress.__globals__, "Sequential", None)
-    streamed = jc.compress(apply, params, RECIPE, data, save_to=output)
+    # Killed when all is published and nothing is cleaned up yet: the next call is soon done.
+    run = jc.compress.__globals__
+    with monkeypatch.context() as patch:
+        patch.setitem(run, "clear", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            jc.compress(apply, params, RECIPE, data, save_to=output)
+    assert out.is_dir() and output.unfinished.is_dir()
+    with pytest.raises(jc.JaxcompError, match="already holds a compressed model"):
+        jc.compress(apply, params, Recipe(steps=RECIPE.steps[1:]), data, save_to=output)
+    (output.unfinished / "replaces").touch()  # As where it was to replace that checkpoint.
+    with pytest.raises(jc.JaxcompError, match="already holds a compressed model"):
+        jc.compress(apply, params, RECIPE, data, save_to=output)
+    (output.unfinished / "replaces").unlink()
+    (tmp_path / ".out.finished").mkdir()  # Killed while it was cleaned up.
+    with monkeypatch.context() as patch:
+        patch.setitem(run, "save_among", None)
+        streamed = jc.compress(apply, params, RECIPE, data, save_to=output)
     assert len(again) == 4
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "saved"]
     assert contents(out) == contents(tmp_path / "saved")
@@ -117,6 +133,9 @@ def test_the_checkpoint_is_that_of_save_also_after_a_kill(tmp_path, monkeypatch)
     assert streamed.report.without_times() == result.report.without_times()
     with pytest.raises(jc.JaxcompError, match="already holds a compressed model"):
         jc.compress(apply, params, RECIPE, data, save_to=out)
+    with pytest.raises(TypeError):  # There is no pass any more.
+        jc.compress(apply, params, RECIPE, data, save_to=jc.Output(out, overwrite=True))
+    assert (output.unfinished / "replaces").exists()
 
 
 @pytest.mark.parametrize("copies", [False, True])
