@@ -64,21 +64,19 @@ def test_a_pass_waits_for_a_batch_after_the_next_one_is_on_its_way(case, monkeyp
 
 
 def test_a_batch_that_does_not_fit_is_told_by_the_weight_that_needs_it(case, monkeypatch):
-    load, count = placing.OnMesh.load, []
+    load, left = placing.OnMesh.load, []
+    planted = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
 
     def failing(place, value):
-        count.append(value)
-        if len(count) == limit:
-            planted = (
-                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
-            )
+        if not left:
             raise jax.errors.JaxRuntimeError(planted)
+        left.pop()
         return load(place, value)
 
     monkeypatch.setattr(placing.OnMesh, "load", failing)
     # The second batch: for the statistics of the first weight, and on the way to the second.
-    for limit, path, what in ((2, "first", "statistics of its input"), (6, "second", "evaluating")):
-        count.clear()
-        with pytest.raises(jc.errors.OutOfMemoryError, match="16.00 GiB") as raised:
+    for before, path, what in ((1, "first", "its input"), (5, "second", "evaluating the model")):
+        left[:] = range(before)
+        with pytest.raises(jc.errors.OutOfMemoryError, match=r"16\.00 GiB") as raised:
             case()
         assert str(raised.value).startswith(f"{path} (16, 16)") and what in str(raised.value)
