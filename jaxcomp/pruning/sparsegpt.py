@@ -34,7 +34,7 @@ from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
 from jaxcomp.pruning import masks
 from jaxcomp.quantization import checks, common, obs
-from jaxcomp.quantization.factored import Factored, factored
+from jaxcomp.quantization.factored import Factored, factored, in_memory_of, restore
 from jaxcomp.step import Layer, Step, run
 
 
@@ -161,13 +161,15 @@ _STATIC = ("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "rep
 def _rows(w, allowed, h, upper, *, choose, fmt, block_size, clipping, percentile, report):
     """Prunes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
     on_host = isinstance(h, Factored)
-    if on_host:
+    if on_host:  # The solver converts the weight.
         diagonal = h.diagonal
     else:
         w, h = w.astype(upper.dtype), h.astype(upper.dtype)
         diagonal = h.diagonal()
     original = w
-    w = w * ~((diagonal <= 0) & (diagonal > 0).any())
+    dead = (diagonal <= 0) & (diagonal > 0).any()
+    if not on_host or dead.any():
+        w = w * ~dead
     if allowed is not None:
         w = w * allowed
     context = None if fmt is None else grid.prepare(fmt, w)
@@ -217,7 +219,7 @@ def _sparsegpt(w, h, allowed, damping, *, sparsity, nm, **options):
     return common.over_stack(one, w, (h, 2), (allowed, 2))
 
 
-def _solve(w, h, allowed, path, options, report, known=None):
+def _solve(w, h, allowed, path, options, report, known=None, owned=False):
     """Checks everything and runs the algorithm.
 
     Args:
@@ -228,6 +230,7 @@ def _solve(w, h, allowed, path, options, report, known=None):
       options: of ``sparsegpt``.
       report: also compute the error.
       known: the factor of this very ``h``, if there is one.
+      owned: whether ``h``, of NumPy, may be written to: it has to be restored (``known``) after.
 
     Returns:
       Parts, the loop's result, the error (None without ``report``), and the factor (on the host a
@@ -242,13 +245,14 @@ def _solve(w, h, allowed, path, options, report, known=None):
     checks.check_choice("clipping", options["clipping"], checks.CLIPPINGS, path)
     checks.check_damping(damping, options["block_size"], path)
     checks.check_weight(w, path)
-    checks.check_hessian(h, w, path)
+    if known is None:
+        checks.check_hessian(h, w, path)
     options |= {"report": report}
     sparsity, block_size = options.pop("sparsity"), options["block_size"]
     if _on_host(w, h, nm, fmt, block_size):
         factor = known
         if factor is None:
-            factor = factored(np.array(h, common.working_dtype(w), order="C"), damping)
+            factor = factored(in_memory_of(np.asarray(h), common.working_dtype(w), owned), damping)
         drop = _drop_over_processes(w) if host.split_by_rows(w) else _drop_jit
         choose = _choice(nm, sparsity, block_size, *w.shape, drop)
         result = common.by_rows(
@@ -338,15 +342,22 @@ def _(step: SparseGPT, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     options = {"fmt": step.format, **{name: getattr(step, name) for name in names}}
     results = []
     hessian = factor = None
-    for layer in layers:
-        checks.check_statistics(layer, "hessian")
-        if layer.statistics.hessian is not hessian:
-            hessian, factor = layer.statistics.hessian, None
-        parts, result, error, factor = _solve(
-            layer.weight, hessian, layer.mask, layer.path, options, True, factor
-        )
-        weight = result.values.astype(layer.weight.dtype)
-        layer = common.pruned(layer, result.mask, weight, parts, error)
-        common.report_damping(layer, factor.damping, step.damping)
-        results.append(layer)
+    try:
+        for layer in layers:
+            if layer.statistics is None or layer.statistics.hessian is not hessian:
+                restore(factor, hessian)
+                factor = None
+                checks.check_statistics(layer, "hessian")
+                hessian = layer.statistics.hessian
+            parts, result, error, factor = _solve(
+                layer.stored_weight, hessian, layer.mask, layer.path, options, True, factor, True
+            )
+            # One that is read from a file comes as float32, in which the loop computes.
+            dtype = getattr(layer.held_weight, "dtype", result.values.dtype)
+            weight = result.values.astype(dtype)
+            layer = common.pruned(layer, result.mask, weight, parts, error)
+            common.report_damping(layer, factor.damping, step.damping)
+            results.append(layer)
+    finally:
+        restore(factor, hessian)
     return tuple(results)

@@ -9,6 +9,7 @@ factor, which LAPACK makes and inverts in place, in the one triangle that it is 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -127,6 +128,33 @@ def factored(h: np.ndarray, damping: float) -> Factored:
       [[0.666667, -0.333333], [-0.333333, 0.666667]]
     """
     return Factored(h, damping)
+
+
+def in_memory_of(h: np.ndarray, dtype: Any, owned: bool) -> np.ndarray:
+    """A matrix that ``factored`` may take: a Hessian's own memory if it can be, else a copy.
+
+    Args:
+      h: ``(in, in)``, read-only maybe.
+      dtype: float32 or float64, in which to compute.
+      owned: whether ``h`` may be written to, until ``restore``.
+
+    Returns:
+      ``(in, in)``, contiguous and writeable.
+    """
+    if owned and h.dtype == dtype and h.flags.writeable and h.flags.c_contiguous:
+        return h
+    return np.array(h, dtype, order="C")
+
+
+def restore(both: Any, hessian: Any) -> None:
+    """Puts a Hessian back in whose memory it was computed.
+
+    Args:
+      both: what ``factored`` gave for it or for a copy, or anything else.
+      hessian: the Hessian.
+    """
+    if isinstance(both, Factored) and both.matrix is hessian:
+        both.restore()
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:

@@ -36,7 +36,7 @@ from jaxcomp.formats.affine import packed
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element, Int
 from jaxcomp.quantization import checks, common, obs
-from jaxcomp.quantization.factored import Factored, factored
+from jaxcomp.quantization.factored import Factored, factored, in_memory_of, restore
 from jaxcomp.step import Activation, Layer, Step, run
 
 
@@ -162,8 +162,8 @@ def _in_memory_of(h, dtype, damping, order, owned) -> tuple[Factored, Any]:
     permutation = _permutation(h, order)
     if permutation is not None:
         h = h[np.ix_(permutation, permutation)].astype(dtype, copy=False)
-    elif not (owned and h.dtype == dtype and h.flags.writeable and h.flags.c_contiguous):
-        h = np.array(h, dtype, order="C")
+    else:
+        h = in_memory_of(h, dtype, owned)
     return factored(h, damping), permutation
 
 
@@ -312,7 +312,7 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     try:
         for layer in layers:
             if layer.statistics is None or layer.statistics.hessian is not hessian:
-                _restore(known, hessian)
+                restore(None if known is None else known[0], hessian)
                 known = None
                 checks.check_statistics(layer, "hessian")
                 hessian = layer.statistics.hessian
@@ -324,11 +324,5 @@ def _(step: GPTQ, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
             common.report_damping(layer, damping, step.damping)
             results.append(layer)
     finally:
-        _restore(known, hessian)
+        restore(None if known is None else known[0], hessian)
     return tuple(results)
-
-
-def _restore(known: Any, hessian: Any) -> None:
-    """Puts a Hessian back in whose memory it was computed."""
-    if known is not None and known[0].matrix is hessian:
-        known[0].restore()

@@ -1,5 +1,7 @@
 """A Hessian and the factor of its inverse in one matrix, against NumPy."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from jaxcomp import calibration
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import Int
+from jaxcomp.pruning import SparseGPT
 from jaxcomp.quantization import GPTQ, RTN, SmoothQuant, factored
+from jaxcomp.quantization.factored import Factored
 from jaxcomp.step import Deferred, Layer, run
 
 
@@ -73,25 +77,27 @@ def test_statistics_are_summed_in_place_symmetric_to_the_bit(monkeypatch):
     np.testing.assert_array_equal(scaled, state.hessian * (scale[:, None] * scale))
 
 
-def test_gptq_computes_in_the_hessians_memory_and_gives_it_back():
+@pytest.mark.parametrize("step", [GPTQ(format=Int(4, 8)), SparseGPT(n=2, m=4)])
+def test_steps_compute_in_the_hessians_memory_and_give_it_back(step):
     x = np.random.default_rng(0).standard_normal((90, 32)).astype(np.float32)
     given = statistics(x, {"hessian"})
     before = given.hessian.copy()
     weights = [np.random.default_rng(k).standard_normal((24, 32), np.float32) for k in (1, 2)]
     layers = tuple(Layer(str(k), jnp.asarray(w), given) for k, w in enumerate(weights))
-    found = run(GPTQ(format=Int(4, 8)), layers)
+    with mock.patch.object(Factored, "restore", autospec=True, side_effect=Factored.restore) as put:
+        found = run(step, layers)
+    assert put.call_count == 1
     np.testing.assert_array_equal(given.hessian, before)
     read_only = given._replace(hessian=jnp.asarray(before))
-    expected = run(GPTQ(format=Int(4, 8)), tuple(a.replace(statistics=read_only) for a in layers))
-    for a, b in zip(found, expected, strict=True):
+    expected = run(step, tuple(a.replace(statistics=read_only) for a in layers))
+    for a, b, w in zip(found, expected, np.float64(weights), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.parts, b.parts)
-        e = np.float64(a.weight) - np.float64(a.parts[0].materialize())
-        w, h = np.float64(a.weight), np.float64(before)
+        e, h = w - np.float64(a.parts[0].materialize()), np.float64(before)
         error = np.sqrt(np.trace(e @ h @ e.T) / np.trace(w @ h @ w.T))
         assert a.metrics["error"] == pytest.approx(error, rel=1e-4)
     broken = layers[1].replace(weight=jnp.full((24, 32), jnp.nan))
     with pytest.raises(JaxcompError, match="NaN"):
-        run(GPTQ(format=Int(4, 8)), (layers[0], broken))
+        run(step, (layers[0], broken))
     np.testing.assert_array_equal(given.hessian, before)
 
 
@@ -133,10 +139,10 @@ def test_a_stored_weight_is_not_converted_as_a_whole():
     def read():
         raise AssertionError("read whole")
 
-    lazy = Layer("w", Deferred(read, stored.shape, stored), given)
+    lazy = Layer("w", Deferred(read, stored.shape, stored), given, original_dtype=stored.dtype)
     whole = lazy.replace(weight=jnp.asarray(stored, jnp.float32))
     chains = [(GPTQ(format=Int(4, 8), order=order),) for order in ("natural", "activation")]
-    for steps in (*chains, (SmoothQuant(), RTN(format=Int(8)))):
+    for steps in (*chains, (SparseGPT(n=2, m=4),), (SmoothQuant(), RTN(format=Int(8)))):
         found, expected = lazy, whole
         for step in steps:
             (found,), (expected,) = run(step, (found,)), run(step, (expected,))
