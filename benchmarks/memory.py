@@ -1,7 +1,7 @@
 """Peak host memory of compressing and saving models of 4, 16 and 64 layers of the same width.
 
     python -m benchmarks.memory [--layers 4 16 64] [--recipe w8a8_smoothquant] [--save [NAME]]
-        [--hidden 768] [--mlp 2048] [--dtype float32] [--stream]
+        [--hidden 768] [--mlp 2048] [--experts N] [--dtype float32] [--stream]
 
 Random weights are written to a safetensors file, from which they are memory-mapped; finished
 weights go to a journal on disk, and from there to a checkpoint (``jc.save``), or with ``--stream``
@@ -16,12 +16,13 @@ two layers takes, whose weights and activations weigh nothing. Those are thrown 
 model brings as many of its own, and what was freed is given back to the system; arrays of more
 than 64 KB are mapped each by itself: so none hides in memory that is counted already. The bound is
 twice the bytes of a layer in the file, plus the activations that wait between layers: of all tokens
-the residual stream and the widest input of a weight.
+the residual stream and the widest input of a weight, of experts that of both which a token chooses.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -34,6 +35,7 @@ from benchmarks import common
 
 VOCABULARY, HEAD_SIZE = 512, 128
 SAMPLES, LENGTH, BATCH_SIZE = 4, 128, 2
+CHOSEN = 2  # Experts that each token goes through.
 NARROW = ["--layers", "2", "--hidden", "128", "--mlp", "512"]
 ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -44,8 +46,10 @@ ENVIRONMENT = {
 INTERVAL = 0.004
 
 
-def write_model(folder: pathlib.Path, layers: int, hidden: int, mlp: int, dtype: str) -> None:
-    """Writes a Llama with random weights in Hugging Face layout.
+def write_model(
+    folder: pathlib.Path, layers: int, hidden: int, mlp: int, dtype: str, experts: int = 0
+) -> None:
+    """Writes a Llama, or with experts a Mixtral, with random weights in Hugging Face layout.
 
     Args:
       folder: made if need be.
@@ -53,13 +57,14 @@ def write_model(folder: pathlib.Path, layers: int, hidden: int, mlp: int, dtype:
       hidden: its width.
       mlp: width of its MLPs.
       dtype: of the weights in the file.
+      experts: of each layer, each an MLP; 0 for a plain one.
     """
     import jax.numpy as jnp
     import numpy as np
 
     from jaxcomp import models
     from jaxcomp.io import safetensors
-    from jaxcomp.models.llama import tensor_names
+    from jaxcomp.models import llama, mixtral
 
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -76,19 +81,29 @@ def write_model(folder: pathlib.Path, layers: int, hidden: int, mlp: int, dtype:
         "tie_word_embeddings": True,
         "vocab_size": VOCABULARY,
     }
+    if experts:
+        config |= {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": experts,
+            "num_experts_per_tok": CHOSEN,
+        }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     shapes = _shapes(models.load_architecture(folder).params)
-    names = tensor_names(models.read_config(folder)[0])
+    names = (mixtral if experts else llama).tensor_names(models.read_config(folder)[0])
     # Every tensor is another window of one array of random numbers, so that a model of any depth
     # can be written by a small process.
-    noise = np.random.default_rng(0).standard_normal(hidden * mlp + len(names), np.float32)
+    each = [
+        (one, shapes[path][-2:], transposed)
+        for path, (name, transposed) in names.items()
+        for one in (name if isinstance(name, tuple) else (name,))
+    ]
+    noise = np.random.default_rng(0).standard_normal(hidden * mlp + len(each), np.float32)
     noise = (0.03 * noise).astype(jnp.dtype(dtype))
     tensors = {}
-    for k, (path, (name, transposed)) in enumerate(names.items()):
-        shape = shapes[path][::-1] if transposed else shapes[path]
-        size = int(np.prod(shape))
-        values = noise[k : k + size].reshape(shape)
+    for k, (name, shape, transposed) in enumerate(each):
+        values = noise[k : k + math.prod(shape)].reshape(shape[::-1] if transposed else shape)
         tensors[name] = np.ones_like(values) if len(shape) == 1 else values
     safetensors.write(folder / safetensors.SINGLE, tensors)
 
@@ -120,7 +135,7 @@ def compress(folder: pathlib.Path, out: pathlib.Path, recipe: str, stream: bool)
     from jaxcomp import models, presets
 
     began = time.monotonic()
-    model = models.load(folder)
+    model = models.load(folder, lazy=True)
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (SAMPLES, LENGTH), np.int32)
     batches = [(tokens[i : i + BATCH_SIZE],) for i in range(0, SAMPLES, BATCH_SIZE)]
     result = jc.compress(
@@ -220,6 +235,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="w8a8_smoothquant", help="name of a preset")
     parser.add_argument("--hidden", type=int, default=768, help="width of the model")
     parser.add_argument("--mlp", type=int, default=2048, help="width of its MLPs")
+    parser.add_argument("--experts", type=int, default=0, help="MLPs of a layer; 0: a plain one")
     parser.add_argument("--dtype", default="float32", help="of the weights in the file")
     parser.add_argument(
         "--save", nargs="?", const="memory", metavar="NAME", help="write results/NAME.txt"
@@ -230,17 +246,20 @@ def main() -> int:
     options = parser.parse_args()
     o = options
     if o.write:
-        write_model(pathlib.Path(o.write), o.layers[0], o.hidden, o.mlp, o.dtype)
+        write_model(pathlib.Path(o.write), o.layers[0], o.hidden, o.mlp, o.dtype, o.experts)
         return 0
     if o.worker:
         print(json.dumps(worker(*map(pathlib.Path, o.worker), o.recipe, o.stream)))
         return 0
     size = 2 if o.dtype == "bfloat16" else 4
-    layer = size * (4 * o.hidden**2 + 3 * o.hidden * o.mlp + 2 * o.hidden)
-    activations = 4 * SAMPLES * LENGTH * (o.hidden + o.mlp)
+    each = 3 * o.hidden * o.mlp
+    layer = size * (4 * o.hidden**2 + (o.experts * each + o.experts * o.hidden or each))
+    layer += size * 2 * o.hidden
+    activations = 4 * SAMPLES * LENGTH * (o.hidden + (CHOSEN if o.experts else 1) * o.mlp)
     bound = 2 * layer + activations
     me = [sys.executable, "-m", "benchmarks.memory", "--recipe", o.recipe]
     me += ["--hidden", str(o.hidden), "--mlp", str(o.mlp), "--dtype", o.dtype]
+    me += ["--experts", str(o.experts)]
     me += ["--stream"] if o.stream else []
     rows, peaks = [], []
     for layers in o.layers:
@@ -269,7 +288,9 @@ def main() -> int:
     arguments = " ".join(a for a in sys.argv[1:] if a not in ("--save", o.save))
     output(f"python -m benchmarks.memory {arguments}".strip())
     output(
-        f"{o.recipe} of a Llama {o.hidden} wide (MLP {o.mlp}), {o.dtype} weights memory-mapped, "
+        f"{o.recipe} of a {'Mixtral' if o.experts else 'Llama'} {o.hidden} wide "
+        f"({f'{o.experts} experts, ' if o.experts else ''}MLP {o.mlp}), "
+        f"{o.dtype} weights memory-mapped, "
         f"{SAMPLES} x {LENGTH} calibration tokens, "
         f"{'checkpoint' if o.stream else 'journal and checkpoint'} on disk"
     )

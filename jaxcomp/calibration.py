@@ -1,5 +1,7 @@
 """Statistics of a layer's input, gathered by streaming over calibration batches."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,23 @@ from jaxcomp import host
 _ROWS = 256
 
 
+@dataclasses.dataclass(frozen=True)
+class Hessians:
+    """The Hessians of a stack, each computed when it is asked for, and by whoever asked let go.
+
+    Attributes:
+      read: gives one, ``(*stack[1:], in, in)``, by its position along the leading axis.
+      shape: of all, ``(*stack, in, in)``.
+    """
+
+    read: Callable[[int], np.ndarray]
+    shape: tuple[int, ...]
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        """The Hessian at position ``k``."""
+        return self.read(k)
+
+
 class Statistics(NamedTuple):
     """Sums over tokens of what algorithms ask of a layer's input; fields not asked for are None.
 
@@ -19,7 +38,8 @@ class Statistics(NamedTuple):
       count: ``(*stack,)`` float32, tokens seen.
       hessian: ``(*stack, in, in)`` float32, sum over tokens of x xᵀ, symmetric to the bit. It may
         be the largest array there is; of NumPy and writeable it belongs to the layers of one input
-        group, and a step may compute in its memory if it puts back what was there.
+        group, and a step may compute in its memory if it puts back what was there. Of a stack that
+      is compressed matrix by matrix, ``Hessians``.
       absmax: ``(*stack, in)`` largest magnitude.
       abssum: ``(*stack, in)`` sum of magnitudes.
       sumsq: ``(*stack, in)`` sum of squares.

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcomp
-from jaxcomp import agreement, folding, formats, host, out_of_memory, placing, streaming
+from jaxcomp import (
+    agreement,
+    calibration,
+    folding,
+    formats,
+    host,
+    out_of_memory,
+    placing,
+    slices,
+    streaming,
+)
 from jaxcomp.assembly import Assembly
 from jaxcomp.dispatch import Dispatcher, check_activation_site
 from jaxcomp.errors import DataError, JaxcompError, OutOfMemoryError
@@ -336,13 +346,29 @@ class _Run:
         """Dense, once for all batches, unless the input is to be quantized at run time."""
         return self.place.shared(array) if quantizes_input(array) else self.place.weight(array)
 
+    def takes_apart(self, group: Sequence[Target]) -> bool:
+        """Whether the stacks of a group go through the steps one matrix after the other."""
+        shapes = []
+        for target in group:
+            axes = _slice_axes(target, self.graph.layouts[target.site.path])
+            shapes.append(_matrix_shape(target.leaf, axes))
+        return self._takes_apart([t.site.path for t in group], shapes)
+
+    def _takes_apart(self, paths: Sequence[str], shapes: Sequence[Sequence[int]]) -> bool:
+        steps = {k for path in paths for k in self.plan[path]}
+        return self.place.takes_apart() and slices.can_be_taken_apart(
+            shapes, [self.recipe.steps[k] for k in steps]
+        )
+
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
         for target in group:
             self._check_static(program, target.site)
         empty = statistics is not None and not bool(np.asarray(statistics.count).all())
-        # Not by a name: each step's weights can go when the next has made its own.
-        layers = self._steps(tuple(self._layer(t, statistics) for t in group))
+        weights = [
+            (t.site.path, t.leaf, _slice_axes(t, self.graph.layouts[t.site.path])) for t in group
+        ]
+        layers = self._layers(weights, statistics)
         targets = self._producers(program, group, layers)
         records = []
         seconds = (time.perf_counter() - started) / len(group)
@@ -367,19 +393,41 @@ class _Run:
             records.append(Record(array, folds, metrics, seconds))
         return self.store.keep([(t.site.path, t.index) for t in group], records)
 
-    def _layer(self, target: Target, statistics: Any) -> Layer:
-        leaf = target.leaf
-        axes = _slice_axes(target, self.graph.layouts[target.site.path])
+    def _layers(self, weights: Sequence[tuple[str, Any, tuple]], statistics: Any) -> Any:
+        """The layers of an input group after all steps.
+
+        Args:
+          weights: path, leaf and its axes (stack, out, in) of each.
+          statistics: of their input, or None.
+        """
+        shapes = [_matrix_shape(leaf, axes) for _, leaf, axes in weights]
+        if not self._takes_apart([path for path, _, _ in weights], shapes):
+            # Not by a name: each step's weights can go when the next has made its own.
+            return self._steps(tuple(self._layer(*w, statistics) for w in weights))
+        whole = [
+            Layer(path, Deferred(functools.partial(self._matrix, leaf, axes), shape),
+                  original_dtype=leaf.dtype)
+            for (path, leaf, axes), shape in zip(weights, shapes, strict=True)
+        ]  # fmt: skip
+
+        def slice_of(k: int) -> tuple[Layer, ...]:
+            for _, leaf, axes in weights if k else ():
+                jaxcomp.io.safetensors.release(_slice(leaf, axes, k - 1)[0])
+            own = None if statistics is None else _of_slice(statistics, k)
+            return tuple(self._layer(p, *_slice(leaf, axes, k), own) for p, leaf, axes in weights)
+
+        return slices.one_by_one(whole, slice_of, self._steps)
+
+    def _layer(self, path: str, leaf: Any, axes: tuple, statistics: Any) -> Layer:
         if self.place.rereads(leaf):
-            stack, out, in_ = ([leaf.shape[a] for a in given] for given in axes)
-            shape = (*stack, math.prod(out), math.prod(in_))
+            shape = _matrix_shape(leaf, axes)
             stored = formats.to_matrix(leaf, *axes) if isinstance(leaf, np.ndarray) else None
             if stored is not None and not np.may_share_memory(stored, leaf):
                 stored = None
             weight = Deferred(functools.partial(self._matrix, leaf, axes), shape, stored)
         else:
             weight = self._matrix(leaf, axes)
-        return Layer(target.site.path, weight, statistics=statistics, original_dtype=leaf.dtype)
+        return Layer(path, weight, statistics=statistics, original_dtype=leaf.dtype)
 
     def _matrix(self, leaf: Any, axes: tuple) -> jax.Array:
         matrix = self.place.matrix(leaf, axes)
@@ -500,8 +548,7 @@ class _Run:
                 leaf = self.leaves[path]
                 axes = (layout.stack_axes, layout.out_axes, layout.in_axes)
                 with out_of_memory.compressing([path], [leaf.shape]):
-                    layer = Layer(path, self._matrix(leaf, axes), original_dtype=leaf.dtype)
-                    (layer,) = self._steps((layer,))
+                    (layer,) = self._layers([(path, leaf, axes)], None)
                 array = CompressedArray.from_matrix(
                     _parts(layer, None), leaf.shape, leaf.dtype, *axes
                 )
@@ -606,10 +653,30 @@ def _slice_axes(target: Target, layout: Layout) -> tuple:
     return left(layout.stack_axes[depth:]), left(layout.out_axes), left(layout.in_axes)
 
 
+def _matrix_shape(leaf: Any, axes: tuple) -> tuple[int, ...]:
+    stack, out, in_ = ([leaf.shape[a] for a in given] for given in axes)
+    return (*stack, math.prod(out), math.prod(in_))
+
+
+def _slice(leaf: Any, axes: tuple, k: int) -> tuple[Any, tuple]:
+    """A leaf at position ``k`` of its first stack axis, and the axes that are left."""
+    gone = axes[0][0]
+    left = tuple(tuple(a - (a > gone) for a in given if a != gone) for given in axes)
+    leaf = host.numpy(leaf) if isinstance(leaf, jax.Array) else leaf  # A ``Stacked`` stays one.
+    return leaf[(slice(None),) * gone + (k,)], left
+
+
+def _of_slice(statistics: calibration.Statistics, k: int) -> calibration.Statistics:
+    """The statistics of a stack's inputs at position ``k``."""
+    hessian, rest = statistics.hessian, statistics._replace(hessian=None)
+    rest = host.to_device(jax.tree.map(lambda a: host.numpy(a)[k], rest))
+    if hessian is not None and not isinstance(hessian, calibration.Hessians):
+        hessian = host.numpy(hessian)
+    return rest._replace(hessian=None if hessian is None else hessian[k])
+
+
 def _parts(layer: Layer, scale: jax.Array | None) -> tuple:
-    parts = layer.parts
-    if parts is None:
-        parts = (formats.Dense(layer.weight.astype(layer.original_dtype)),)
+    parts = slices.parts_of(layer)
     if scale is not None:
         parts = tuple(formats.InputScale(p, scale) for p in parts)
     return parts

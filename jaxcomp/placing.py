@@ -134,6 +134,10 @@ class Here:
         """Whether ``matrix`` costs so little that it is called whenever the matrix is read."""
         return jax.default_backend() == "cpu" and not isinstance(leaf, jax.Array)
 
+    def takes_apart(self) -> bool:
+        """Whether a stack of matrices is better compressed one by one: its peak is the host's."""
+        return jax.default_backend() == "cpu"
+
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:
         """A leaf as a float32 (or float64) matrix, read from the host once.
 
@@ -290,6 +294,10 @@ class OnMesh(Here):
 
     def rereads(self, leaf: Any) -> bool:
         """False: its parts travel to the devices."""
+        return False
+
+    def takes_apart(self) -> bool:
+        """False: devices share a stack."""
         return False
 
     def matrix(self, leaf: Any, axes: Sequence[Sequence[int]]) -> jax.Array:

@@ -8,7 +8,8 @@ of the input can be shared among them. Nothing here knows a model or a graph.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,6 +36,10 @@ class Step(
         """What the algorithm reads, out of {hessian, absmax, absmean, sumsq, range}."""
         return frozenset()
 
+    def by_matrix(self) -> bool:
+        """Whether each matrix of a stack is treated as if it were alone, so that it can be."""
+        return False
+
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the input of a matmul is quantized when the model runs.
@@ -51,6 +56,35 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = True
     symmetric: bool = True
+
+
+class Error(float):
+    """A relative error that knows relative to what, so that those of slices make one.
+
+    Attributes:
+      lost: squared, the error itself.
+      whole: squared, what it is relative to.
+    """
+
+    lost: float
+    whole: float
+
+    @classmethod
+    def of(cls, lost: float, whole: float) -> "Error":
+        """The root of ``lost / whole``, of ``lost`` where the whole is nothing.
+
+        Example:
+          >>> Error.of_all([Error.of(1.0, 3.0), Error.of(0.0, 1.0)])
+          0.5
+        """
+        error = cls(math.sqrt(max(lost, 0.0) / (whole if whole > 0 else 1.0)))
+        error.lost, error.whole = lost, whole
+        return error
+
+    @classmethod
+    def of_all(cls, errors: Sequence["Error"]) -> "Error":
+        """That of several together."""
+        return cls.of(sum(e.lost for e in errors), sum(e.whole for e in errors))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ are compiled together, once for all layers that look the same.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Compressor(Protocol):
 
     def needs(self, site: Site) -> frozenset[str] | None:
         """Statistics wanted of a site's input; None where the site is to be left alone."""
+
+    def takes_apart(self, group: Sequence["Target"]) -> bool:
+        """Whether ``compress`` reads Hessians of a stack one by one, so that none need be made."""
 
     def compress(self, program: Program, group: Sequence["Target"], statistics: Any) -> list[Any]:
         """Compresses weights that read the same input.
@@ -328,7 +332,8 @@ class Sequential:
                 host.trim()
             what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
             with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
-                statistics = self.statistics(program, op, env, count, needs)
+                apart = "hessian" in needs and self.compressor.takes_apart(targets)
+                statistics = self.statistics(program, op, env, count, needs, apart)
         finished = self.compress(program, targets, statistics)
         del statistics  # As large as the layer, maybe.
         if is_large:
@@ -348,8 +353,8 @@ class Sequential:
         for target, leaf in zip(targets, leaves, strict=True):
             self.done[(target.site.path, target.index)] = leaf
 
-    def statistics(self, program, op, env, count, needs) -> calibration.Statistics:
-        """Statistics of a site's input over all batches."""
+    def statistics(self, program, op, env, count, needs, apart=False) -> calibration.Statistics:
+        """Statistics of a site's input over all batches; ``apart`` leaves Hessians for later."""
         site = op.site
         if is_grouped(op.eqn):
             raise JaxcompError(
@@ -369,7 +374,7 @@ class Sequential:
         # Otherwise a CPU still evaluates, with copies of weights, while Hessians are allocated.
         host.settle([list(v) if isinstance(v, Many) else v for v in operands])
         stack = site.layout.sizes(site.batch_axes)
-        state = calibration.init(site.in_size, needs, stack)
+        state = calibration.init(site.in_size, needs - {"hessian"} if apart else needs, stack)
         x = operands[1 - site.operand]
         if self.place.hosts and isinstance(x, Many) and splits_tokens(op.eqn, site):
             state = self.place.summed(self.own_statistics(op, x, state))
@@ -386,12 +391,13 @@ class Sequential:
         else:
             state = self.place.shared(host.to_device(state))
         for name, value in state._asdict().items():
-            if value is not None and host.any_rows(np.isnan, value):
-                raise DataError(
-                    f"{site.path} {site.layout.leaf_shape}: the {name} of its input is NaN on the "
-                    "calibration data: the model makes NaN before this layer; check the weights, "
-                    "the dtype (float16 overflows) and the data"
-                )
+            if value is not None:
+                _check_known(site, name, value)
+        if apart:
+            read = functools.partial(_hessian, op, load, count)
+            return state._replace(
+                hessian=calibration.Hessians(read, (*stack, site.in_size, site.in_size))
+            )
         return state
 
     def own_statistics(self, op: Op, x: Many, state: Any) -> calibration.Statistics:
@@ -772,6 +778,33 @@ def _at(value: Any, position: int, place: placing.Here | None = None) -> Any:
     if not isinstance(value, Many):
         return value
     return value[position] if place is None else place.load(value[position])
+
+
+def _check_known(site: Site, name: str, value: Any) -> None:
+    if host.any_rows(np.isnan, value):
+        raise DataError(
+            f"{site.path} {site.layout.leaf_shape}: the {name} of its input is NaN on the "
+            "calibration data: the model makes NaN before this layer; check the weights, "
+            "the dtype (float16 overflows) and the data"
+        )
+
+
+def _hessian(op: Op, load: Callable[[int], list[Any]], count: int, k: int) -> np.ndarray:
+    """The Hessian of what the matrix at position ``k`` of a stack reads, of its tokens alone."""
+    site, state = op.site, None
+    for b in range(count):
+        values = [None if v is None else np.asarray(v) for v in load(b)]
+        tokens = to_tokens(op.eqn, site, values[1 - site.operand])
+        if site.kind == "ragged_dot":
+            end = int(values[2][: k + 1].sum())
+            tokens = tokens[end - int(values[2][k]) : end]
+        else:
+            tokens = tokens[k]
+        if state is None:
+            state = calibration.init(site.in_size, frozenset({"hessian"}), tokens.shape[:-2])
+        state = calibration.update(state, tokens, in_place=True)
+    _check_known(site, "hessian", state.hessian)
+    return state.hessian
 
 
 def _update_ragged(state, x, group_sizes):

@@ -65,6 +65,10 @@ class SparseGPT(Step, frozen=True, tag="sparsegpt"):
         """The Hessian."""
         return frozenset({"hessian"})
 
+    def by_matrix(self) -> bool:
+        """Yes: the sparsity is each matrix's."""
+        return True
+
 
 class _Rows(NamedTuple):
     """What the loop gives; every array has the rows (outputs) first."""

@@ -17,7 +17,7 @@ from jaxcomp.formats.transforms import InputQuant, InputScale
 from jaxcomp.quantization.activation import check_activation, static_scales
 from jaxcomp.quantization.checks import sparse_format
 from jaxcomp.quantization.factored import Factored
-from jaxcomp.step import Activation, Layer
+from jaxcomp.step import Activation, Error, Layer
 
 
 class Rounded(NamedTuple):
@@ -103,7 +103,7 @@ def energies(w: jax.Array, approximation: jax.Array, h: jax.Array | Factored | N
     return xp.stack([energy(w - approximation), energy(w)], -1)
 
 
-def error_of(energy: Any) -> float:
+def error_of(energy: Any) -> Error:
     """Relative error of a layer from what ``energies`` gave.
 
     Args:
@@ -113,16 +113,19 @@ def error_of(energy: Any) -> float:
       sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)).
     """
     lost, whole = host.fetch(energy).astype(np.float64).reshape(-1, 2).sum(0)
-    return float(np.sqrt(max(lost, 0.0) / (whole if whole > 0 else 1.0)))
+    return Error.of(float(lost), float(whole))
 
 
 @jax.jit
-def _relative_error(w, approximation, h):
+def _lost_and_whole(w, approximation, h):
     dtype = working_dtype(w)
     h = None if h is None else h.astype(dtype)
     energy = energies(w.astype(dtype), approximation.astype(dtype), h)
-    lost, whole = energy.reshape(-1, 2).sum(0)
-    return jnp.sqrt(jnp.maximum(lost, 0) / jnp.where(whole > 0, whole, 1))
+    return energy.reshape(-1, 2).sum(0)
+
+
+def _relative_error(w, approximation, h):
+    return _lost_and_whole(w, approximation, None if h is None else host.to_device(h))
 
 
 # Rows whose energy is computed at a time on the CPU.
@@ -283,7 +286,12 @@ def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None =
     Returns:
       A scalar over the whole stack.
     """
-    return _relative_error(w, approximation, None if h is None else host.to_device(h))
+    lost, whole = _relative_error(w, approximation, h)
+    return jnp.sqrt(jnp.maximum(lost, 0) / jnp.where(whole > 0, whole, 1))
+
+
+def _error(w, approximation, h) -> Error:
+    return Error.of(*map(float, host.fetch(_relative_error(w, approximation, h))))
 
 
 def compressed(parts: Sequence[Any], w: Any) -> CompressedArray:
@@ -564,9 +572,9 @@ def quantized(
     if error is None:
         h = None if layer.statistics is None else layer.statistics.hessian
         host.settle(values)  # Before the weight is read again.
-        error = relative_error(layer.weight, values, h)
+        error = _error(layer.weight, values, h)
     parts = with_activation(parts, activation, layer.statistics, layer.path)
-    metrics = {**layer.metrics, "error": float(error)}
+    metrics = {**layer.metrics, "error": error}
     return layer.replace(parts=parts, activation=activation, metrics=metrics)
 
 
@@ -591,9 +599,9 @@ def pruned(
     """
     if error is None:
         h = None if layer.statistics is None else layer.statistics.hessian
-        error = relative_error(layer.weight, weight, h)
+        error = _error(layer.weight, weight, h)
     kept = float(sparse.row_counts(mask).sum() / mask.size)
-    metrics = {**layer.metrics, "error": float(error), "sparsity": 1 - kept}
+    metrics = {**layer.metrics, "error": error, "sparsity": 1 - kept}
     parts = tuple(_in_dtype(part, layer.original_dtype) for part in parts)
     return layer.replace(mask=mask, weight=weight, parts=parts, metrics=metrics)
 

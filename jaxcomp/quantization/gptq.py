@@ -67,6 +67,10 @@ class GPTQ(Step, frozen=True, tag="gptq"):
         """The Hessian, and the inputs' range for static activation scales."""
         return frozenset({"hessian"}) | common.activation_needs(self.activation)
 
+    def by_matrix(self) -> bool:
+        """Yes."""
+        return True
+
 
 class _Rows(NamedTuple):
     """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared.

@@ -36,6 +36,10 @@ class RTN(Step, frozen=True, tag="rtn"):
         """Nothing, or the inputs' range for static activation scales."""
         return common.activation_needs(self.activation)
 
+    def by_matrix(self) -> bool:
+        """Yes."""
+        return True
+
 
 @functools.partial(jax.jit, static_argnames=("fmt", "clipping", "percentile"))
 def _rtn(w, mask, *, fmt, clipping, percentile):

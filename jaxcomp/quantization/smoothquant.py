@@ -42,6 +42,10 @@ class SmoothQuant(Step, frozen=True, tag="smoothquant"):
         """The largest magnitude of each input channel."""
         return frozenset({"absmax"})
 
+    def by_matrix(self) -> bool:
+        """Yes: layers of one stack share a scale for each of its matrices."""
+        return True
+
 
 def smoothquant_scales(x_absmax: jax.Array, w_absmax: jax.Array, alpha: float = 0.5) -> jax.Array:
     """Scales s by which activations are divided and weight columns multiplied.
