@@ -1,18 +1,25 @@
 """Stacks that are compressed matrix by matrix, against the same as a whole."""
 
+import math
+import os
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxcomp as jc
+from benchmarks import memory
 from jaxcomp import calibration, slices
 from jaxcomp.formats import Int
+from jaxcomp.io import safetensors
 from jaxcomp.io.stacked import Stacked
 from jaxcomp.pruning import SparseGPT
-from jaxcomp.quantization import GPTQ, RTN, SmoothQuant, gptq
+from jaxcomp.quantization import GPTQ, RTN, SmoothQuant, gptq, rtn
 from jaxcomp.recipe import Recipe
 from jaxcomp.step import Activation
+from tests import xla
 
 E, IN, OUT = 3, 16, 24
 SIZES = np.array([20, 0, 12], np.int32)
@@ -103,3 +110,49 @@ def test_what_is_left_whole():
     assert not slices.can_be_taken_apart([(4, 64, 64)], [step])  # A turn costs more than it saves.
     assert not slices.can_be_taken_apart([shape, (2, *shape[1:])], [SmoothQuant()])
     assert not slices.can_be_taken_apart([shape], [step, jc.pruning.Magnitude(sparsity=0.5)])
+
+
+PROGRAM = """
+import json, os, sys, time
+import jax, numpy as np
+import jaxcomp as jc
+from benchmarks import memory
+from jaxcomp import host
+from jaxcomp.io import safetensors
+from jaxcomp.io.stacked import Stacked
+
+def compress(count, out):
+    experts = Stacked([tensors[str(k)] for k in range(count)])
+    sizes = np.full(count, 1, np.int32)
+    apply = lambda p, x: jax.lax.ragged_dot(x, p["w"], sizes)
+    x = np.zeros((count, experts.shape[1]), np.float32)
+    recipe = jc.presets.w4a16_rtn(group_size=32)
+    jc.compress(apply, {"w": experts}, recipe, [(x,)], save_to=out, progress=False)
+
+tensors = safetensors.read(sys.argv[1])
+compress(2, sys.argv[1] + ".warm")
+host.trim()
+fixed, began = memory._anonymous(os.getpid()), time.monotonic()
+compress(len(tensors), sys.argv[1] + ".out")
+print(json.dumps({"fixed": fixed, "began": began, "ended": time.monotonic()}))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_a_stack_of_experts_is_never_whole_in_float32(tmp_path, monkeypatch):
+    count, shape = 16, (256, 1024)
+    rng = np.random.default_rng(0)
+    weights = {str(k): rng.standard_normal(shape, np.float32) for k in range(count)}
+    safetensors.write(tmp_path / "experts", weights)
+    monkeypatch.setenv("XLA_FLAGS", xla.flags(1))
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "experts")]
+    reply, seen = memory.watched(command)
+    inside = [n for t, n in seen if reply["began"] <= t <= reply["ended"]]
+    assert len(inside) > 5
+    stack = 4 * count * math.prod(shape)
+    assert max(inside) - reply["fixed"] < stack  # Three times as much when it was rounded whole.
+    saved = jc.load(tmp_path / "experts.out").params["w"].materialize()
+    step = jc.presets.w4a16_rtn(group_size=32).steps[0]
+    for k in (0, count - 1):
+        expected = rtn(weights[str(k)].T, step.format, step.clipping).materialize()
+        np.testing.assert_array_equal(saved[k].T, expected)

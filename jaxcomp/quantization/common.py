@@ -124,10 +124,6 @@ def _lost_and_whole(w, approximation, h):
     return energy.reshape(-1, 2).sum(0)
 
 
-def _relative_error(w, approximation, h):
-    return _lost_and_whole(w, approximation, None if h is None else host.to_device(h))
-
-
 # Rows whose energy is computed at a time on the CPU.
 _ENERGY_ROWS = 64
 # Rows that a compiled loop takes at a time on the CPU.
@@ -286,12 +282,14 @@ def relative_error(w: jax.Array, approximation: jax.Array, h: jax.Array | None =
     Returns:
       A scalar over the whole stack.
     """
-    lost, whole = _relative_error(w, approximation, h)
+    h = None if h is None else host.to_device(h)
+    lost, whole = _lost_and_whole(w, approximation, h)
     return jnp.sqrt(jnp.maximum(lost, 0) / jnp.where(whole > 0, whole, 1))
 
 
 def _error(w, approximation, h) -> Error:
-    return Error.of(*map(float, host.fetch(_relative_error(w, approximation, h))))
+    h = None if h is None else host.to_device(h)
+    return Error.of(*map(float, host.fetch(_lost_and_whole(w, approximation, h))))
 
 
 def compressed(parts: Sequence[Any], w: Any) -> CompressedArray:
