@@ -241,13 +241,21 @@ class Dispatcher(Plain):
         x, out_dtype = operands[1 - site.operand], op.eqn.outvars[0].aval.dtype
         if site.kind == "ragged_dot":
             y = packed_experts.multiply(x, operands[2], weight, split, out_dtype)
-            return [y.astype(out_dtype)], state
+            return [_as_traced(y.astype(out_dtype), op)], state
         y = matmul.matmul(to_tokens(op.eqn, site, x), weight, name, split, out_dtype)
         return [from_tokens(op.eqn, site, y)], state
 
     def dense(self, path, view, leaf):
         """Materializes the weight."""
         return view.replay(as_array(leaf))
+
+
+def _as_traced(y: jax.Array, op: Op) -> jax.Array:
+    """A result split as the equation's was, where a mesh of Explicit axes has it in its type."""
+    wanted = op.eqn.outvars[0].aval.sharding
+    if AxisType.Explicit not in wanted.mesh.axis_types or jax.typeof(y).sharding == wanted:
+        return y
+    return jax.reshard(y, wanted)
 
 
 def site_split(

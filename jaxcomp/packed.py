@@ -263,6 +263,11 @@ def slower(
     return f"XLA was measured to be faster on this {chip.name}" if fastest == other else None
 
 
+def activation_dtype(activation: Activation | None) -> str | None:
+    """What the kernels call the dtype that an input is quantized to; None for a plain input."""
+    return None if activation is None else _ACTIVATION_DTYPES[activation.format]
+
+
 def matmul(
     x: jax.Array,
     part: Any,
@@ -299,7 +304,7 @@ def matmul(
     return kernels.quantized_matmul(
         x,
         operand(part),
-        activation_dtype=activation and _ACTIVATION_DTYPES[activation.format],
+        activation_dtype=activation_dtype(activation),
         x_scales=scale,
         out_dtype=out_dtype,
         implementation=implementation,

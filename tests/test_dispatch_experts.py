@@ -17,6 +17,7 @@ from jaxcomp.quantization import RTN
 from jaxcomp.recipe import Recipe
 from jaxcomp.step import Activation
 from tests.kernels import aot
+from tests.test_dispatch_sharded import moved
 from tests.models.test_mixtral import TINY
 
 SIZES = (3, 0, 5, 1)  # of ten rows: the last is no expert's
@@ -60,6 +61,22 @@ def test_each_expert_reads_its_packed_weight(name):
     assert not np.any(y[-1])
 
 
+@pytest.mark.parametrize("fmt", [Int(8), Int(4, 32)])
+def test_quantized_rows_meet_packed_weights(fmt):
+    """W8A8 and W4A8: each row by its own scale, then products of codes, as float64 has them."""
+    params, x = make(fmt, activation=Activation())
+    fast = jc.dispatch(experts)
+    (choice,) = fast.report(params, x)
+    assert choice.implementation == "kernel"
+    rows, w = (np.asarray(a, np.float64) for a in (x, params["w"].parts[0].part.materialize()))
+    scale = np.float32(np.abs(x).max(1, keepdims=True)) / np.float32(127)
+    codes = np.rint(rows / scale)
+    assert np.abs(np.abs(rows / scale - codes) - 0.5).min() > 1e-4  # no code hangs on rounding
+    owner = np.repeat(np.arange(4), SIZES)
+    expected = np.einsum("mk,mnk->mn", codes[:9], w[owner]) * scale[:9]
+    close(jax.jit(fast)(params, x)[:9], expected, 64)
+
+
 def test_scanned_layers_and_gradients():
     params, x = make(FORMATS["int4"], layers, (2, 4, 64, 64))
     fast, dense = jc.dispatch(layers), jc.materialize(params)
@@ -92,7 +109,7 @@ def test_what_has_no_kernel_says_so():
     assert choice.implementation == "materialize" and "3 bits" in choice.reason
     params, x = make(Int(8), activation=Activation(format="int8", granularity="tensor"))
     (choice,) = jc.dispatch(experts).report(params, x)
-    assert choice.implementation == "materialize" and "input is quantized" in choice.reason
+    assert choice.implementation == "materialize" and "other scales than its own" in choice.reason
 
     def merged(params, x):
         w = params["w"].reshape(4, 64, 64)
@@ -119,11 +136,37 @@ def test_a_mixture_of_experts():
 
 
 @pytest.mark.parametrize("spec", [("model",), ("data", "model"), (None, None, "model")])
+def test_experts_on_a_mesh_of_explicit_axes(spec):
+    """Rows and results split otherwise are brought there; of weights nothing is."""
+    params, x = make(FORMATS["int4"])
+    mesh = make_mesh(AxisType.Explicit)
+    placed = jc.shard(params, mesh, [("w", PartitionSpec(*spec))])
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    def told(params, x):
+        sizes = jnp.array(SIZES, jnp.int32)
+        return jax.lax.ragged_dot(x, params["w"], sizes, out_sharding=rows.sharding)
+
+    fast = jc.dispatch(told)
+    (choice,) = fast.report(placed, rows)
+    assert choice.implementation == "kernel"
+    program = jax.jit(fast).lower(placed, rows).compile()
+    y = program(placed, rows)
+    assert y.sharding.is_equivalent_to(rows.sharding, 2)
+    close(y, experts(jc.materialize(params), x), 64)
+    assert all(size <= x.size for size in moved(program.as_text()))  # a weight's part: 2048 bytes
+
+
+def make_mesh(kind):
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    return jax.sharding.Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
+
+
+@pytest.mark.parametrize("spec", [("model",), ("data", "model"), (None, None, "model")])
 def test_experts_on_a_mesh(spec):
     """Split by expert, by expert and input, by output: no device asks for another's weight."""
     params, x = make(FORMATS["int4"])
-    devices = np.array(jax.devices()[:4]).reshape(2, 2)
-    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh(AxisType.Auto)
     rules = [("w", PartitionSpec(*spec))]
     placed = jc.shard(params, mesh, rules)
     rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
@@ -137,28 +180,34 @@ def test_experts_on_a_mesh(spec):
     assert not re.findall("all-gather|all-to-all|collective-permute", program.as_text())
 
 
-def compiled(mesh):
-    """A layer of experts of Mixtral's kind on prepared weights, as a program of a v5e."""
+def compiled(mesh, bits=4, quantized=False):
+    """Experts of Mixtral's kind, split over devices, as a program of v5e."""
     config = dataclasses.replace(
         TINY, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_experts=4
     )
     apply, params = jc.functional(Mixtral(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     tokens = jnp.zeros((2, 4), jnp.int32)
-    step = RTN(format=Int(4, 64), include=("*experts*",))
+    activation = Activation() if quantized else None
+    step = RTN(format=Int(bits, 64), activation=activation, include=("*experts*",))
     params = jc.compress(apply, params, Recipe(steps=(step,)), [(tokens,)], progress=False).params
-    fast = jc.dispatch(apply)
+    rules = [("*experts*", PartitionSpec("model"))]
+    fast = jc.dispatch(apply, sharding=rules, mesh=mesh)
 
-    def place(a):
-        sharding = NamedSharding(mesh, PartitionSpec())
+    def place(a, sharding):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
-    params, tokens = jax.tree.map(place, params), place(tokens)
+    tokens = place(tokens, NamedSharding(mesh, PartitionSpec()))
+    params = jax.tree.map(place, params, jc.sharding.shardings(params, rules, mesh))
     assert {c.implementation for c in fast.report(params, tokens)} == {"kernel"}
     return fast, (params, tokens)
 
 
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
 def test_compiles_with_the_kernels_inside():
-    (result,) = aot.compile_cases("v5e", [("tests.test_dispatch_experts:compiled", {})])
-    assert result["error"] is None, result["error"]
-    assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3
+    cases = [{"quantized": True, "mesh": [1, 2]}]
+    made = [("tests.test_dispatch_experts:compiled", case) for case in cases]
+    for result in aot.compile_cases("v5e", made):
+        assert result["error"] is None, result["error"]
+        assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3
+        # Of a weight's part: two experts' 128 x 256 codes, or half of their bytes.
+        assert all(size < 2 * 128 * 256 // 2 for size in moved(result["hlo"]))

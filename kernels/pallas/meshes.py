@@ -1,8 +1,10 @@
 """Mesh axes as specs name them: none, one, or several."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Axes = str | tuple[str, ...] | None
 
@@ -42,6 +44,29 @@ def padded(spec: PartitionSpec, rank: int, name: str, sizes: dict[str, int]) -> 
     if unknown:
         raise ValueError(f"{name} {spec} names {unknown[0]!r}; the mesh has the axes {list(sizes)}")
     return entries
+
+
+def split_as(operands: Any, specs: Any, mesh: jax.sharding.AbstractMesh) -> Any:
+    """Operands as the specs of a shard_map say: on Explicit axes it takes no others.
+
+    Weights lie so already. What does not, such as rows that are whole where the weight's inputs are
+    split, is small.
+
+    Args:
+      operands: pytree of arrays; None for one that there is not.
+      specs: a spec for each array, or for a whole subtree.
+      mesh: the mesh; on one of Auto axes nothing is done.
+
+    Returns:
+      The operands.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return operands
+
+    def one(spec, part):
+        return jax.tree.map(lambda a: jax.reshard(a, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(one, specs, operands, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _named(axes: Axes, name: str, spec: PartitionSpec) -> Sequence[str]:

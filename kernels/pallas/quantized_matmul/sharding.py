@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.meshes import Axes, count, names, padded
+from jaxcomp.kernels.meshes import Axes, count, names, padded, split_as
 from jaxcomp.kernels.quantized_matmul.layout import LANES
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -205,15 +205,16 @@ def matmul(
             return call(x, weight, bias, x_scales)
         return finish(jax.lax.psum(call(x, weight, None, x_scales), inputs), bias)
 
+    in_specs = (
+        PartitionSpec(*stack, *place.rows, inputs),
+        specs,
+        PartitionSpec(*stack, outputs),
+        PartitionSpec(*stack, *place.rows, None),
+    )
     return jax.shard_map(
         body,
         mesh=place.mesh,
-        in_specs=(
-            PartitionSpec(*stack, *place.rows, inputs),
-            specs,
-            PartitionSpec(*stack, outputs),
-            PartitionSpec(*stack, *place.rows, None),
-        ),
+        in_specs=in_specs,
         out_specs=PartitionSpec(*stack, *place.rows, outputs),
         check_vma=False,
-    )(x, weight, bias, x_scales)
+    )(*split_as((x, weight, bias, x_scales), in_specs, place.mesh))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxcomp.kernels.meshes import count, names
+from jaxcomp.kernels.meshes import count, names, split_as
 from jaxcomp.kernels.quantized_matmul import sharding
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -61,15 +61,16 @@ def matmul(
         # Each row is one device's, and zeros elsewhere: their sum is exact.
         return jax.lax.psum(y, experts) if experts else y
 
+    in_specs = (
+        PartitionSpec(rows, inputs),
+        PartitionSpec(None),
+        specs,
+        PartitionSpec(experts, outputs),
+    )
     return jax.shard_map(
         body,
         mesh=place.mesh,
-        in_specs=(
-            PartitionSpec(rows, inputs),
-            PartitionSpec(None),
-            specs,
-            PartitionSpec(experts, outputs),
-        ),
+        in_specs=in_specs,
         out_specs=PartitionSpec(rows, outputs),
         check_vma=False,
-    )(x, bounds, weight, bias)
+    )(*split_as((x, bounds, weight, bias), in_specs, place.mesh))

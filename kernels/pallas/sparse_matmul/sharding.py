@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.meshes import Axes, count, names, padded
+from jaxcomp.kernels.meshes import Axes, count, names, padded, split_as
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 
@@ -130,17 +130,18 @@ def matmul(
             return call(x, weight, bias)
         return finish(jax.lax.psum(call(x, weight, None), place.inputs), bias)
 
+    in_specs = (
+        PartitionSpec(*place.rows, place.inputs),
+        specs,
+        PartitionSpec(place.outputs),
+    )
     return jax.shard_map(
         body,
         mesh=place.mesh,
-        in_specs=(
-            PartitionSpec(*place.rows, place.inputs),
-            specs,
-            PartitionSpec(place.outputs),
-        ),
+        in_specs=in_specs,
         out_specs=PartitionSpec(*place.rows, place.outputs),
         check_vma=False,
-    )(x, weight, bias)
+    )(*split_as((x, weight, bias), in_specs, place.mesh))
 
 
 def _typed_spec(weight: Weight, sizes: dict[str, int]) -> PartitionSpec:
