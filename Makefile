@@ -9,6 +9,7 @@ BENCHMARKS ?= trace speed dispatch quality memory training structured minilm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TPU_STAMP := $(VENV)/.libtpu
+CUDA_STAMP := $(VENV)/.cuda
 
 .PHONY: help demo test lint format bench bench-tpu configs readme clean
 
@@ -36,6 +37,15 @@ $(TPU_STAMP): $(STAMP)
 	  "import importlib.metadata as m; print(*(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))")" \
 	  || echo "no TPU compiler here: kernels are not compiled for TPUs"
 	touch $(TPU_STAMP)
+
+# JAX's compiler for GPUs and CUDA's assembler (700 MB; no GPU), beside the packages too: with it
+# kernels are also compiled for an H100. It needs JAX 0.11.2, so Python 3.12.
+$(CUDA_STAMP): $(STAMP)
+	-version=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/cuda \
+	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc nvidia-nvvm \
+	  || echo "no compiler for GPUs here: kernels are not compiled for an H100"
+	touch $(CUDA_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/jaxcomp demo --output $(OUTPUT)

@@ -9,6 +9,11 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+
+# A folder with the compiler beside the environment's packages, where `make` installs it: among
+# them, every process would look for a GPU.
+BESIDE = pathlib.Path(sys.prefix) / "cuda"
 
 # What the driver says of an H100 SXM, as the compiler's ``GpuTargetConfigProto``.
 H100 = """
@@ -49,16 +54,17 @@ def missing(version: str) -> str:
             "JAX (it needs Python 3.12 or newer)."
         )
     return (
-        "plan: JAX's compiler for GPUs is not installed; it needs no GPU, install it with: pip "
-        f"install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} "
-        "nvidia-cuda-nvcc nvidia-nvvm"
+        "plan: JAX's compiler for GPUs is not installed; it needs no GPU, install it beside the "
+        f"packages with: pip install --no-deps --target {BESIDE} jax-cuda13-plugin=={version} "
+        f"jax-cuda13-pjrt=={version} nvidia-cuda-nvcc nvidia-nvvm"
     )
 
 
 def toolkit() -> pathlib.Path | None:
-    """The folder of a CUDA toolkit: the installed wheel's, or the machine's; None without one."""
+    """The folder of a CUDA toolkit: an installed wheel's, or the machine's; None without one."""
     spec = importlib.util.find_spec("nvidia")
-    folders = [pathlib.Path(x) / "cu13" for x in (spec and spec.submodule_search_locations) or ()]
+    wheels = [BESIDE / "nvidia", *((spec and spec.submodule_search_locations) or ())]
+    folders = [pathlib.Path(x) / "cu13" for x in wheels]
     if (compiler := shutil.which("nvcc")) is not None:
         folders.append(pathlib.Path(compiler).resolve().parents[1])
     folders.append(pathlib.Path("/usr/local/cuda"))
@@ -68,10 +74,11 @@ def toolkit() -> pathlib.Path | None:
 def available() -> bool:
     """Whether the plugin and an assembler are installed."""
     try:
-        plugin = importlib.util.find_spec("jax_plugins.xla_cuda13")
+        plugin = importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
     except ModuleNotFoundError:
-        plugin = None
-    return plugin is not None and toolkit() is not None
+        plugin = False
+    plugin = plugin or (BESIDE / "jax_plugins" / "xla_cuda13").is_dir()
+    return plugin and toolkit() is not None
 
 
 def environment() -> dict[str, str]:
@@ -84,5 +91,7 @@ def environment() -> dict[str, str]:
         "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={folder} --xla_gpu_autotune_level=0",
         "CUDA_ROOT": str(folder),
         "PATH": os.pathsep.join([f"{folder}/bin", os.environ.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [package, str(BESIDE), os.environ.get("PYTHONPATH")])
+        ),
     }

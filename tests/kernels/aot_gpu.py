@@ -19,7 +19,8 @@ import time
 
 from jaxcomp.kernels import offline
 
-from jaxcomp.planner.cuda import H100, available, toolkit
+from jaxcomp.planner import cuda
+from jaxcomp.planner.cuda import H100, available
 
 __all__ = ["available", "compile_cases"]
 
@@ -28,13 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def environment(dump: pathlib.Path) -> dict[str, str]:
     """Variables of a process that compiles, and writes PTX and the assembler's report."""
-    cuda = toolkit()
-    flags = f"--xla_gpu_cuda_data_dir={cuda} --xla_gpu_autotune_level=0"
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "CUDA_ROOT": str(cuda),
-        "PATH": f"{cuda}/bin:{os.environ['PATH']}",
+    return cuda.environment() | {
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_TO": str(dump),
