@@ -17,8 +17,8 @@ from jaxcomp.quantization import RTN
 from jaxcomp.recipe import Recipe
 from jaxcomp.step import Activation
 from tests.kernels import aot
-from tests.test_dispatch_sharded import moved
 from tests.models.test_mixtral import TINY
+from tests.test_dispatch_sharded import moved
 
 SIZES = (3, 0, 5, 1)  # of ten rows: the last is no expert's
 FORMATS = {

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import NM, Codebook, Float, Int, LowRank, Sparse, check, grid, quantize
+from tests.fuzz import fuzz
 from tests.helpers import x64
 
 
@@ -78,7 +79,7 @@ def test_identities_of_affine_quantization(symmetric, full_range, rng):
     np.testing.assert_allclose(wide.materialize(), w, atol=np.abs(w).max() * 2.0**-15)
 
 
-@settings(max_examples=20, deadline=None)
+@fuzz(20)
 @given(
     row=st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
     kind=st.sampled_from(KINDS),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcomp.errors import JaxcompError
@@ -17,6 +17,7 @@ from jaxcomp.formats.packing import (
     unpack_signed,
     unpacked_size,
 )
+from tests.fuzz import fuzz
 
 
 def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -50,7 +51,7 @@ def test_signed_codes_round_trip(bits, rng):
     np.testing.assert_array_equal(out, codes)
 
 
-@settings(max_examples=25, deadline=None)
+@fuzz(25)
 @given(bits=st.sampled_from([2, 3, 4]), data=st.data())
 def test_any_row_round_trips(bits, data):
     row = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=6))

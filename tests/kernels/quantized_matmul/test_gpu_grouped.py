@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels.quantized_matmul import gpu_grouped, grouped_quantized_matmul, prepare
 
+from tests.fuzz import fuzz
 from tests.kernels.quantized_matmul import cases
 from tests.kernels.quantized_matmul.test_gpu import needs_mosaic
 from tests.kernels.quantized_matmul.test_grouped import TestXla as Reference
@@ -69,7 +70,7 @@ class TestInterpreted(Reference):
 planned = jax.jit(gpu_grouped.plan, static_argnums=(1, 2))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@fuzz(60)
 @given(st.integers(0, 60), st.lists(st.integers(0, 40), min_size=5, max_size=5))
 def test_every_row_has_a_place_in_a_tile_of_its_expert(before, sizes):
     m, tokens = 90, 16

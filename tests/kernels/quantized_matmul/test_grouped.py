@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, prepare, tpu_grouped
 
+from tests.fuzz import fuzz
 from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases
 
@@ -162,7 +163,7 @@ TILE = 16
 planned = jax.jit(tpu_grouped.visits, static_argnums=(1, 2))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzz(60)
 @given(st.integers(0, 60), st.lists(st.integers(0, 40), min_size=5, max_size=5))
 def test_visits(before, sizes):
     """Each row of an expert is visited once with it; tiles and experts come one after another."""
@@ -198,7 +199,7 @@ def sorted_product():
     return x, case, jax.jit(call)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@fuzz(4)
 @given(st.lists(st.integers(0, 14), min_size=5, max_size=5))
 def test_any_sizes(sizes):
     x, case, run = sorted_product()

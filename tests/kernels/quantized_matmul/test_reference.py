@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, prepare, quantized_matmul
 
+from tests.fuzz import fuzz
 from tests.kernels.quantized_matmul import cases
 
 FORMATS = tuple(cases.BITS)
@@ -180,7 +181,7 @@ class TestGrouped:
         np.testing.assert_allclose(jax.grad(loss)(x, case.scales, "int8"), dx, rtol=1e-6)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@fuzz(8)
 @given(
     st.sampled_from(FORMATS),
     st.integers(1, 9),

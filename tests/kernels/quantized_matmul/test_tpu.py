@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul
 
+from tests.fuzz import fuzz
 from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases, test_reference
 
@@ -163,7 +164,7 @@ class TestChoice:
             quantized_matmul(x, cut)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@fuzz(3)
 @given(
     st.sampled_from(["int8", "int4", "fp8"]),
     st.integers(1, 20),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
@@ -26,6 +26,7 @@ from jaxcomp.kernels.sparse_attention import (
 )
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
+from tests.fuzz import fuzz
 from tests.kernels.sparse_attention import cases
 
 INTERPRETED = {
@@ -241,7 +242,7 @@ def test_log_sum_exps_that_nobody_asked_for_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, plain, asked)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@fuzz(5)
 @given(
     st.sampled_from([n for n in cases.MASKS if n != "per head"]),
     st.integers(1, 300),
@@ -256,7 +257,7 @@ def test_any_shape(name, queries, keys, heads, dim):
     check(run, *cases.operands(queries, **sizes), cases.mask(name, queries, keys))
 
 
-@settings(max_examples=2, deadline=None, derandomize=True, database=None)
+@fuzz(2)
 @given(
     st.sampled_from([n for n in cases.MASKS if n != "per head"]),
     st.integers(1, 260),

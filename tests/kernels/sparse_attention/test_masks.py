@@ -6,7 +6,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels.sparse_attention import (
     Kind,
@@ -29,6 +29,8 @@ from jaxcomp.kernels.sparse_attention import (
     window,
 )
 from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, SKIP, TABLE
+
+from tests.fuzz import fuzz
 
 # What the papers say, in the plainest words.
 DEFINITIONS = [
@@ -117,7 +119,7 @@ MASKS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@fuzz(150)
 @given(MASKS, st.integers(1, 70), st.integers(1, 70), st.integers(1, 24), st.integers(1, 24))
 def test_the_list_of_blocks_is_the_mask(mask, queries, keys, block_q, block_k):
     made = schedule.schedule(mask, 1, queries, keys, block_q, block_k)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels.implementations import Unsupported
 from jaxcomp.kernels.sparse_matmul import (
@@ -16,6 +16,7 @@ from jaxcomp.kernels.sparse_matmul import (
     block_sparse_matmul,
 )
 
+from tests.fuzz import fuzz
 from tests.kernels.sparse_matmul import cases
 
 MASK = [[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]
@@ -159,7 +160,7 @@ class TestInterpretedTpu(TestXla):
             self.run(jnp.ones((2, 128)), w)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@fuzz(6)
 @given(
     st.integers(1, 5),
     st.tuples(st.integers(1, 20), st.integers(1, 20)),

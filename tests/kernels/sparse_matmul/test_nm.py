@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels.implementations import Unsupported
 from jaxcomp.kernels.sparse_matmul import nm_matmul, nm_sparse, nm_stored, prepare_nm
 
+from tests.fuzz import fuzz
 from tests.kernels.sparse_matmul import cases
 
 
@@ -120,7 +121,7 @@ class TestInterpretedTpu(TestXla):
             self.run(jnp.ones((2, 512)), w, interpret=False)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@fuzz(6)
 @given(
     st.integers(1, 4),
     st.integers(1, 9),
