@@ -1,7 +1,7 @@
 """Peak host memory of compressing and saving models of 4, 16 and 64 layers of the same width.
 
     python -m benchmarks.memory [--layers 4 16 64] [--recipe w8a8_smoothquant] [--save [NAME]]
-        [--hidden 768] [--mlp 2048] [--experts N] [--dtype float32] [--stream]
+        [--hidden 768] [--mlp 2048] [--kv-heads N] [--experts N] [--dtype float32] [--stream]
 
 Random weights are written to a safetensors file, from which they are memory-mapped; finished
 weights go to a journal on disk, and from there to a checkpoint (``jc.save``), or with ``--stream``
@@ -47,7 +47,13 @@ INTERVAL = 0.004
 
 
 def write_model(
-    folder: pathlib.Path, layers: int, hidden: int, mlp: int, dtype: str, experts: int = 0
+    folder: pathlib.Path,
+    layers: int,
+    hidden: int,
+    mlp: int,
+    dtype: str,
+    kv_heads: int = 0,
+    experts: int = 0,
 ) -> None:
     """Writes a Llama, or with experts a Mixtral, with random weights in Hugging Face layout.
 
@@ -57,6 +63,7 @@ def write_model(
       hidden: its width.
       mlp: width of its MLPs.
       dtype: of the weights in the file.
+      kv_heads: heads of keys and values; 0 for as many as of queries.
       experts: of each layer, each an MLP; 0 for a plain one.
     """
     import jax.numpy as jnp
@@ -75,7 +82,7 @@ def write_model(
         "max_position_embeddings": LENGTH,
         "num_attention_heads": hidden // HEAD_SIZE,
         "num_hidden_layers": layers,
-        "num_key_value_heads": hidden // HEAD_SIZE,
+        "num_key_value_heads": kv_heads or hidden // HEAD_SIZE,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
@@ -235,6 +242,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="w8a8_smoothquant", help="name of a preset")
     parser.add_argument("--hidden", type=int, default=768, help="width of the model")
     parser.add_argument("--mlp", type=int, default=2048, help="width of its MLPs")
+    parser.add_argument("--kv-heads", type=int, default=0, help="of attention; 0: all heads")
     parser.add_argument("--experts", type=int, default=0, help="MLPs of a layer; 0: a plain one")
     parser.add_argument("--dtype", default="float32", help="of the weights in the file")
     parser.add_argument(
@@ -246,25 +254,30 @@ def main() -> int:
     options = parser.parse_args()
     o = options
     if o.write:
-        write_model(pathlib.Path(o.write), o.layers[0], o.hidden, o.mlp, o.dtype, o.experts)
+        sizes = (o.layers[0], o.hidden, o.mlp, o.dtype, o.kv_heads, o.experts)
+        write_model(pathlib.Path(o.write), *sizes)
         return 0
     if o.worker:
         print(json.dumps(worker(*map(pathlib.Path, o.worker), o.recipe, o.stream)))
         return 0
     size = 2 if o.dtype == "bfloat16" else 4
     each = 3 * o.hidden * o.mlp
-    layer = size * (4 * o.hidden**2 + (o.experts * each + o.experts * o.hidden or each))
-    layer += size * 2 * o.hidden
+    kept = o.kv_heads * HEAD_SIZE or o.hidden
+    mlps = o.experts * (each + o.hidden) or each
+    layer = size * (2 * o.hidden * (o.hidden + kept) + mlps + 2 * o.hidden)
     activations = 4 * SAMPLES * LENGTH * (o.hidden + (CHOSEN if o.experts else 1) * o.mlp)
     bound = 2 * layer + activations
     me = [sys.executable, "-m", "benchmarks.memory", "--recipe", o.recipe]
     me += ["--hidden", str(o.hidden), "--mlp", str(o.mlp), "--dtype", o.dtype]
     me += ["--experts", str(o.experts)]
+    shape = f"{o.hidden} wide"
+    shape += f" ({o.kv_heads} heads of keys)" if o.kv_heads else ""
     me += ["--stream"] if o.stream else []
     rows, peaks = [], []
     for layers in o.layers:
         with tempfile.TemporaryDirectory() as place:
-            sizes = {"narrow": NARROW, "model": ["--layers", str(layers)]}
+            heads = ["--kv-heads", str(o.kv_heads)]
+            sizes = {"narrow": NARROW, "model": ["--layers", str(layers), *heads]}
             for folder, arguments in sizes.items():
                 write = [*me, "--write", f"{place}/{folder}", *arguments]
                 common.child(write, environment=ENVIRONMENT)
@@ -288,8 +301,8 @@ def main() -> int:
     arguments = " ".join(a for a in sys.argv[1:] if a not in ("--save", o.save))
     output(f"python -m benchmarks.memory {arguments}".strip())
     output(
-        f"{o.recipe} of a {'Mixtral' if o.experts else 'Llama'} {o.hidden} wide "
-        f"({f'{o.experts} experts, ' if o.experts else ''}MLP {o.mlp}), "
+        f"{o.recipe} of a {'Mixtral' if o.experts else 'Llama'}, {shape}, "
+        f"{f'{o.experts} MLPs' if o.experts else 'MLP'} of {o.mlp}, "
         f"{o.dtype} weights memory-mapped, "
         f"{SAMPLES} x {LENGTH} calibration tokens, "
         f"{'checkpoint' if o.stream else 'journal and checkpoint'} on disk"

@@ -263,7 +263,7 @@ def _solve(w, h, allowed, path, options, report, known=None, owned=False):
             lambda w, allowed: _rows(w, allowed, factor, factor, choose=choose, **options),
             w,
             allowed,
-            rows=None if nm is None else common.ROWS,
+            rows=None if nm is None else common.slab_rows(w.shape[-1]),
         )
     else:
         solve = functools.partial(_sparsegpt, damping=damping, sparsity=sparsity, nm=nm, **options)

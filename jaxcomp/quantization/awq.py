@@ -174,7 +174,12 @@ def _by_rows(function, w, h, mask, shared, **options):
     """
     if not common.splits_rows(w, h, options["fmt"]):
         return function(w, h, mask, shared, **options)
-    return common.by_rows(lambda w, mask: function(w, h, mask, shared, **options), w, mask)
+    return common.by_rows(
+        lambda w, mask: function(w, h, mask, shared, **options),
+        w,
+        mask,
+        rows=common.slab_rows(w.shape[-1]),
+    )
 
 
 def _solve(weights, hessians, absmeans, masks, patterns, paths, step, stack, report):

@@ -126,12 +126,33 @@ def _lost_and_whole(w, approximation, h):
 
 # Rows whose energy is computed at a time on the CPU.
 _ENERGY_ROWS = 64
-# Rows that a compiled loop takes at a time on the CPU.
-ROWS = 256
+# Rows that a column loop takes at a time on the CPU, and elements, for which it takes fewer.
+_ROWS = 256
+_SLAB = 2**20
+
+
+def slab_rows(in_size: int) -> int:
+    """Rows that a column loop takes at a time on the CPU.
+
+    A slab is there in float32 some three times over (weights, errors, what is subtracted): of very
+    wide matrices it has fewer rows, or it would weigh beside the Hessian.
+
+    Args:
+      in_size: columns.
+
+    Returns:
+      A power of two, the same for all sizes up to 4096.
+
+    Example:
+      >>> [slab_rows(n) for n in (128, 4096, 14336)]
+      [256, 256, 64]
+    """
+    fitting = max(1, _SLAB // max(1, in_size))
+    return min(_ROWS, max(32, 2 ** (fitting.bit_length() - 1)))
 
 
 def splits_rows(w: Any, h: Any, fmt: Any) -> bool:
-    """Whether the column loop runs over slabs of ``ROWS`` rows of a matrix.
+    """Whether the column loop runs over slabs of ``slab_rows`` rows of a matrix.
 
     Rows are independent of one another, so one compilation for an input size serves weights of
     every output size, and a slab stays in the CPU's cache. Accelerators take all rows at once.
@@ -213,7 +234,7 @@ def _independent_rows(w: Any, fmt: Any) -> bool:
     return fmt is None or not grid.fits_together(fmt)
 
 
-def by_rows(function: Any, *operands: Any, rows: int | None = ROWS) -> Any:
+def by_rows(function: Any, *operands: Any, rows: int | None) -> Any:
     """Applies a compiled function to slabs of rows, the last filled up with zeros.
 
     Args:

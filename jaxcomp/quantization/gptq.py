@@ -226,7 +226,10 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
             known = _in_memory_of(np.asarray(h), dtype, damping, order, owned)
         factor, permutation = known
         rows = common.by_rows(
-            lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen), w, mask
+            lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen),
+            w,
+            mask,
+            rows=common.slab_rows(size),
         )
     else:
         solve = functools.partial(_gptq, damping=damping, order=order, **chosen)
