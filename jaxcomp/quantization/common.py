@@ -128,7 +128,7 @@ def _lost_and_whole(w, approximation, h):
 _ENERGY_ROWS = 64
 # Rows that a column loop takes at a time on the CPU, and elements, for which it takes fewer.
 _ROWS = 256
-_SLAB = 2**20
+_SLAB = 2**19
 
 
 def slab_rows(in_size: int) -> int:
@@ -141,11 +141,11 @@ def slab_rows(in_size: int) -> int:
       in_size: columns.
 
     Returns:
-      A power of two, the same for all sizes up to 4096.
+      A power of two, the same for all sizes up to 2048.
 
     Example:
       >>> [slab_rows(n) for n in (128, 4096, 14336)]
-      [256, 256, 64]
+      [256, 128, 32]
     """
     fitting = max(1, _SLAB // max(1, in_size))
     return min(_ROWS, max(32, 2 ** (fitting.bit_length() - 1)))
