@@ -438,7 +438,11 @@ class _Run:
         for k, step in enumerate(self.recipe.steps):
             chosen = [i for i, layer in enumerate(layers) if k in self.plan[layer.path]]
             if chosen:
-                done = run(step, tuple(layers[i] for i in chosen))
+                last = [k == max(self.plan[layers[i].path]) for i in chosen]
+                done = run(
+                    step,
+                    tuple(layers[i].replace(is_last=n) for i, n in zip(chosen, last, strict=True)),
+                )
                 layers = tuple(
                     done[chosen.index(i)] if i in chosen else layer
                     for i, layer in enumerate(layers)

@@ -137,6 +137,8 @@ class Layer:
       activation: how the input is to be quantized at run time, set with ``parts``.
       original_dtype: dtype of the dense leaf.
       metrics: numbers for the report (for instance {"error": relative output error}).
+      is_last: whether no further step sees the layer: then its parts are all that is read of it,
+        and nothing else need stay in memory.
     """
 
     path: str
@@ -148,6 +150,7 @@ class Layer:
     activation: Any = None
     original_dtype: Any = None
     metrics: dict = dataclasses.field(default_factory=dict)
+    is_last: bool = False
 
     def replace(self, **changes) -> "Layer":
         """Returns a copy with some fields replaced."""

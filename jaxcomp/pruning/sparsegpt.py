@@ -362,6 +362,7 @@ def _(step: SparseGPT, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
             layer = common.pruned(layer, result.mask, weight, parts, error)
             common.report_damping(layer, factor.damping, step.damping)
             results.append(layer)
+            del result, weight  # Before the next one's are made.
     finally:
         restore(factor, hessian)
     return tuple(results)

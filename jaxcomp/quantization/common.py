@@ -614,7 +614,7 @@ def pruned(
       error: relative error, if the step has it.
 
     Returns:
-      The layer with mask, weight, parts and metrics.
+      The layer with mask, weight, parts and metrics; without the first two if it ``is_last``.
     """
     if error is None:
         h = None if layer.statistics is None else layer.statistics.hessian
@@ -622,7 +622,8 @@ def pruned(
     kept = float(sparse.row_counts(mask).sum() / mask.size)
     metrics = {**layer.metrics, "error": error, "sparsity": 1 - kept}
     parts = tuple(_in_dtype(part, layer.original_dtype) for part in parts)
-    return layer.replace(mask=mask, weight=weight, parts=parts, metrics=metrics)
+    seen = {} if layer.is_last else {"mask": mask, "weight": weight}
+    return layer.replace(**seen, parts=parts, metrics=metrics)
 
 
 def _in_dtype(part: Any, dtype: Any) -> Any:

@@ -128,6 +128,16 @@ def test_a_quantizer_after_it_keeps_the_mask(step, target):
     assert result.parts[0].nbits == 24 * 32 * (4 / 2 + 1 + 32 / 16)
 
 
+def test_the_last_step_lets_go_of_the_weight():
+    given = layer()
+    (kept,), (gone,) = (
+        run(SparseGPT(n=2, m=4), (given.replace(is_last=last),)) for last in (False, True)
+    )
+    assert gone.mask is None and gone.weight is given.weight  # Which it does not own.
+    np.testing.assert_array_equal(gone.parts[0].materialize(), kept.weight)
+    assert gone.metrics == kept.metrics
+
+
 def test_smoothing_keeps_a_mask():
     (pruned,) = run(SparseGPT(n=2, m=4), (layer(),))
     (smooth,) = run(SmoothQuant(), (pruned,))
