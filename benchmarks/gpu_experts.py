@@ -95,6 +95,7 @@ CHECKS = [
     Experts((30, 40, 1), 512, 1024, "int8", 256),
     Experts((5, 90, 0), 512, 1024, activation_dtype="int8"),
     Experts((5, 90, 0), 512, 1024, "fp8", activation_dtype="float8_e4m3fn"),
+    Experts((5, 90, 0), 512, 1024, "fp8"),
     Experts((4, 2, 0, 9, 1, 5, 3, 8), *SHAPES["experts up"], prepared=True),
 ]
 REHEARSED = [Experts((3, 0, 6), 128, 256, group_size=64, full=True)]

@@ -93,7 +93,9 @@ CHECKS = [
     *(Check("int4", m, 512, 2048, 64, activation_dtype="float8_e4m3fn") for m in (1, 40, 256)),
     *(Check("int8", m, 512, 2048, 64, zeros=True) for m in (1, 40, 256)),
     *(Check("int8", m, 512, 2048, activation_dtype="int8") for m in (1, 256)),
+    *(Check("int4", m, 512, 2048, 64, zeros=True, activation_dtype="int8") for m in (1, 40, 256)),
     *(Check("fp8", m, 512, 2048, activation_dtype="float8_e4m3fn") for m in (1, 256)),
+    *(Check("fp8", m, 512, 2048) for m in (1, 40, 256)),
 ]
 REHEARSED = [
     Check("int4", 3, 64, 192, 64, zeros=True),

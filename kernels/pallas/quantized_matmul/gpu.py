@@ -52,12 +52,8 @@ def reason(x: jax.Array, weight: Weight, options: Options, chip: Chip | None) ->
     if options.out_dtype not in ("bfloat16", "float16", "float32"):
         return f"out_dtype {options.out_dtype} is not written"
     quantized = options.activation_dtype
-    if quantized is not None and _word_bits(weight) is not None:
+    if quantized is not None and _word_bits(weight, jnp.dtype(quantized)) is not None:
         return f"words of {weight.format} codes are decoded to bfloat16 only"
-    if weight.format == "fp8" and quantized is None:
-        return "fp8 codes need activation_dtype float8_e4m3fn: there is no fast way to bfloat16"
-    if weight.zeros is not None and quantized is not None:
-        return f"zero points with {quantized} activations are not written"
     (n, k), group_size = weight.shape, weight.group_size
     if n % 64 or k % 64:
         return f"N and K (here {n}, {k}) must be multiples of 64"
@@ -166,14 +162,14 @@ def product(
         activation=options.activation if finished else None,
         out_dtype=options.out_dtype if finished else None,
         tiles=tiles,
-        bits=_word_bits(weight),
+        bits=_word_bits(weight, x.dtype),
         staged=bool(interpret),
     )
     if problem.bits is not None and weight.layout == "stored":
         x = _in_blocks(x, weight)
     y = gpu_kernel.product(
         x,
-        _codes(weight),
+        _codes(weight, problem.bits),
         weight.scales,
         weight.zeros,
         weight.table,
@@ -237,6 +233,8 @@ def _stage_bytes(tiles: "Tiles", x: jax.Array, weight: Weight) -> int:
     scale_bytes = tiles.rows * groups * 64 * weight.scales.dtype.itemsize
     if weight.zeros is not None:
         scale_bytes += tiles.rows * groups * 64 * weight.zeros.dtype.itemsize
+        if x.dtype != jnp.bfloat16:  # sums of x over groups
+            scale_bytes += groups * max(tiles.tokens, 32) * 4
     return tiles.slices * (code_bytes + x_bytes + scale_bytes)
 
 
@@ -287,16 +285,17 @@ def _in_blocks(array: jax.Array, weight: Weight, back: bool = False) -> jax.Arra
     return jnp.swapaxes(split, -1, -2).reshape(array.shape)
 
 
-def _word_bits(weight: Weight) -> int | None:
-    """Width of the codes in the words that the kernel reads, if it reads words."""
+def _word_bits(weight: Weight, dtype: jnp.dtype) -> int | None:
+    """Width of the codes in the words that the kernel reads for products in a dtype, if it does."""
     words = weight.format in ("int2", "codebook") or weight.layout == LAYOUT
+    words = words or (weight.format == "fp8" and dtype == jnp.bfloat16)
     return FORMATS[weight.format].bits if words else None
 
 
-def _codes(weight: Weight) -> jax.Array:
+def _codes(weight: Weight, word_bits: int | None) -> jax.Array:
     """Codes in the dtype that the kernel reads: no byte moves."""
     *lead, size = weight.codes.shape
-    if _word_bits(weight) is not None:
+    if word_bits is not None:
         pairs = weight.codes.reshape(*lead, size // 2, 2)
         return lax.bitcast_convert_type(pairs, jnp.uint16)
     dtype = {"int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[weight.format]

@@ -1,9 +1,9 @@
 """Decoding quantized weights on Hopper GPUs, in the registers that feed the matrix unit.
 
-A thread holds pairs of neighbours along K, 32 bits in bf16. int4, int8 and fp8 arrays are converted
-by Mosaic, which exchanges codes between threads first. Words of 16 bits need no exchange: shifted
-and masked, they are weights of other inputs in the same place, and the order of the inputs is
-chosen to match.
+A thread holds pairs of neighbours along K, 32 bits in bf16. int4 and int8 arrays, and fp8 ones for
+fp8 products, are converted by Mosaic, which exchanges codes between threads first. Words of 16 bits
+need no exchange: shifted and masked, they are weights of other inputs in the same place, and the
+order of the inputs is chosen to match.
 """
 
 import jax
@@ -58,6 +58,8 @@ def decode(
         words = plgpu.load(codes, layout=plgpu.Layout.WGMMA)
         block = block_of(group_size) * bits // 16
         blocks = [words[:, i : i + block] for i in range(0, words.shape[1], block)]
+        if bits == 8:
+            return _floats(blocks, staged)
         if table is None:
             return _integers(blocks, bits, staged)
         patterns = [pattern for block in blocks for pattern in _look_up(block, table, staged)]
@@ -85,6 +87,37 @@ def _integers(blocks: list[jax.Array], bits: int, staged: bool) -> jax.Array:
     ]
     w = lax.bitcast_convert_type(lax.concatenate(patterns, 1), jnp.bfloat16)
     return w - jnp.asarray(128 + half, jnp.bfloat16)
+
+
+# An e4m3 code's bits in a bf16: its sign at the top, the others where exponent and mantissa meet.
+_FLOATS = """{
+    .reg .b32 sign, other;
+    shl.b32 other, $2, 4;
+    shl.b32 sign, $2, 8;
+    and.b32 other, other, 0x07f007f0;
+    lop3.b32 $0, sign, 0x80008000, other, (0xf0 & 0xcc) | 0xaa;
+    shr.b32 other, $2, 4;
+    and.b32 other, other, 0x07f007f0;
+    lop3.b32 $1, $2, 0x80008000, other, (0xf0 & 0xcc) | 0xaa;
+}"""
+
+
+def _floats(blocks: list[jax.Array], staged: bool) -> jax.Array:
+    """bf16 weights of words of two e4m3 codes: bits moved, then the exponent's bias, exactly."""
+    patterns = []
+    for words in blocks:
+        if staged:
+            shifts = (
+                (words << jnp.uint16(8), words << jnp.uint16(4)),
+                (words, words >> jnp.uint16(4)),
+            )
+            patterns += [
+                (sign & jnp.uint16(0x8000)) | (other & jnp.uint16(0x07F0)) for sign, other in shifts
+            ]
+        else:
+            patterns += _in_pairs(_FLOATS, words, [], 2)
+    w = lax.bitcast_convert_type(lax.concatenate(patterns, 1), jnp.bfloat16)
+    return w * jnp.asarray(2.0**120, jnp.bfloat16)
 
 
 def _shift_and_mask(words, shift: int, mask: int, flip: int, staged: bool) -> jax.Array:

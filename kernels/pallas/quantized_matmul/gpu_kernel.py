@@ -7,7 +7,9 @@ in shared memory; the others multiply. A copy past the end of an array reads zer
 there is dropped, so tiles need not divide the sizes.
 
 Scales are applied to the sums of a group where a tile of tokens is narrow, and to the decoded
-weights where it is wide: whichever of the two is smaller.
+weights where it is wide: whichever of the two is smaller. Zero points are taken from decoded bf16
+weights; from 8-bit ones, which have no room for them, as their product with the sum of x over the
+group.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ ROWS = 64  # outputs of a warpgroup: rows of the matrix unit's instruction
 NARROW = 64  # the widest tile of tokens whose sums are scaled instead of the weights
 _COPY_REGISTERS = 40
 _STORED_TOKENS = 64  # tokens that leave a warpgroup at a time
+_COPIED = 32  # f32 numbers of the smallest copy to shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ def product(
       codes: int4, int8 or float8_e4m3fn ``(N, K)``, or uint16 words ``(N, K * bits / 16)`` in the
         order of ``gpu_decode.block_of``.
       scales: bf16 or f32 ``(K / group_size, N)``.
-      zeros: like scales, or None; not for 8-bit x.
+      zeros: like scales, or None.
       table: the ``(16,)`` values of 4-bit words that are indices, or None for integers.
       row_scales: f32 ``(M,)`` or None.
       bias: f32 ``(N,)`` or None.
@@ -132,6 +135,12 @@ def product(
     narrow = tiles.tokens <= NARROW or x.dtype != jnp.bfloat16
     chunk = min(tiles.tokens, _STORED_TOKENS)
 
+    row_sums = None
+    if zeros is not None and x.dtype != jnp.bfloat16:
+        row_sums = x.astype(jnp.float32).reshape(m, -1, problem.span).sum(axis=2).T
+        row_sums = jnp.pad(row_sums, ((0, 0), (0, m_blocks * tiles.tokens - m)))
+        row_sums = row_sums.reshape(-1, m_blocks, tiles.tokens)
+        row_sums = jnp.pad(row_sums, ((0, 0), (0, 0), (0, max(0, _COPIED - tiles.tokens))))
     if row_scales is not None:
         row_scales = jnp.pad(row_scales, (0, m_blocks * tiles.tokens - m))
         row_scales = row_scales.reshape(m_blocks, tiles.tokens)
@@ -142,6 +151,7 @@ def product(
         "zeros": None if zeros is None else zeros.reshape(-1, n // ROWS, ROWS),
         "table": None if table is None else gpu_decode.table_bytes(table),
         "row_scales": row_scales,
+        "row_sums": row_sums,
         "bias": None if bias is None else bias.reshape(-1, ROWS),
         "experts": experts,
     }
@@ -172,7 +182,8 @@ def product(
             )
         ),
         "full": plgpu.Barrier(
-            num_arrivals=tiles.slices * (1 + (2 if zeros is None else 3) * tiles.rows),
+            num_arrivals=tiles.slices
+            * (1 + (row_sums is not None) + (2 if zeros is None else 3) * tiles.rows),
             num_barriers=tiles.stages,
         ),
         "empty": plgpu.Barrier(num_arrivals=workers, num_barriers=tiles.stages),
@@ -180,6 +191,10 @@ def product(
     if zeros is not None:
         scratch["zero_stages"] = plgpu.SMEM(
             (tiles.stages, tiles.slices, tiles.rows, groups, ROWS), zeros.dtype
+        )
+    if row_sums is not None:
+        scratch["row_sum_stages"] = plgpu.SMEM(
+            (tiles.stages, tiles.slices, groups, row_sums.shape[2]), jnp.float32
         )
     if tiles.slices > 1:
         scratch["slice_sums"] = plgpu.SMEM(
@@ -291,6 +306,13 @@ def _copy(refs, scratch, place: _Place, problem: Problem, steps: int) -> None:
             plgpu.copy_gmem_to_smem(
                 refs["x"].at[tokens, inputs], scratch["x_stages"].at[stage, part], full
             )
+            if "row_sums" in refs:
+                spans = pl.ds(at // problem.span, tiles.depth // problem.span)
+                plgpu.copy_gmem_to_smem(
+                    refs["row_sums"].at[spans, place.m_block],
+                    scratch["row_sum_stages"].at[stage, part],
+                    full,
+                )
             for row in range(tiles.rows):
                 n_row = place.n_block * tiles.rows + row
                 to = (stage, part, row)
@@ -327,7 +349,10 @@ def _multiply(refs, scratch, place: _Place, problem: Problem, steps: int, sums, 
         return plgpu.load(ref.at[group], layout=plgpu.Layout.WGMMA.reduce(1))
 
     def decoded(stage):
-        """Decoded weights of a step, less their zero points, in slices of one group."""
+        """Decoded weights of a step, in slices of one group, and what is owed to each of them.
+
+        bf16 weights are less their zero points.
+        """
         where = (stage, part, row)
         w = gpu_decode.decode(
             scratch["code_stages"].at[where],
@@ -340,10 +365,20 @@ def _multiply(refs, scratch, place: _Place, problem: Problem, steps: int, sums, 
         for group in range(tiles.depth // problem.span):
             inputs = slice(group * problem.span, (group + 1) * problem.span)
             w_group = w[:, inputs]
-            if "zeros" in refs:
+            owed = None
+            if "row_sums" in refs:
+                zero = rows(scratch["zero_stages"].at[where], group).astype(jnp.float32)
+                row_sum = plgpu.load(
+                    scratch["row_sum_stages"].at[stage, part, group, : tiles.tokens],
+                    layout=plgpu.Layout.WGMMA.reduce(0),
+                    optimized=False,
+                )
+                owed = lax.broadcast_in_dim(zero, shape, (0,))
+                owed *= lax.broadcast_in_dim(row_sum, shape, (1,))
+            elif "zeros" in refs:
                 zero = rows(scratch["zero_stages"].at[where], group).astype(dtype)
                 w_group -= lax.broadcast_in_dim(zero, w_group.shape, (0,))
-            yield inputs, w_group, rows(scratch["scale_stages"].at[where], group)
+            yield inputs, w_group, rows(scratch["scale_stages"].at[where], group), owed
 
     def issue(acc, w, stage, inputs):
         if problem.staged:
@@ -355,7 +390,7 @@ def _multiply(refs, scratch, place: _Place, problem: Problem, steps: int, sums, 
     def narrow_step(step, total):
         stage = lax.rem(step, tiles.stages)
         plgpu.barrier_wait(scratch["full"].at[stage])
-        for inputs, w, scale in decoded(stage):
+        for inputs, w, scale, owed in decoded(stage):
 
             def group_sum(acc, w=w, inputs=inputs):
                 issue(acc, w, stage, inputs)
@@ -363,7 +398,8 @@ def _multiply(refs, scratch, place: _Place, problem: Problem, steps: int, sums, 
 
             acc = pl.run_scoped(group_sum, plgpu.ACC(shape, sums))
             scale = lax.broadcast_in_dim(scale.astype(jnp.float32), shape, (0,))
-            total += acc.astype(jnp.float32) * scale
+            acc = acc.astype(jnp.float32)
+            total += (acc if owed is None else acc - owed) * scale
         plgpu.barrier_arrive(scratch["empty"].at[stage])
         return total
 
@@ -375,7 +411,7 @@ def _multiply(refs, scratch, place: _Place, problem: Problem, steps: int, sums, 
             w = lax.concatenate(
                 [
                     w * lax.broadcast_in_dim(scale.astype(dtype), w.shape, (0,))
-                    for _, w, scale in decoded(stage)
+                    for _, w, scale, _ in decoded(stage)
                 ],
                 1,
             )

@@ -70,6 +70,8 @@ class TestInterpreted:
             ("int2", 128, False, True, tiles(16, 128, split=2)),
             ("codebook", 64, True, False, tiles(8, 64)),
             ("codebook", 128, False, True, tiles(8, 128)),
+            ("fp8", 64, False, False, tiles(8, 128, slices=2)),
+            ("fp8", 32, False, False, tiles(128)),
         ],
     )
     def test_words(self, rng, format, group_size, zeros, prepared, tiles):
@@ -80,17 +82,18 @@ class TestInterpreted:
         cases.assert_close(y, cases.product(x, case), "bfloat16")
 
     @pytest.mark.parametrize(
-        ("format", "dtype", "tiles"),
+        ("format", "dtype", "group_size", "zeros", "tiles"),
         [
-            ("int4", "int8", tiles(8)),
-            ("int4", "float8_e4m3fn", tiles(128, 128, slices=2)),
-            ("int8", "int8", tiles(16, 128)),
-            ("fp8", "float8_e4m3fn", tiles(8, split=2)),
+            ("int4", "int8", 64, False, tiles(8)),
+            ("int4", "int8", 128, True, tiles(16, slices=2)),
+            ("int4", "float8_e4m3fn", 64, False, tiles(128, 128, slices=2)),
+            ("int8", "int8", 64, True, tiles(16, 128)),
+            ("fp8", "float8_e4m3fn", 64, False, tiles(8, split=2)),
         ],
     )
-    def test_quantized_activations(self, rng, format, dtype, tiles):
-        m, n, k = 5, 64, 320 if tiles["depth"] == 64 else 384
-        case = cases.make(rng, format, (n, k), 64)
+    def test_quantized_activations(self, rng, format, dtype, group_size, zeros, tiles):
+        m, n, k = 5, 64, 320 if group_size == tiles["depth"] == 64 else 384
+        case = cases.make(rng, format, (n, k), group_size, zeros=zeros)
         x = cases.rows(rng, (m, k), "bfloat16").at[0].set(0.0)
         y = run(x, case, Options(None, dtype, "float32"), tiles)
         # The product is exact in the quantized rows.
@@ -178,7 +181,6 @@ class TestReason:
             ({"dtype": "float32"}, "float32"),
             ({"layout": "mosaic_tpu/1"}, "mosaic_tpu/1"),
             ({"format": "int2", "group_size": 32}, "32 int2 codes"),
-            ({"format": "fp8"}, "float8_e4m3fn"),
             ({"shape": (72, 128)}, "multiples of 64"),
             ({"group_size": 96}, "groups of 96"),
             ({"out_dtype": "int8"}, "out_dtype int8"),
@@ -248,9 +250,13 @@ PROGRAMS += [
     {"m": 16, "n": 4096, "k": 14336, "dtype": "int8"},
     {"m": 256, "n": 14336, "k": 4096, "dtype": "int8"},
     {"m": 256, "n": 14336, "k": 4096, "dtype": "float8_e4m3fn"},
+    {"m": 16, "n": 4096, "k": 4096, "dtype": "int8", "zeros": True, "group_size": 64},
+    {"m": 256, "n": 14336, "k": 4096, "dtype": "int8", "zeros": True, "full": True},
     {"m": 16, "n": 4096, "k": 4096, "format": "int8"},
     {"m": 256, "n": 4096, "k": 4096, "format": "int8", "dtype": "int8"},
     {"m": 256, "n": 4096, "k": 4096, "format": "fp8", "dtype": "float8_e4m3fn"},
+    {"m": 16, "n": 4096, "k": 14336, "format": "fp8"},
+    {"m": 2048, "n": 4096, "k": 4096, "format": "fp8", "full": True},
     # Mixtral's experts for 16 and 2048 tokens of two experts each.
     {"m": 32, "n": 14336, "k": 4096, "experts": 8, "prepared": True},
     {"m": 4096, "n": 14336, "k": 4096, "experts": 8, "full": True},
@@ -277,6 +283,8 @@ def test_compiles_for_h100(index):
     # No copy of the weight, in any dtype: what is written are sums and rows of x.
     options = PROGRAMS[index]
     room = options["n"] * options["k"] / 4
+    if options.get("format") == "fp8" and "dtype" not in options:  # x in the order of its words
+        room += 2 * options["m"] * options["k"]
     if "experts" in options:  # Rows of x and y, in whole tiles of an expert.
         room += (options["m"] + 128 * options["experts"]) * 2 * (options["n"] + options["k"])
     assert result["memory"]["temporaries"] < room

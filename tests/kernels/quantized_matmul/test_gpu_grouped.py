@@ -34,8 +34,7 @@ class TestInterpreted(Reference):
 
         return plgpu.InterpretGPUParams(detect_races=True)
 
-    # fp8 needs quantized rows: see below.
-    @pytest.mark.parametrize("format", [format for format in cases.BITS if format != "fp8"])
+    @pytest.mark.parametrize("format", cases.BITS)
     def test_formats(self, rng, format):
         super().test_formats(rng, format)
 
