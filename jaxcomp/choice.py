@@ -189,8 +189,8 @@ def _no_kernel(
     mesh = None if chip is None else chips.mesh_of(*jax.tree.leaves(leaf))
     if mesh is not None and AxisType.Explicit not in mesh.axis_types:
         return (
-            "on a mesh of Auto axes a kernel cannot know how the weight is split; give dispatch "
-            "the sharding rules"
+            "on a mesh of Auto axes a kernel cannot know how the weight is split; run it on what "
+            "dispatch(..).prepare returns, or give dispatch the sharding rules"
         )
     return ""
 

@@ -101,8 +101,9 @@ class Dispatched:
         """Rearranges packed weights once for the kernels of the chip at hand.
 
         Without it the kernels do so on every call, and values under a bit mask that lie in blocks
-        are not found. Weights that no kernel reads, or that are also read otherwise, stay as they
-        are. The result is for running: save ``params``.
+        are not found. On a mesh of Auto axes it also notes how each weight lies there, which a
+        traced function cannot see: no rules need to be given. Weights that no kernel reads, or that
+        are also read otherwise, stay as they are. The result is for running: save ``params``.
 
         Args:
           params: as for the call.
@@ -113,7 +114,13 @@ class Dispatched:
           Parameters to call this with in place of ``params``.
         """
         named, treedef = leaf_paths(_checked(params))
-        blocks = [self._listed(leaf) for _, leaf in named]
+        splits = self._splits(named)
+        blocks = []
+        for path, leaf in named:
+            listed = self._listed(leaf)
+            if is_compressed(leaf):
+                listed = listed.replace(split=splits.get(path) or sharding.held(listed))
+            blocks.append(listed)
         readers: dict[str, set[str]] = {}
         for choice in self.report(jax.tree.unflatten(treedef, blocks), *inputs, **kwargs):
             readers.setdefault(choice.path, set()).add(choice.implementation)
@@ -136,9 +143,9 @@ class Dispatched:
         return leaf.replace(parts=tuple(packed_sparse.listed(p) for p in leaf.parts))
 
     def _splits(self, named: Sequence[tuple[str, Any]]) -> dict[str, NamedSharding]:
-        """How the matrix of each compressed leaf is split, where rules have to say it."""
+        """How the matrix of each compressed leaf is split, where arrays of Auto axes do not say."""
         if self.rules is None:
-            return {}
+            return {path: leaf.split for path, leaf in named if _lies_as_noted(leaf)}
         mesh = self.mesh
         inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
         if mesh is None or inside:
@@ -171,7 +178,8 @@ def dispatch(
         to force it; forcing one that does not fit raises an error that says why.
       sharding: the rules that ``shard`` took, for a mesh of Auto axes, where a traced function
         cannot see how a weight is split and a kernel must know: each device multiplies what it
-        holds, and no weight is gathered. Axes of Explicit type tell by themselves.
+        holds, and no weight is gathered. Not needed for what ``prepare`` returned, which notes how
+        arrays lie; axes of Explicit type tell by themselves.
       mesh: the mesh of these rules; None for the one in use or the arrays' own.
 
     Returns:
@@ -256,6 +264,15 @@ def _as_traced(y: jax.Array, op: Op) -> jax.Array:
     if AxisType.Explicit not in wanted.mesh.axis_types or jax.typeof(y).sharding == wanted:
         return y
     return jax.reshard(y, wanted)
+
+
+def _lies_as_noted(leaf: Any) -> bool:
+    """Whether a leaf is on the mesh that it was put on, outside of any shard_map."""
+    if not is_compressed(leaf) or leaf.split is None:
+        return False
+    mesh = chips.mesh_of(*jax.tree.leaves(leaf))
+    mesh = getattr(mesh, "abstract_mesh", mesh)
+    return mesh == leaf.split.mesh and len(leaf.split.spec) == len(leaf.stack) + 2
 
 
 def site_split(

@@ -46,8 +46,8 @@ def problem(
     mesh = None if split is not None or chip is None else chips.mesh_of(*jax.tree.leaves(leaf))
     if mesh is not None and AxisType.Explicit not in mesh.axis_types:
         return (
-            "on a mesh of Auto axes it cannot be known how the experts are split; give dispatch "
-            "the sharding rules"
+            "on a mesh of Auto axes it cannot be known how the experts are split; run it on what "
+            "dispatch(..).prepare returns, or give dispatch the sharding rules"
         )
     there = None if chip is None or chip.platform == "cpu" else chip
     for part in leaf.parts:

@@ -10,18 +10,28 @@ Rules speak of the dense weight's own axes, whatever it is stored as. They are o
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcomp import out_of_memory, packed, packed_sparse
 from jaxcomp import rules as names
 from jaxcomp.errors import JaxcompError
-from jaxcomp.formats import CompressedArray, is_compressed
+from jaxcomp.formats import (
+    Affine,
+    CodebookPart,
+    CompressedArray,
+    FloatPart,
+    InputQuant,
+    InputScale,
+    NMPart,
+    is_compressed,
+)
 from jaxcomp.formats.split import Axes, Split, describe, names_of, part_specs
 from jaxcomp.graph.trace import leaf_paths
 
@@ -233,6 +243,80 @@ def shard(value: Any, mesh: jax.sharding.Mesh, rules: Any) -> Any:
         with out_of_memory.placing(path, np.shape(leaf)):
             placed.append(jax.tree.map(_place, leaf, of))
     return jax.tree.unflatten(treedef, placed)
+
+
+def noted(params: Any, rules: Any, mesh: Mesh) -> Any:
+    """Parameters whose compressed leaves know how they are split over a mesh of Auto axes.
+
+    For shapes that are to be compiled ahead of time; of arrays ``dispatch(..).prepare`` notes it.
+
+    Args:
+      params: arrays, or shapes of them, split as ``rules`` say.
+      rules: see the head of this file.
+      mesh: concrete or abstract. Of one device, or of Explicit axes, nothing has to be known.
+
+    Returns:
+      The tree; its structure differs from that of one that is split otherwise.
+
+    Raises:
+      JaxcompError: as ``specs``.
+    """
+    told = mesh.size > 1 and AxisType.Explicit not in mesh.axis_types
+    named, treedef = leaf_paths(params)
+    wanted = matched([path for path, _ in named], rules) if told else {}
+    mesh = getattr(mesh, "abstract_mesh", mesh)
+
+    def note(path: str, leaf: Any) -> Any:
+        if not is_compressed(leaf):
+            return leaf
+        if not told:
+            return leaf.replace(split=None)
+        split = leaf_split(leaf, wanted.get(path), mesh, path)
+        spec = PartitionSpec(*split.stack, split.out, split.inputs)
+        return leaf.replace(split=NamedSharding(mesh, spec))
+
+    return jax.tree.unflatten(treedef, [note(path, leaf) for path, leaf in named])
+
+
+def held(leaf: CompressedArray) -> NamedSharding | None:
+    """How the matrix ``(*stack, out, in)`` of a leaf lies on a mesh of Auto axes.
+
+    Args:
+      leaf: arrays that were placed, or shapes with shardings.
+
+    Returns:
+      Its mesh axes; None on one device, on Explicit axes (which types tell), in a traced function,
+      or where parts lie differently.
+    """
+    found = set()
+    for part in leaf.parts:
+        inner = part
+        while isinstance(inner, InputScale | InputQuant):
+            inner = inner.part
+        name = _CODES.get(type(inner))
+        array = None if name is None else operator.attrgetter(name)(inner)
+        if array is None or isinstance(array, jax.core.Tracer):
+            return None
+        found.add(getattr(array, "sharding", None))
+    lies = found.pop()
+    if found or not isinstance(lies, NamedSharding) or lies.mesh.size == 1:
+        return None
+    if AxisType.Explicit in lies.mesh.axis_types:
+        return None
+    mesh = getattr(lies.mesh, "abstract_mesh", lies.mesh)
+    entries = (*lies.spec, *(None,) * (len(leaf.stack) + 2 - len(lies.spec)))
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in entries)))
+
+
+# Of each part an array (*stack, out, inputs packed or not): it lies as the matrix does.
+_CODES = {
+    Affine: "values",
+    FloatPart: "values",
+    CodebookPart: "indices",
+    NMPart: "indices",
+    packed.Prepared: "weight.codes",
+    packed_sparse.PreparedNM: "positions",
+}
 
 
 def check_mesh(mesh: Any, concrete: bool = False) -> None:

@@ -74,15 +74,21 @@ def model():
 
 
 @pytest.mark.parametrize(
-    ("apply", "rules"), [(scanned, TENSOR), (unrolled, TENSOR), (scanned, BOTH)]
+    ("apply", "rules", "told"),
+    [(scanned, TENSOR, True), (unrolled, TENSOR, False), (scanned, BOTH, False)],
 )
-def test_every_device_multiplies_what_it_holds(model, apply, rules):
+def test_every_device_multiplies_what_it_holds(model, apply, rules, told):
+    """Told by the rules, or as ``prepare`` found it."""
     params, x = model
     expected = apply(jc.materialize(params), x)
     mesh = auto_mesh()
     placed = jc.shard(params, mesh, rules)
-    fast = jax.jit(jc.dispatch(apply, "kernel", sharding=rules))
+    fast = jc.dispatch(apply, "kernel", sharding=rules if told else None)
     rows = jax.device_put(x, NamedSharding(mesh, P("data")))
+    if not told:
+        placed = fast.prepare(placed, rows)
+        assert placed["down"].split.spec[2] == "model"
+    fast = jax.jit(fast)
     np.testing.assert_allclose(fast(placed, rows), expected, rtol=2e-5, atol=2e-5)
     hlo = fast.lower(placed, rows).compile().as_text()
     assert all(size < 128 * 256 // 8 for size in moved(hlo))  # bytes of a device's part of a weight
@@ -148,12 +154,13 @@ def on_tpus(mesh, name, rules, apply, prepare):
             params,
             is_leaf=jc.formats.is_compressed,
         )
-    fast = jc.dispatch(apply, sharding=rules, mesh=mesh)
+    fast = jc.dispatch(apply)
     placed = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         params,
         jc.sharding.shardings(params, rules, mesh),
     )
+    placed = jc.sharding.noted(placed, rules, mesh)
     rows = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data")))
     assert {c.implementation for c in fast.report(placed, rows)} == {"kernel"}
     return fast, (placed, rows)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core.meta import AxisMetadata
+from jax.sharding import NamedSharding
 
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import base
@@ -66,6 +67,8 @@ class CompressedArray:
       in_axes: axes of ``dims`` that make ``in``, in the order in which they are flattened.
       stack_axes: positions of the stack axes in the full leaf, in the order of the matrix's stack
         axes.
+      split: mesh axes of the full ``(*stack, out, in)`` on a mesh of Auto axes, as ``prepare`` of
+        ``dispatch`` notes them: a traced function cannot see it, and kernels have to know it.
     """
 
     parts: tuple[Any, ...]
@@ -74,6 +77,7 @@ class CompressedArray:
     out_axes: tuple[int, ...]
     in_axes: tuple[int, ...]
     stack_axes: tuple[int, ...] = ()
+    split: NamedSharding | None = None
 
     @classmethod
     def from_matrix(
@@ -293,7 +297,7 @@ class CompressedArray:
 jax.tree_util.register_dataclass(
     CompressedArray,
     data_fields=["parts"],
-    meta_fields=["dtype", "dims", "out_axes", "in_axes", "stack_axes"],
+    meta_fields=["dtype", "dims", "out_axes", "in_axes", "stack_axes", "split"],
 )
 
 
