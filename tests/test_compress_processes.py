@@ -186,13 +186,15 @@ def steps_and_weights():
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     params = {name: 0.5 * normal(WIDTH, WIDTH) for name in ("in", "again", "all", "out")}
-    return params, [normal(8, 4, WIDTH) for _ in range(3)]
+    # The mesh does not divide the six steps, so evaluation splits the weights, not the batches.
+    return params, [normal(6, 4, WIDTH) for _ in range(3)]
 
 
 PARTS = """
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     import jaxcomp as jc
+    from jaxcomp import placing
     from tests.test_compress_processes import branching, steps_and_weights
 
     params, batches = steps_and_weights()
@@ -210,7 +212,13 @@ PARTS = """
         for x in batches
     ]
     recipe = jc.presets.wanda(0.5)
+    weight, evaluated = placing.OnMesh.weight, []
+    placing.OnMesh.weight = lambda self, array: (
+        evaluated.append(weight(self, array)) or evaluated[-1]
+    )
     result = jc.compress(branching, params, recipe, batches, mesh=mesh, progress=False)
+    held = [a.sharding.shard_shape(a.shape) for a in evaluated]
+    assert set(held) == {(32, 4)} and not evaluated[0].is_fully_addressable, held
     jc.save(FOLDER / "out", result)
     mesh = jax.make_mesh((4, 2), names, axis_types=(kinds[1],) * 2)
     loaded = jc.load(FOLDER / "out", mesh=mesh).params
