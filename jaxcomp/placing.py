@@ -18,7 +18,10 @@ What Python decides on (counts of masks, NaN, branches) is the same on all of th
 Where these devices are CPUs, each process sums its own tokens by itself, which are added up once
 for each input; of a stack it takes some matrices rather than some rows of all, and with them their
 Hessians; and finished weights are whole on each device if that spares exchanges (all batches
-are split over all devices): the memory is the process's own, which has them anyway.
+are split over all devices): the memory is the process's own, which has them anyway. XLA would
+split them there too, as it does for batches that do not reach all devices, with the same numbers
+and for the same processor time (within the noise of ``benchmarks.scale``); it would move them, or
+what they are multiplied with, between the processes once more.
 """
 
 import contextlib
