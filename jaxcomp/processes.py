@@ -93,6 +93,30 @@ class Together:
         return told["value"]
 
 
+def told(
+    doing: str, processes: collections.abc.Sequence[int], work: collections.abc.Callable[[], Any]
+) -> Any:
+    """Does work that needs no other process; where it fails on one, all others hear of it.
+
+    Else they would wait in their next exchange for what never comes, until the process ends.
+
+    Args:
+      doing: as of ``Together``.
+      processes: those that each do such work.
+      work: what this one does.
+
+    Returns:
+      What it returned here.
+
+    Raises:
+      JaxcompError: it failed on another process.
+      BaseException: what it raised on this one.
+    """
+    found: list[Any] = []
+    Together(doing, processes).step("work", lambda: found.append(work()))
+    return found[0]
+
+
 def _client() -> Any:
     # JAX has no public way to it; orbax takes the same.
     from jax._src import distributed

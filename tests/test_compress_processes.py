@@ -399,6 +399,18 @@ GOES_ON = """
         (record,) = (FOLDER / "full-journal" / "process-1-of-2" / "records").glob("a*")
         record.write_bytes(record.read_bytes()[:-1] + b"?")
     expect("is damaged" if PROCESS else other + " record", **full)
+    # Out of memory on one, for its tokens or its rows: the other hears of it and does not wait.
+    from jaxcomp import calibration
+    from jaxcomp.quantization import common
+    def exhausted(*args, **options):
+        raise MemoryError("Unable to allocate 256. TiB for an array with shape (35184372088832,)")
+    for module, name in ((calibration, "update"), (common, "_slabs")):
+        healthy = getattr(module, name)
+        if PROCESS:
+            setattr(module, name, exhausted)
+        expect("a (16, 16): out of host memory" if PROCESS else
+               "process 1 could not compress: MemoryError: Unable to allocate 256. TiB")
+        setattr(module, name, healthy)
     print("well")
 """
 

@@ -26,6 +26,7 @@ from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import Site, is_grouped, splits_tokens, to_tokens
 from jaxcomp.graph.views import View
 from jaxcomp.io.stacked import densified
+from jaxcomp.processes import told
 
 Index = tuple[int, ...]
 
@@ -377,7 +378,8 @@ class Sequential:
         state = calibration.init(site.in_size, needs - {"hessian"} if apart else needs, stack)
         x = operands[1 - site.operand]
         if self.place.hosts and isinstance(x, Many) and splits_tokens(op.eqn, site):
-            state = self.place.summed(self.own_statistics(op, x, state))
+            own = functools.partial(self.own_statistics, op, x, state)
+            state = self.place.summed(told("compress", self.place.processes, own))
         else:
             state = self.place.shared(state)
             function = None

@@ -256,7 +256,10 @@ def _solve(w, h, allowed, path, options, report, known=None, owned=False):
     if _on_host(w, h, nm, fmt, block_size):
         factor = known
         if factor is None:
-            factor = factored(in_memory_of(np.asarray(h), common.working_dtype(w), owned), damping)
+            dtype = common.working_dtype(w)
+            factor = common.by_itself(
+                w, lambda: factored(in_memory_of(np.asarray(h), dtype, owned), damping)
+            )
         drop = _drop_over_processes(w) if host.split_by_rows(w) else _drop_jit
         choose = _choice(nm, sparsity, block_size, *w.shape, drop)
         result = common.by_rows(

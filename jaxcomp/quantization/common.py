@@ -1,7 +1,7 @@
 """What the layer algorithms share: errors of a layer, slabs of rows, how results are stored."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.dense import Dense
 from jaxcomp.formats.spec import Codebook, Element
 from jaxcomp.formats.transforms import InputQuant, InputScale
+from jaxcomp.processes import told
 from jaxcomp.quantization.activation import check_activation, static_scales
 from jaxcomp.quantization.checks import sparse_format
 from jaxcomp.quantization.factored import Factored
@@ -222,9 +223,11 @@ def by_stack(function: Any, w: Any, *operands: Any) -> Any:
         value = np.asarray(value)
         return np.concatenate([value[first:end] for first, end in starts])
 
-    with host.alone():
+    def work():
         found = function(own, *(mine(*operand) for operand in operands))
-        found = jax.tree.map(np.asarray, found)
+        return jax.tree.map(np.asarray, found)
+
+    found = by_itself(w, work)
     return jax.tree.map(lambda a: host.from_own_rows(a, starts, w), found)
 
 
@@ -234,6 +237,27 @@ def _independent_rows(w: Any, fmt: Any) -> bool:
     if getattr(fmt, "out_group_size", 1) != 1 or getattr(fmt, "kind", None) == "nvfp4":
         return False
     return fmt is None or not grid.fits_together(fmt)
+
+
+def by_itself(w: Any, work: Callable[[], Any]) -> Any:
+    """What a process computes without the others; where it fails, all of them raise.
+
+    Args:
+      w: the weight that it is for; one that is not spread over processes is this one's alone.
+      work: reads nothing that lies on the mesh.
+
+    Returns:
+      What it gives here.
+    """
+    if not host.split_by_rows(w):
+        return work()
+
+    def alone():
+        with host.alone():
+            return work()
+
+    processes = sorted({device.process_index for device in w.sharding.device_set})
+    return told("compress", processes, alone)
 
 
 def by_rows(function: Any, *operands: Any, rows: int | None) -> Any:
@@ -256,8 +280,7 @@ def by_rows(function: Any, *operands: Any, rows: int | None) -> Any:
     placed = [None if a is None else jax.device_put(a, first.sharding) for a in operands]
     own = [None if a is None else host.own_rows(a)[0] for a in placed]
     starts = host.own_rows(first)[1]
-    with host.alone():
-        whole, per_row = _slabs(function, own, rows)
+    whole, per_row = by_itself(first, lambda: _slabs(function, own, rows))
     return jax.tree.map(
         lambda a, split: host.from_own_rows(a, starts, first) if split else a, whole, per_row
     )

@@ -223,7 +223,9 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
         in_size = size if _packs(fmt, mask) else None
         if known is None:
             dtype = common.working_dtype(w)
-            known = _in_memory_of(np.asarray(h), dtype, damping, order, owned)
+            known = common.by_itself(
+                w, lambda: _in_memory_of(np.asarray(h), dtype, damping, order, owned)
+            )
         factor, permutation = known
         rows = common.by_rows(
             lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen),
