@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxcomp.kernels import chips
@@ -182,3 +183,28 @@ def test_kernels_on_eight_tpus():
         assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3, case
         assert all(size < 1024 * 2048 // 16 for size in moved(result["hlo"])), case
         assert "all-reduce" in result["hlo"], case
+
+
+def partitioned(mesh):
+    """A product whose parts would be as XLA splits its operands."""
+    product = custom_partitioning(lambda x, w: x @ w.T)
+
+    def partition(mesh, arguments, result):
+        return mesh, lambda x, w: x @ w.T, result.sharding, [a.sharding for a in arguments]
+
+    product.def_partition(partition, sharding_rule="m k, n k -> m n")
+    shapes = {(16, 256): P("data"), (512, 256): P("model")}
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in shapes.items()
+    ]
+    return lambda x, w: product(x, w), arguments
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
+def test_tpus_have_no_custom_partitioning():
+    """Why weights on Auto axes have to be told of: once this fails, they need not be."""
+    make = "tests.test_dispatch_sharded:partitioned"
+    (result,) = aot.compile_cases("v5e", [(make, {"mesh": (2, 4)})])
+    assert "emitter for CustomSPMDPartitioning not found" in result["error"]
