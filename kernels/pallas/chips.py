@@ -23,6 +23,7 @@ class Chip:
       mxu: rows and columns of the matrix unit; 0 where that has no meaning.
       clock: cycles a second.
       bandwidth: bytes a second from the memory of one core.
+      cores: of a device, which share the parallel part of a kernel's grid.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Chip:
     mxu: int = 0
     clock: float = 0.0
     bandwidth: float = 0.0
+    cores: int = 1
 
     def multiplies(self, dtype: jax.typing.DTypeLike) -> bool:
         """Whether the matrix unit takes two operands of a dtype as they are."""
@@ -39,7 +41,7 @@ class Chip:
 
 _INTEGER = frozenset({"bfloat16", "int8", "int4"})
 V5E = Chip("v5e", "tpu", _INTEGER, 128, 1.5e9, 819e9)
-V5P = Chip("v5p", "tpu", _INTEGER, 128, 1.75e9, 2765e9 / 2)
+V5P = Chip("v5p", "tpu", _INTEGER, 128, 1.75e9, 2765e9 / 2, cores=2)
 V6E = Chip("v6e", "tpu", _INTEGER, 256, 1.75e9, 1640e9)
 V7X = Chip("7x", "tpu", frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"}), 256, 2.0e9, 3690e9)
 H100 = Chip(

@@ -13,6 +13,8 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=True),
 }
+# Largest entries of the dtypes that rows are quantized to.
+_TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +61,30 @@ def quantize_rows(
       ([[64, -127]], 0.0157)
     """
     x = x.astype(jnp.float32)
-    top = 127.0 if dtype == "int8" else 448.0
     if scales is None:
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        scales = jnp.where(largest > 0, largest / top, 1.0)
-    # The maximum changes nothing: it keeps XLA from multiplying with a rounded reciprocal.
-    scaled = x / jnp.maximum(scales, -jnp.abs(x))
+        scales = scales_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True), dtype)
+    entries = scaled(x, scales)
     # Integers have no NaN (and no infinity, which its own scale makes one): the scale carries it.
-    undefined = jnp.any(jnp.isnan(scaled), axis=-1, keepdims=True)
-    scales = jnp.where(undefined, jnp.nan, scales)
-    scaled = jnp.round(scaled) if dtype == "int8" else scaled
-    return jnp.clip(scaled, -top, top).astype(dtype), scales
+    undefined = jnp.any(jnp.isnan(entries), axis=-1, keepdims=True)
+    return rounded(entries, dtype), jnp.where(undefined, jnp.nan, scales)
+
+
+def scales_of(largest: jax.Array, dtype: str) -> jax.Array:
+    """The scales that make entries the largest ones of a dtype; 1 for zeros."""
+    return jnp.where(largest > 0, largest / _TOP[dtype], 1.0)
+
+
+def scaled(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """Rows over their scales, in f32."""
+    x = x.astype(jnp.float32)
+    # The maximum changes nothing: it keeps XLA from multiplying with a rounded reciprocal.
+    return x / jnp.maximum(scales, -jnp.abs(x))
+
+
+def rounded(entries: jax.Array, dtype: str) -> jax.Array:
+    """Entries of a dtype: what is beyond its ends at its ends."""
+    entries = jnp.round(entries) if dtype == "int8" else entries
+    return jnp.clip(entries, -_TOP[dtype], _TOP[dtype]).astype(dtype)
 
 
 def finish(y: jax.Array, bias: jax.Array | None, options: Options) -> jax.Array:

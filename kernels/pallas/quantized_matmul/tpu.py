@@ -12,7 +12,6 @@ stacked as rows, because with few rows it has nothing else to do while weights a
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
-from jaxcomp.kernels.quantized_matmul import layout, reference, tpu_dense, tpu_tiles
+from jaxcomp.kernels.quantized_matmul import layout, reference, tpu_dense, tpu_rows, tpu_tiles
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_dense import decode
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
@@ -141,62 +140,86 @@ def matmul(
     pieces = how.pieces * how.copies
     tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)
     padded = -(-m // tile.m) * tile.m
-    more = ((0, padded - m), (0, 0))
-    if x_scales is not None:
-        x_scales = jnp.pad(x_scales, more, constant_values=1.0)
-    rows, row_scales, sums = split(jnp.pad(x, more), x_scales, weight, how, options, tile)
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
     scratch = scratch_of(tile, steps, how, chip)
+    tiles_of_n = -(-n // tile.n)
+    # Each core quantizes the rows itself, at the first of its tiles of outputs.
+    cores = chip.cores if tiles_of_n % chip.cores == 0 else 1
+    inside = tpu_rows.inside(x, chip, how, options, tile) and cores == chip.cores
+    each = tiles_of_n // cores
+    if inside:
+        scratch |= tpu_rows.scratch(tile, steps, weight, how)
+        grid = (1, cores, each, steps)
+    else:
+        grid = (padded // tile.m, tiles_of_n, steps)
+
+    def spec(shape, index):
+        """A block by its tile of rows, tile of outputs and step of inputs."""
+        if not inside:
+            return pl.BlockSpec(shape, index)
+        return pl.BlockSpec(shape, lambda i, core, j, step: index(i, core * each + j, step))
 
     def body(refs, y_ref, *own):
         _kernel(
             refs, y_ref, **dict(zip(scratch, own, strict=True)),
-            weight=static(weight), how=how, tile=tile, options=options, steps=steps,
+            weight=static(weight), how=how, tile=tile, options=options, axes=len(grid),
         )  # fmt: skip
 
     def by_group(array):
         """(groups, N) as (.., groups a step, N)."""
         return array.reshape(-1, per_step, n)
 
-    scale_spec = pl.BlockSpec(
+    scale_spec = spec(
         (None, per_step, tile.n),
         lambda i, j, step: (jax.lax.div(step, steps_per_scale), 0, j),
     )
     fields = 4 if weight.format == "int2" else 1
     operands = {
-        "x": (
-            rows,
-            pl.BlockSpec((pieces * tile.m, tile.k), lambda i, j, step: (i, step)),
-        ),
-        "w": (weight.codes, pl.BlockSpec((tile.n, tile.k // fields), lambda i, j, step: (j, step))),
+        "w": (weight.codes, spec((tile.n, tile.k // fields), lambda i, j, step: (j, step))),
         "scales": (by_group(weight.scales), scale_spec),
     }
-    if row_scales is not None:
-        operands["row_scales"] = (
-            row_scales, pl.BlockSpec((tile.m, 1), lambda i, j, step: (i, 0))
-        )  # fmt: skip
     if weight.zeros is not None:
         operands["zeros"] = (by_group(weight.zeros), scale_spec)
-        operands["sums"] = (
-            sums, pl.BlockSpec((None, tile.m, per_step), lambda i, j, step: (step, i, 0))
+    by_row = spec((tile.m, 1), lambda i, j, step: (i, 0))
+    if inside:
+        operands["x"] = (x, spec((tile.m, k), lambda i, j, step: (i, 0)))
+        if x_scales is not None:
+            operands["x_scales"] = (x_scales, by_row)
+    else:
+        more = ((0, padded - m), (0, 0))
+        if x_scales is not None:
+            x_scales = jnp.pad(x_scales, more, constant_values=1.0)
+        rows, row_scales, sums = tpu_rows.split(
+            jnp.pad(x, more), x_scales, weight, how, options, tile
+        )
+        operands["x"] = (
+            rows, spec((pieces * tile.m, tile.k), lambda i, j, step: (i, step))
         )  # fmt: skip
+        if row_scales is not None:
+            operands["row_scales"] = (row_scales, by_row)
+        if sums is not None:
+            operands["sums"] = (
+                sums, spec((None, tile.m, per_step), lambda i, j, step: (step, i, 0))
+            )  # fmt: skip
     if bias is not None:
         operands["bias"] = (
-            bias.astype(jnp.float32)[None], pl.BlockSpec((1, tile.n), lambda i, j, step: (0, j))
+            bias.astype(jnp.float32)[None], spec((1, tile.n), lambda i, j, step: (0, j))
         )  # fmt: skip
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = tuple(operands)
     y = pl.pallas_call(
         lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
-        grid=(padded // tile.m, -(-n // tile.n), steps),
+        grid=grid,
         in_specs=[spec for _, spec in operands.values()],
-        out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, step: (i, j)),
+        out_specs=spec((tile.m, tile.n), lambda i, j, step: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=None if interpret else ("parallel", "parallel", "arbitrary"),
+            dimension_semantics=None
+            if interpret
+            else ("parallel", "parallel", *("arbitrary" for _ in grid[2:])),
             vmem_limit_bytes=40 << 20,
         ),
         interpret=interpret,
@@ -210,76 +233,6 @@ def static(weight: Weight) -> Weight:
     return dataclasses.replace(
         weight, codes=None, scales=None, zeros=weight.zeros is not None, table=None
     )
-
-
-def split(x, x_scales, weight, how, options, tile):
-    """Rows of x as the kernel takes them, and what is left of their scales.
-
-    Returns:
-      ``(copies * pieces * M, K)`` with the copies and pieces of a tile's rows together; f32 row
-      scales ``(M, 1)`` or None; f32 group sums ``(steps, M, groups a step)`` or None.
-    """
-    m, k = x.shape
-    row_scales = None
-    if options.activation_dtype is not None:
-        x, row_scales = reference.quantize_rows(x, options.activation_dtype, x_scales)
-        total, parts = x.astype(jnp.float32), [x]
-    elif how.x == "int8":
-        total, parts, row_scales = _digits(x, how.pieces)
-    else:
-        total, parts = x.astype(jnp.float32), _floats(x, how.pieces)
-    rows = jnp.stack([part.astype(how.x) for part in parts])
-    sums = None
-    if weight.zeros is not None:
-        steps = k // tile.k
-        width = min(weight.group_size, tile.k)
-        sums = total.reshape(m, steps, tile.k // width, width).sum(-1).swapaxes(0, 1)
-    if how.copies > 1:
-        group = jnp.arange(k) % how.depth // weight.group_size
-        own = group == jnp.arange(how.copies)[:, None]
-        rows = jnp.where(own[:, None, None], rows[None], jnp.zeros((), rows.dtype))
-    rows = rows.reshape(-1, m // tile.m, tile.m, k).swapaxes(0, 1)
-    return rows.reshape(-1, k), row_scales, sums
-
-
-def _digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-    """Splits rows into signed digits of eight bits, below a power of two a row.
-
-    Args:
-      x: ``(M, K)``.
-      count: digits.
-
-    Returns:
-      f32 whole numbers ``(M, K)``, their digits in int32, highest first, and the f32 scales
-      ``(M, 1)`` that make x of them.
-    """
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    # Powers of two by their bits: the largest becomes less than 2^(8 count - 2), so that the first
-    # digit is one of int8. Rows that are all smaller than 2^-80 keep what is above 2^-110.
-    bits = 8 * count - 3
-    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    exponent = jnp.maximum(exponent, 47) - 127 - bits
-    power = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    whole = jnp.round(x * power((127 - exponent) << 23)).astype(jnp.int32)
-    digits, rest = [], whole
-    for _ in range(count - 1):
-        digits.append((rest << 24) >> 24)
-        rest = (rest - digits[-1]) >> 8
-    # Integers have no infinity and no NaN: the scale carries them. The largest may not, as a CPU's
-    # maximum can lose a NaN.
-    finite = jnp.all(jnp.isfinite(x), axis=1, keepdims=True)
-    scale = jnp.where(finite, power((127 + exponent) << 23), jnp.nan)
-    return whole.astype(jnp.float32), [rest, *digits[::-1]], scale
-
-
-def _floats(x: jax.Array, pieces: int) -> list[jax.Array]:
-    """Splits rows into bf16 numbers that add up to them."""
-    parts = []
-    for _ in range(pieces):
-        parts.append(jax.lax.reduce_precision(x, 8, 7))
-        x = x - parts[-1]
-    return parts
 
 
 def scratch_of(tile: tpu_tiles.Tile, steps: int, how: Arithmetic, chip: Chip) -> dict:
@@ -314,17 +267,27 @@ def keep_order(products_ref, first: jax.Array) -> None:
 
 
 def _kernel(
-    refs, y_ref, products_ref=None, acc_ref=None, *, weight, how, tile, options, steps
+    refs, y_ref, products_ref=None, acc_ref=None, rows_ref=None, row_scales_ref=None,
+    sums_ref=None, *, weight, how, tile, options, axes,
 ):  # fmt: skip
     """One tile of y, or one more tile of inputs added to it."""
-    keep_order(products_ref, pl.program_id(1) == 0)
+    j, k, steps = pl.program_id(axes - 2), pl.program_id(axes - 1), pl.num_programs(axes - 1)
+    keep_order(products_ref, j == 0)
+    if rows_ref is not None:
+
+        @pl.when(jnp.logical_and(j == 0, k == 0))
+        def _():
+            tpu_rows.quantize(refs, weight, how, options, rows_ref, row_scales_ref, sums_ref)
+
+        refs = {**refs, "x": rows_ref.at[k], "row_scales": row_scales_ref}
+        if sums_ref is not None:
+            refs["sums"] = sums_ref.at[k]
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
         y = sums_of(refs, columns, weight, how, tile, products_ref)
-        if steps == 1:
+        if acc_ref is None:
             y_ref[:, columns] = finish(refs, y, columns, options)
         else:
-            k = pl.program_id(2)
 
             @pl.when(k == 0)
             def _(y=y, columns=columns):

@@ -2,10 +2,12 @@
 
 The decoded tile, all inputs of some outputs in bf16, then serves every tile of rows, so what the
 decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
-Sums go through VMEM after each slab of inputs: what the matrix unit returns for a tile of rows is
-more than the registers hold.
+Sums go through VMEM after each slab of inputs, and decoded weights at every 128: what the matrix
+unit returns for a tile of rows is more than the registers hold. No loop of the compiler's schedules
+spills one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,8 +22,36 @@ from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
-# Inputs of a slab: what the matrix units of a core take at a time, of any chip.
-_SLAB = 512
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How weights are decoded and multiplied.
+
+    Attributes:
+      format: a key of ``FORMATS``.
+      group_size: inputs that share a scale.
+      dtype: that codes are multiplied with scales in.
+      slab: inputs whose products are summed before the sums go to VMEM.
+    """
+
+    format: str
+    group_size: int
+    dtype: str
+    slab: int
+
+    @classmethod
+    def of(cls, weight: Weight, chip: Chip) -> "Decoding":
+        """The one of a weight on a chip."""
+        wide = chip.mxu > _LANES
+        # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
+        once = weight.zeros is None and weight.table is None
+        once = once and weight.scales.dtype == jnp.bfloat16 and wide
+        # The four matrix units of v5 take 512 inputs at a time. Of two wide ones each takes 256,
+        # and with sums of both the compiler runs out of registers.
+        return cls(
+            weight.format, weight.group_size, "bfloat16" if once else "float32",
+            chip.mxu if wide else 4 * chip.mxu,
+        )  # fmt: skip
 
 
 def matmul(
@@ -53,14 +83,13 @@ def matmul(
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
     per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i: (j, 0))
-    dtype = scale_dtype(weight, chip)
     operands = {
         "x": (jnp.pad(x, ((0, padded - m), (0, 0))), pl.BlockSpec((tm, k), lambda j, i: (i, 0))),
         "w": (weight.codes, pl.BlockSpec((tn, k // fields), lambda j, i: (j, 0))),
-        "scales": (weight.scales.astype(dtype).T, per_output),
+        "scales": (spreadable(weight.scales).T, per_output),
     }
     if weight.zeros is not None:
-        operands["zeros"] = (weight.zeros.astype(jnp.float32).T, per_output)
+        operands["zeros"] = (spreadable(weight.zeros).T, per_output)
     if bias is not None:
         spec = pl.BlockSpec((1, tn), lambda j, i: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
@@ -68,7 +97,7 @@ def matmul(
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = tuple(operands)
     body = functools.partial(
-        _kernel, meta=(weight.format, weight.group_size), options=options, columns=tile.columns
+        _kernel, how=Decoding.of(weight, chip), options=options, columns=tile.columns
     )
     y = pl.pallas_call(
         lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
@@ -95,35 +124,36 @@ def scratch(tile: Tile, k: int) -> list:
     ]
 
 
-def _kernel(refs, y_ref, w_ref, acc_ref, *, meta, options, columns):
+def _kernel(refs, y_ref, w_ref, acc_ref, *, how, options, columns):
     """All inputs of one tile of y."""
 
-    def multiply(meta, block):
-        y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, meta)
+    def multiply(decoded, block):
+        y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)
 
-    def run(meta):
-        blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
+    def run(decoded):
+        blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
 
     keep_in_memory(acc_ref)
     first = pl.program_id(1) == 0
-    pl.when(first)(lambda: run(meta))
-    pl.when(jnp.logical_not(first))(lambda: run(None))
+    pl.when(first)(lambda: run(False))
+    pl.when(jnp.logical_not(first))(lambda: run(True))
 
 
 def keep_in_memory(acc_ref) -> None:
-    """Touches the sums' memory outside of the loops.
+    """Touches the sums' memory outside of what multiplies, in a branch of its own.
 
     Sums that one block of code alone stores and loads the compiler would keep in registers, of
     which there are too few. A step with one tile of rows has only one such block.
     """
-    acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
 
 
-def scale_dtype(weight: Weight, chip: Chip):
-    """The dtype that weights are scaled in."""
-    # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
-    once = weight.zeros is None and weight.table is None and weight.scales.dtype == jnp.bfloat16
-    return jnp.bfloat16 if once and chip.mxu > 128 else jnp.float32
+def spreadable(array: jax.Array) -> jax.Array:
+    """Scales or zero points as lanes are moved: bf16 ones two at a time, others in f32."""
+    return array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
 
 
 def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None:
@@ -135,7 +165,7 @@ def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None
     jax.lax.fori_loop(0, outputs // columns, one, None)
 
 
-def product(refs, w_ref, acc_ref, block, options, meta=None) -> jax.Array:
+def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) -> jax.Array:
     """A tile of rows times some outputs, finished.
 
     Args:
@@ -144,17 +174,19 @@ def product(refs, w_ref, acc_ref, block, options, meta=None) -> jax.Array:
       acc_ref: f32 of the shape of the result.
       block: a slice of outputs.
       options: what is fused.
-      meta: the format and group size of weights that are yet to be decoded, or None. Each slab is
-        decoded where it is multiplied, so that the matrix unit works while others decode.
+      how: the weights are decoded.
+      decoded: whether they are. Else each slab is where it is multiplied, so that the matrix unit
+        works while others decode.
 
     Returns:
       ``(rows, outputs)``.
     """
     k = refs["x"].shape[1]
-    for start in range(0, k, _SLAB):
-        inputs = pl.ds(start, min(_SLAB, k - start))
-        if meta is not None:
-            w_ref[block, inputs] = _scaled(refs, block, inputs, meta)
+    for start in range(0, k, how.slab):
+        inputs = pl.ds(start, min(how.slab, k - start))
+        if not decoded:
+            for first in range(start, start + inputs.size, _LANES):
+                w_ref[block, pl.ds(first, _LANES)] = _scaled(refs, block, first, how)
         y = jax.lax.dot_general(
             refs["x"][:, inputs],
             w_ref[block, inputs],
@@ -162,29 +194,25 @@ def product(refs, w_ref, acc_ref, block, options, meta=None) -> jax.Array:
             preferred_element_type=jnp.float32,
         )
         y = acc_ref[...] + y if start else y
-        if start + _SLAB < k:
+        if start + how.slab < k:
             acc_ref[...] = y
     bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
     return reference.finish(y, bias, options)
 
 
-def _scaled(refs, block, inputs, meta) -> jax.Array:
-    """bf16 weights of some outputs and inputs."""
-    format, group_size = meta
-    width = min(group_size, _LANES)
-    parts = []
-    for start in range(inputs.start, inputs.start + inputs.size, _LANES):
-        w = decode(refs, block, start, _LANES, format).astype(refs["scales"].dtype)
-        scales = _spread(refs["scales"], block, start, width, group_size)
-        if "zeros" in refs:
-            w = w - _spread(refs["zeros"], block, start, width, group_size)
-        parts.append((w * scales).astype(jnp.bfloat16))
-    return jnp.concatenate(parts, axis=1)
+def _scaled(refs, block, start, how):
+    """bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
+    dtype = jnp.dtype(how.dtype)
+    w = decode(refs, block, start, _LANES, how.format).astype(dtype)
+    if "zeros" in refs:
+        w = w - _spread(refs["zeros"], block, start, how.group_size).astype(dtype)
+    w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
+    return w.astype(jnp.bfloat16)
 
 
-def _spread(ref, block, start, width, group_size):
+def _spread(ref, block, start, group_size):
     """``(outputs, 128)``: each input's entry of ``(outputs, groups)``."""
-    first = start // group_size
+    first, width = start // group_size, min(group_size, _LANES)
     entries = ref[block, first : first + _LANES // width]
     # Lanes are moved 32 bits at a time: two outputs' bf16 at once.
     words = pltpu.bitcast(entries, jnp.int32)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
-from jaxcomp.kernels.quantized_matmul import layout, tpu, tpu_dense, tpu_tiles
+from jaxcomp.kernels.quantized_matmul import layout, tpu, tpu_dense, tpu_rows, tpu_tiles
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -133,7 +133,7 @@ def _few(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
         chip.name, m, experts, n, k, weight.group_size, how.depth, pieces
     )
     x = jnp.pad(x, ((0, -m % tile.m), (0, 0)))
-    rows, row_scales, sums = tpu.split(x, None, weight, how, options, tile)
+    rows, row_scales, sums = tpu_rows.split(x, None, weight, how, options, tile)
     rows = rows.reshape(-1, pieces * tile.m, k)
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
@@ -243,9 +243,9 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda j, visit, v: index(v, visit, j))
 
-    def per_output(array, dtype):
+    def per_output(array):
         """(E, groups, N) with the outputs along rows."""
-        array = jnp.swapaxes(array.astype(dtype), 1, 2)
+        array = jnp.swapaxes(tpu_dense.spreadable(array), 1, 2)
         return array, spec((None, tile.n, groups), lambda v, i, j: (v.expert[i], j, 0))
 
     operands = {
@@ -257,13 +257,13 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
             weight.codes,
             spec((None, tile.n, k // fields), lambda v, i, j: (v.expert[i], j, 0)),
         ),
-        "scales": per_output(weight.scales, tpu_dense.scale_dtype(weight, chip)),
+        "scales": per_output(weight.scales),
     }
     if weight.zeros is not None:
-        operands["zeros"] = per_output(weight.zeros, jnp.float32)
+        operands["zeros"] = per_output(weight.zeros)
     body = functools.partial(
         _dense_kernel,
-        meta=(weight.format, weight.group_size), options=options, columns=tile.columns,
+        how=tpu_dense.Decoding.of(weight, chip), options=options, columns=tile.columns,
     )  # fmt: skip
     return _call(
         body, operands, bounds, weight, bias, options, interpret,
@@ -273,7 +273,7 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     )  # fmt: skip
 
 
-def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, meta, options, columns):
+def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, how, options, columns):
     """One visit; the first of an expert decodes its weights for the others."""
     visit = pl.program_id(1)
     works = v.first[visit] < v.last[visit]
@@ -281,17 +281,17 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, meta, options, columns):
     known = jnp.logical_and(visit > 0, v.expert[before] == v.expert[visit])
     known = jnp.logical_and(known, v.first[before] < v.last[before])
 
-    def multiply(meta, block):
-        y = tpu_dense.product(refs, w_ref, acc_ref, block, options, meta)
+    def multiply(decoded, block):
+        y = tpu_dense.product(refs, w_ref, acc_ref, block, options, how, decoded)
         _keep(v, visit, y_ref, block, y)
 
     tpu_dense.keep_in_memory(acc_ref)
 
-    def run(meta):
-        tpu_dense.blocks(y_ref.shape[1], columns, functools.partial(multiply, meta))
+    def run(decoded):
+        tpu_dense.blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
 
-    pl.when(jnp.logical_and(works, jnp.logical_not(known)))(lambda: run(meta))
-    pl.when(jnp.logical_and(works, known))(lambda: run(None))
+    pl.when(jnp.logical_and(works, jnp.logical_not(known)))(lambda: run(False))
+    pl.when(jnp.logical_and(works, known))(lambda: run(True))
     _nothing(v, visit, y_ref, jnp.logical_not(works))
 
 

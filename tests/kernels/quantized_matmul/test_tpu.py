@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels import chips
-from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul
+from jaxcomp.kernels import chips, schedules
+from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul, reference, tpu_rows
 
 from tests.fuzz import fuzz
 from tests.kernels import aot
@@ -81,6 +81,41 @@ class TestMosaicTpu(test_reference.TestXla):
         case = cases.make(rng, "int4", (128, 32768), 32768, zeros=True)
         x = cases.rows(rng, (2, 32768), "float32")
         cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "x_dtype", "group_size", "m"),
+    [
+        ("v5e", "int8", "float32", 128, 11),
+        ("v5p", "int8", "bfloat16", 32, 11),
+        ("7x", "float8_e4m3fn", "float32", 64, 11),
+        ("v6e", "int8", "bfloat16", 128, 19),  # Too many: outside.
+    ],
+)
+def test_rows_are_quantized_in_the_kernel_as_in_the_reference(
+    rng, on_chip, monkeypatch, chip, dtype, x_dtype, group_size, m
+):
+    """To the bit: a product with the identity shows the codes and the scales."""
+    k = 512
+    x = cases.rows(rng, (m, k), x_dtype).at[3].set(0.0).at[4, 5].set(1e30)
+    x = x.at[7, 3].set(jnp.nan).at[8, 2].set(jnp.inf)
+    eye = np.tile(np.eye(k, dtype=np.uint8), (2, 1))  # Two tiles of outputs.
+    codes, ones = eye[:, ::2] + 16 * eye[:, 1::2], jnp.ones((k // group_size, 2 * k))
+    zeros = jnp.zeros_like(ones) if group_size == 64 else None
+    on_chip(chip)
+    run = functools.partial(
+        quantized_matmul, format="int4", group_size=group_size, activation_dtype=dtype,
+        out_dtype=jnp.float32, implementation="mosaic_tpu", interpret=INTERPRET,
+    )  # fmt: skip
+    if m <= 16:
+        monkeypatch.setattr(tpu_rows, "split", None)  # What quantizes them outside.
+    y = np.asarray(run(x, codes, ones, zeros))
+    assert not interpreter.races.races_found
+    entries, scales = reference.quantize_rows(x, dtype)
+    expected = np.tile(entries.astype(jnp.float32) * scales, (1, 2))
+    finite = np.isfinite(expected).all(axis=1)
+    assert finite.sum() == m - 2 and not np.isfinite(y[~finite]).any()
+    np.testing.assert_array_equal(y[finite], expected[finite])
 
 
 class TestOtherChips(TestMosaicTpu):
@@ -195,7 +230,7 @@ def test_compiles_at_the_shapes_of_llama(chip):
 
 @pytest.mark.skipif(not aot.available(), reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", aot.CHIPS)
-def test_compiles(chip):
+def test_compiles(chip, tmp_path):
     quantized = "float8_e4m3fn" if chip == "7x" else "int8"
     requests = [
         {"m": 16, "n": 4096, "k": 4096, "zeros": True},
@@ -206,13 +241,18 @@ def test_compiles(chip):
         {"m": 8, "n": 512, "k": 512, "x_dtype": "float32", "format": "int8"},
         {"m": 512, "n": 512, "k": 512, "format": "int2", "group_size": 64},
     ]
-    check_compiled(chip, requests)
+    looked_at = chip == "v5e"
+    check_compiled(chip, requests, tmp_path if looked_at else None)
+    found = schedules.schedules(tmp_path, "quantized_matmul")
+    assert len(found) == len(requests) * looked_at
+    spills = [(s.name, loop.spills) for s in found for loop in s.loops if loop.spills]
+    assert not spills, spills
 
 
-def check_compiled(chip: str, requests: list[dict]) -> None:
+def check_compiled(chip: str, requests: list[dict], dump=None) -> None:
     """Every product compiles with the kernel inside."""
     case = f"{MODULE}:quantized"
-    results = aot.compile_cases(chip, [(case, {"chip": chip, **r}) for r in requests])
+    results = aot.compile_cases(chip, [(case, {"chip": chip, **r}) for r in requests], dump)
     errors = [f"{r}: {x['error']}" for r, x in zip(requests, results, strict=False) if x["error"]]
     assert not errors and len(results) == len(requests), errors
     assert all("custom-call" in x["hlo"] for x in results)
