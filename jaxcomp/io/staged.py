@@ -3,7 +3,8 @@
 A checkpoint's files of an array do not depend on its other arrays, so those of a finished weight
 can be written at once, and be linked to their place when all is done. So can those of a slice of a
 stack, if no file holds a part of two slices: slices of 8 MB and more, which is nearly all of a
-large model.
+large model. Smaller ones (scales; layers of small models) are written twice, to the journal and
+from there to the checkpoint: a file for each would be thousands of small ones in every checkpoint.
 """
 
 import functools
