@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
       hessian: ``(*stack, in, in)`` float32, sum over tokens of x xᵀ, symmetric to the bit. It may
         be the largest array there is; of NumPy and writeable it belongs to the layers of one input
         group, and a step may compute in its memory if it puts back what was there. Of a stack that
-      is compressed matrix by matrix, ``Hessians``.
+        is compressed matrix by matrix, ``Hessians``.
       absmax: ``(*stack, in)`` largest magnitude.
       abssum: ``(*stack, in)`` sum of magnitudes.
       sumsq: ``(*stack, in)`` sum of squares.
