@@ -200,7 +200,11 @@ def main() -> int:
     table, failed = [], []
     print(tpu_marks.head(), flush=True)
     for name in options.chip or tpu_marks.CHIPS:
-        there = {row.case for row in known if row.chip == name and not row.ours}
+        there = {
+            row.case
+            for row in known
+            if row.chip == name and not row.ours and row.cycles == row.cycles  # not NaN
+        }
         found, errors = rows(chips.BY_NAME[name], [c for c in cases if c.name not in there], known)
         table += found
         failed += errors
