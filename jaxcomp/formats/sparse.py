@@ -20,6 +20,8 @@ from jaxcomp.formats.dense import Dense
 from jaxcomp.formats.grid import Context, QParams
 from jaxcomp.formats.spec import NM, Float, Int, Sparse
 
+_UNROLLED = 8  # The largest m whose positions are looked at one by one.
+
 
 @part
 class NMPart(Part):
@@ -274,19 +276,36 @@ def _nm_chosen(mask: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       ``chosen (..., blocks, m)`` and the ``rank`` of each position among the chosen.
     """
-    kept = mask.astype(jnp.int32)
-    first = jnp.cumsum(kept, -1) - 1
-    after = kept.sum(-1, keepdims=True) + jnp.cumsum(1 - kept, -1) - 1
+    dtype = _counting(mask.shape[-1])
+    kept = mask.astype(dtype)
+    first = jnp.cumsum(kept, -1, dtype=dtype) - 1
+    after = kept.sum(-1, dtype=dtype, keepdims=True) + jnp.cumsum(1 - kept, -1, dtype=dtype) - 1
     chosen = jnp.where(mask, first, after) < n
-    return chosen, jnp.cumsum(chosen.astype(jnp.int32), -1) - 1
+    return chosen, jnp.cumsum(chosen, -1, dtype=dtype) - 1
+
+
+def _counting(m: int) -> Any:
+    """An integer dtype for positions in a block: one for each weight is held, beside the weights."""
+    return jnp.int8 if m < 128 else jnp.int32
 
 
 def _nm_compact(x: jax.Array, chosen: jax.Array, rank: jax.Array, n: int) -> jax.Array:
-    """The chosen positions of ``x (..., blocks, m)``, ``(..., blocks * n)``."""
-    taken = [
-        jnp.where(chosen & (rank == j), x, jnp.zeros((), x.dtype)).sum(-1, dtype=x.dtype)
-        for j in range(n)
-    ]
+    """The chosen positions of ``x (..., blocks, m)``, ``(..., blocks * n)``.
+
+    Of small blocks position by position: XLA for CPUs writes what it sums to memory first, which
+    would be the whole of ``x`` for each of the n.
+    """
+
+    def take(j: int) -> jax.Array:
+        here, zero = chosen & (rank == j), jnp.zeros((), x.dtype)
+        if x.shape[-1] > _UNROLLED:
+            return jnp.where(here, x, zero).sum(-1, dtype=x.dtype)
+        one = jnp.zeros(x.shape[:-1], x.dtype)
+        for k in range(x.shape[-1]):
+            one = jnp.where(here[..., k], x[..., k], one)
+        return one
+
+    taken = [take(j) for j in range(n)]
     return jnp.stack(taken, -1).reshape(*x.shape[:-2], x.shape[-2] * n)
 
 
@@ -387,7 +406,7 @@ def _build_nm(fmt, mask, w, codes, qparams, context):
     n, m = fmt.n, fmt.m
     blocks = _blocks(mask, m)
     chosen, rank = _nm_chosen(blocks, n)
-    where = jnp.arange(m, dtype=jnp.int32)
+    where = jnp.arange(m, dtype=_counting(m))
     where = jnp.broadcast_to(jnp.expand_dims(where, range(blocks.ndim - 1)), blocks.shape)
     indices = packing.pack(_nm_compact(where, chosen, rank, n), (m - 1).bit_length())
     if fmt.values is None:
