@@ -1,12 +1,14 @@
 """What is counted of sparse attention's schedules, beside jax's own splash attention.
 
 A step of the grid is one block of queries and keys: bundles that every step has, and regions for
-the first block of a row, for what the mask leaves of a block, and for the last. So a mask's list of
-blocks says how often each runs. Copies that a step may skip are counted at every step.
+the first block of a row, for what the mask leaves of a block, for the block, and for the last. So a
+mask's list of blocks says how often each runs. Copies that a step may skip are counted at every
+step.
 """
 
 import collections
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from tests.kernels.sparse_attention import programs
 HEADS, LENGTH, DIM = 32, 16384, 128
 # Decoding has Llama-3-8B's heads.
 KV_HEADS, GROUP, CAPACITY, BATCH = 8, 4, 16384, 8
+_MODULE = "tests.kernels.sparse_attention.programs"
+# Operands whose gradient needs a kernel.
+GRADIENTS = {"forward": "", "dq": "q", "dkv": "kv"}
 # A block's products have more slots of the matrix unit than this; nothing else has.
 PRODUCTS = 64
 
@@ -31,7 +36,14 @@ def blocks(schedule: Schedule) -> list[Bundles]:
     return [region for region in schedule.regions if region.used.get("MXU", 0) > PRODUCTS]
 
 
-def total(schedule: Schedule, steps: int, rows: int, computed: list[int]) -> float:
+def total(
+    schedule: Schedule,
+    steps: int,
+    rows: int,
+    computed: list[int],
+    limited: Sequence[int] = (),
+    trips: int = 1,
+) -> float:
     """Scheduled cycles of all steps.
 
     Args:
@@ -39,45 +51,66 @@ def total(schedule: Schedule, steps: int, rows: int, computed: list[int]) -> flo
       steps: of the grid.
       rows: how often a result begins and ends.
       computed: how often each region that computes a block runs.
+      limited: how often each region runs that writes what is masked.
+      trips: of the loop over a block's tiles that each of these regions is, if more than one.
 
     Returns:
       Their number; NaN where the schedule has other regions than the source.
     """
-    inner = blocks(schedule)
-    places = [schedule.regions.index(region) for region in inner]
-    ends = [place for place in (places[0] - 1, places[-1] + 1) if place < len(schedule.regions)]
-    if len(inner) != len(computed) or len(ends) != 2 or ends[0] < 0:
+    places = [schedule.regions.index(region) for region in blocks(schedule)]
+    first, last = places[0] - len(limited), places[-1]
+    if len(places) != len(computed) or first < 1 or last + 1 == len(schedule.regions):
         return float("nan")
-    edges = [schedule.regions[place] for place in ends]
-    always = schedule.step().bundles - sum(region.bundles for region in (*inner, *edges))
+    inner = schedule.regions[first : places[0]] + blocks(schedule)
+    loops = schedule.inner() if trips > 1 else []
+    if trips > 1 and len(loops) != len(inner):
+        return float("nan")
+    edges = [schedule.regions[first - 1], schedule.regions[last + 1]]
     once = sum(region.bundles for region in edges)
-    each = zip(inner, computed, strict=True)
-    return always * steps + once * rows + sum(part.bundles * count for part, count in each)
+    within = sum(region.bundles for region in inner) - sum(loop.bundles for loop in loops)
+    always = schedule.step().bundles - within - once
+    cycles = always * steps + once * rows
+    for place, count in enumerate((*limited, *computed)):
+        again = loops[place].bundles * (trips - 1) if loops else 0
+        cycles += (inner[place].bundles + again) * count
+    return cycles
 
 
-def sizes(mask: str) -> tuple[int, int]:
-    """The blocks that the kernel chooses."""
+def _config(mask: str) -> tpu_walk.Config:
+    """The blocks that the kernel chooses, and all else that it knows."""
     x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, DIM), jnp.bfloat16)
-    return tpu.fitting_blocks(x, x, programs.MASKS[mask])[0]
+    block_q, block_k = tpu.fitting_blocks(x, x, programs.MASKS[mask])[0]
+    sizes = {"queries": LENGTH, "keys": LENGTH, "block_q": block_q, "block_k": block_k}
+    return tpu_walk.Config(
+        programs.MASKS[mask], HEADS, HEADS, **sizes, scale=1.0, soft_cap=None, ramp=1.0,
+        interpret=False,
+    )  # fmt: skip
 
 
-def _own(schedule: Schedule, chip: chips.Chip, mask: str) -> float:
+def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
     del chip
-    of = listed.schedule(programs.MASKS[mask], HEADS, LENGTH, LENGTH, *sizes(mask))
-    counts = collections.Counter(of.rows.code.reshape(-1).tolist())
-    skipped = counts.pop(listed.SKIP, 0)
-    block_q, block_k = sizes(mask)
-    turns = HEADS // tpu_walk.together(HEADS, HEADS, of.rows.lists, block_q * block_k)
-    computed = [counts[code] * turns for code in sorted(counts)]
-    return total(schedule, sum(computed) + skipped * turns, of.row_blocks * turns, computed)
+    config = _config(mask)
+    rows, together = config.blocks.rows, config.together if kernel == "forward" else 1
+    steps = config.blocks.columns(config.group) if kernel == "dkv" else rows
+    walk = tpu_walk.Walk(config, steps, kernel != "dkv", together)
+    turns = HEADS // together
+    counts = collections.Counter(steps.code.reshape(-1).tolist())
+    limited = [counts[code] * turns for code in sorted(counts) if code > listed.FULL]
+    computed = [counts[listed.FULL] * turns] if counts[listed.FULL] else []
+    computed += [sum(limited)] if limited else []
+    results = config.blocks.column_blocks if kernel == "dkv" else config.blocks.row_blocks
+    trips = walk.sizes[walk.by_rows] // walk.tile[1]
+    return total(schedule, steps.count * turns, results * turns, computed, limited, trips)
 
 
-def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int) -> float:
-    """Its grid has as many steps a row as the fullest one has blocks."""
+def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: str) -> float:
+    """Its grid has as many steps a result as the fullest one has blocks."""
     del chip
     of = listed.schedule(programs.MASKS[mask], HEADS, LENGTH, LENGTH, size, size)
-    steps = max(collections.Counter(of.rows.major[0].tolist()).values()) * of.row_blocks
-    return total(schedule, steps * HEADS, of.row_blocks * HEADS, [of.rows.count * HEADS])
+    steps = of.columns(1) if kernel == "dkv" else of.rows
+    results = of.column_blocks if kernel == "dkv" else of.row_blocks
+    fullest = max(collections.Counter(steps.major[0].tolist()).values())
+    return total(schedule, fullest * results * HEADS, results * HEADS, [steps.count * HEADS])
 
 
 def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -> float:
@@ -94,32 +127,42 @@ def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -
     return each * (CAPACITY // block) * BATCH
 
 
+def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case:
+    return Case(
+        name,
+        f"sparse_attention_{kernel}",
+        f"{_MODULE}:attend",
+        shapes | {"mask": mask, "gradient": GRADIENTS[kernel]},
+        functools.partial(_own, mask=mask, kernel=kernel),
+        against=against,
+        inner=blocks,
+    )
+
+
 def cases() -> list[Case]:
     """Masks of all blocks, of a tenth, and the two that splash attention has too."""
-    module = "tests.kernels.sparse_attention.programs"
     shapes = {"queries": LENGTH, "heads": HEADS, "kv_heads": HEADS, "dim": DIM}
     out = []
-    for mask, against in (("full", ""), ("tenth", "full"), ("causal", ""), ("window", "")):
-        name = f"attention {mask} {LENGTH}"
-        basis = f"attention {against} {LENGTH}" if against else ""
-        if mask in ("causal", "window"):
-            basis = f"splash {mask} {LENGTH}"
-            options = shapes | {"mask": mask, "size": programs.BLOCK}
-            count = functools.partial(_splash, mask=mask, size=programs.BLOCK)
-            out.append(Case(basis, "splash_mha", f"{module}:splash", options, count, inner=blocks))
-        count = functools.partial(_own, mask=mask)
-        options = shapes | {"mask": mask}
-        kernel = "sparse_attention_forward"
-        out.append(
-            Case(name, kernel, f"{module}:attend", options, count, against=basis, inner=blocks)
-        )
+    for mask in ("full", "tenth"):
+        basis = f"attention full {LENGTH}" if mask == "tenth" else ""
+        out.append(_case(mask, "forward", f"attention {mask} {LENGTH}", basis, shapes))
+    # Gradients last: their programs have forward kernels, too.
+    for kernel in ("forward", "dq", "dkv"):
+        for mask in ("causal", "window"):
+            of = mask if kernel == "forward" else f"{mask} {kernel}"
+            basis = f"splash {of} {LENGTH}"
+            options = shapes | {"mask": mask, "size": programs.BLOCK, "gradient": GRADIENTS[kernel]}
+            count = functools.partial(_splash, mask=mask, size=programs.BLOCK, kernel=kernel)
+            name = {"forward": "splash_mha_fwd"}.get(kernel, f"splash_mha_{kernel}")
+            out.append(Case(basis, name, f"{_MODULE}:splash", options, count, inner=blocks))
+            out.append(_case(mask, kernel, f"attention {of} {LENGTH}", basis, shapes))
     for cache, width in (("bfloat16", 2), ("int8", 1)):
         block = decode.block_size(CAPACITY, KV_HEADS * DIM * width)
         out.append(
             Case(
                 f"decode {cache} cache of {BATCH}x{CAPACITY}",
                 "sparse_attention_decode",
-                f"{module}:decode",
+                f"{_MODULE}:decode",
                 {"capacity": CAPACITY, "batch": BATCH, "cache": cache if width == 1 else None},
                 functools.partial(_decode, block=block, quantized=width == 1),
                 BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + (4 if width == 1 else 0)),

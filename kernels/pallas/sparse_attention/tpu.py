@@ -12,10 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
-from jaxcomp.kernels.sparse_attention.tpu_kernels import forward_kernel, key_kernel, query_kernel
+from jaxcomp.kernels.sparse_attention.tpu_kernels import (
+    forward_kernel,
+    key_kernel,
+    query_kernel,
+    sums,
+)
 from jaxcomp.kernels.sparse_attention.tpu_walk import (
     LANES,
     LOG2_E,
@@ -125,6 +131,7 @@ def attention(
     Args and results are those of ``reference.attention``, and ``blocks``: (queries, keys) of one;
     without ``logsumexp`` None is returned in their place, and only a gradient computes them.
     """
+    chip = chips.chip_of(q, k, v)
     config = Config(
         mask=mask,
         heads=q.shape[2],
@@ -138,6 +145,7 @@ def attention(
         ramp=float(span_ramp),
         interpret=interpret,
         logsumexp=logsumexp,
+        wide=chip is None or chip.platform != "tpu" or chip.mxu > LANES,
     )
     extras = {
         "segments": None if segment_ids is None else jnp.where(segment_ids < 0, -1, segment_ids),
@@ -257,6 +265,7 @@ def _statistics(walk: Walk, statistics) -> dict[str, tuple[jax.Array, Part]]:
 def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     walk = Walk(config, config.blocks.rows, by_rows=True, together=config.together)
     batch, size, dim, out_dim = q.shape[0], config.block_q, q.shape[-1], v.shape[-1]
+    rows, columns = walk.tile
     like = jax.ShapeDtypeStruct((*q.shape[:3], out_dim), q.dtype)
     lse_shape = (batch, config.heads, 1, _round_up(config.queries, size))
     outputs = {"out": (_blank(like, config.queries, q.dtype, size), walk.rows_of(0, out_dim))}
@@ -270,10 +279,14 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
         _inputs(walk, q, k, v, extras),
         outputs,
         {
-            "scaled": ((size, dim), q.dtype),
-            "top": ((size, LANES), jnp.float32),
-            "total": ((size, LANES), jnp.float32),
-            "sum": ((size, out_dim), jnp.float32),
+            "scaled": ((rows, dim), q.dtype),
+            "top": ((rows, LANES), jnp.float32),
+            "total": ((rows, LANES), jnp.float32),
+            "sum": ((rows, out_dim), jnp.float32),
+            "products": ((rows, columns), jnp.float32),
+            "fade": ((rows, LANES), jnp.float32),
+            "weights": ((rows, columns), q.dtype),
+            "sums": ((sums(columns), rows, out_dim), jnp.float32),
         },
         "sparse_attention_forward",
     )
@@ -285,31 +298,36 @@ def _query_gradients(config: Config, q, k, v, extras, statistics):
     walk = Walk(config, config.blocks.rows, by_rows=True)
     batch, size, dim = q.shape[0], config.block_q, q.shape[-1]
     outputs = {"dq": (_blank(q, config.queries, q.dtype, size), walk.rows_of(0, dim))}
+    rows, columns = walk.tile
     scratch = {
-        "scaled": ((size, dim), q.dtype),
-        "lse_column": ((size, LANES), jnp.float32),
-        "delta_column": ((size, LANES), jnp.float32),
-        "sum": ((size, dim), jnp.float32),
+        "scaled": ((rows, dim), q.dtype),
+        "lse_column": ((rows, LANES), jnp.float32),
+        "delta_column": ((rows, LANES), jnp.float32),
+        "sum": ((rows, dim), jnp.float32),
+        "products": ((rows, columns), jnp.float32),
+        "d_shares": ((rows, columns), jnp.float32),
+        "d_scores": ((rows, columns), q.dtype),
+        "sums": ((sums(columns), rows, dim), jnp.float32),
     }
     if "span" in extras:
-        shape = (batch, config.heads, config.blocks.row_blocks, 1, LANES)
+        block = (walk.parts, 1, LANES)
+        shape = (batch, config.heads, config.blocks.row_blocks, *block)
+        spec = walk.spec((None, None, None, *block), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0, 0))
         outputs["d_span"] = (
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            Part(
-                walk.spec((None, None, None, 1, LANES), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0))
-            ),
+            Part(spec, lambda ref, tile: ref.at[tile.part]),
         )
-        scratch["span_sum"] = ((size, LANES), jnp.float32)
+        scratch["span_sum"] = ((rows, LANES), jnp.float32)
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
     dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, scratch, "sparse_attention_dq")
     dq = _restored(dq, config.queries, config.heads, dim)
-    return dq, d_span[0].sum((0, 2, 3, 4)) if d_span else None
+    return dq, d_span[0].sum((0, 2, 3, 4, 5)) if d_span else None
 
 
 def _key_gradients(config: Config, q, k, v, extras, statistics):
     walk = Walk(config, config.blocks.columns(config.group), by_rows=False)
     batch, size = q.shape[0], config.block_k
-    dims = (k.shape[-1], v.shape[-1])
+    dims, (rows, columns) = (k.shape[-1], v.shape[-1]), walk.tile
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
     dk, dv = run(
         key_kernel,
@@ -321,9 +339,15 @@ def _key_gradients(config: Config, q, k, v, extras, statistics):
             "dv": (_blank(v, config.keys, q.dtype, size), walk.rows_of(1, dims[1])),
         },
         {
-            "scaled": ((size, dims[0]), q.dtype),
-            "k_sum": ((size, dims[0]), jnp.float32),
-            "v_sum": ((size, dims[1]), jnp.float32),
+            "scaled": ((rows, dims[0]), q.dtype),
+            "k_sum": ((rows, dims[0]), jnp.float32),
+            "v_sum": ((rows, dims[1]), jnp.float32),
+            "products": ((rows, columns), jnp.float32),
+            "d_shares": ((rows, columns), jnp.float32),
+            "weights": ((rows, columns), q.dtype),
+            "d_scores": ((rows, columns), q.dtype),
+            "k_sums": ((sums(columns), rows, dims[0]), jnp.float32),
+            "v_sums": ((sums(columns), rows, dims[1]), jnp.float32),
         },
         "sparse_attention_dkv",
     )

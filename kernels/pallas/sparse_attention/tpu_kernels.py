@@ -1,4 +1,4 @@
-"""What the kernels for TPUs compute: one block at a time, and what begins and ends a result.
+"""What the kernels for TPUs compute: one tile at a time, and what begins and ends a result.
 
 Scores are kept in units of log 2, so that the exponential is the one that the hardware has, and the
 factor for it is multiplied into the side that stays in memory, once.
@@ -12,11 +12,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
+from jaxcomp.kernels.sparse_attention.schedule import TABLE
+from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Kernel
 
 # A score that is masked is far below the first maximum: its weight is zero even in a row that has
 # seen no other score.
 LOWEST, MASKED = -1e30, -2e38
+# Rows of a tile of registers, in the narrowest dtype that is kept in memory.
+TOUCHED = 16
 
 
 # -- arithmetic of one block -----------------------------------------------------------------------
@@ -31,47 +34,77 @@ def dot(a, b, *, transposed: bool):
     )
 
 
-def _positions(config, refs, by_rows: bool):
-    """Positions of queries and of keys, a column and a row that broadcast to the block."""
-    q_shape, k_shape = ((config.block_q, 1), (1, config.block_k))
-    if not by_rows:
-        q_shape, k_shape = q_shape[::-1], k_shape[::-1]
-    q = refs.q_start + jax.lax.broadcasted_iota(jnp.int32, q_shape, 0 if by_rows else 1)
-    k = refs.k_start + jax.lax.broadcasted_iota(jnp.int32, k_shape, 1 if by_rows else 0)
-    return q, k
+def _positions(refs, shape: tuple[int, int], by_rows: bool):
+    """Positions of queries and of keys, a column and a row that broadcast to the tile."""
+    column, row = (shape[0], 1), (1, shape[1])
+    starts = (refs.q_start, refs.k_start) if by_rows else (refs.k_start, refs.q_start)
+    down = starts[0] + jax.lax.broadcasted_iota(jnp.int32, column, 0)
+    along = starts[1] + jax.lax.broadcasted_iota(jnp.int32, row, 1)
+    return (down, along) if by_rows else (along, down)
 
 
-def _scores(config, refs, products, rule, by_rows):
-    """Masked scores over log 2 and what the gradient needs of them: tanh, and the span's distance.
+def _limits(refs, by_rows):
+    """What writes the highest score of each query and key: infinity, or that of masked ones.
+
+    Args:
+      refs: of the kernel.
+      by_rows: whether queries lie along rows.
+
+    Returns:
+      Of a rule, allowed(q, k), TABLE for the step's bitmap, or None for a full block.
+    """
+
+    def limit(rule):
+        allowed = None
+        if rule == TABLE:
+            allowed = refs.bitmap[...] != 0
+        elif rule is not None:
+            allowed = rule(*_positions(refs, refs.limits.shape, by_rows))
+        if refs.segments is not None:
+            same = refs.segments[...] == refs.kv_segments[...]
+            allowed = same if allowed is None else allowed & same
+        shape = refs.limits.shape
+        highest = jnp.full(shape, jnp.inf, jnp.float32)
+        if refs.bitmap is not None or refs.segments is not None:
+            # To choose between constants, or what is equal along an axis, the compiler wants the
+            # mask in a layout that it cannot make of these.
+            down, along = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+            highest = (down + along).astype(jnp.float32) + jnp.inf
+        refs.limits[...] = jnp.where(allowed, highest, MASKED)
+
+    return limit
+
+
+def _scores(config, refs, masked):
+    """Masked scores over log 2, of ``refs.products``: queries times keys times ``config.factor``.
 
     Args:
       config: of the kernel.
       refs: of the kernel.
-      products: queries times keys, with ``config.factor`` in them.
-      rule: allowed(q, k), or None for a full block.
-      by_rows: whether queries lie along rows.
+      masked: whether by ``refs.limits``.
     """
-    tanh = distance = None
+    scores = refs.products[...]
+    if not (masked or config.soft_cap or refs.k_scale is not None):
+        return scores
     if refs.k_scale is not None:
-        products = products * refs.k_scale[...]
+        scores *= refs.k_scale[...]
     if config.soft_cap:
-        tanh = jnp.tanh(products)
-        products = tanh * (config.soft_cap * LOG2_E)
-    if rule is not None or refs.span is not None:
-        q, k = _positions(config, refs, by_rows)
-    allowed = None if rule is None else rule(q, k)
-    if refs.segments is not None:
-        same = refs.segments[...] == refs.kv_segments[...]
-        allowed = same if allowed is None else allowed & same
-    if allowed is not None:
-        products = jnp.where(allowed, products, MASKED)
-    if refs.span is not None:
-        distance = jnp.abs(q - k).astype(jnp.float32)
-    return products, tanh, distance
+        scores = jnp.tanh(scores) * (config.soft_cap * LOG2_E)
+    kept = refs.products if refs.scores is None else refs.scores
+    kept[...] = jnp.minimum(scores, refs.limits[...]) if masked else scores
+    return kept[...]
 
 
-def _span_weights(config, refs, distance):
+def _slope(config, scores):
+    """The cap's derivative, of scores that it has been applied to; 0 of masked ones."""
+    tanh = jnp.maximum(scores * (1 / (config.soft_cap * LOG2_E)), -1)
+    return 1 - tanh * tanh
+
+
+def _span_weights(config, refs, shape, by_rows):
     """m(distance), and its derivative to z."""
+    q, k = _positions(refs, shape, by_rows)
+    distance = jnp.abs(q - k).astype(jnp.float32)
     soft = (config.ramp + refs.z - distance) * (1 / config.ramp)
     inside = (soft > 0) & (soft < 1)
     return jnp.clip(soft, 0, 1), jnp.where(inside, 1 / config.ramp, 0.0)
@@ -97,7 +130,34 @@ def _operand(ref, like):
     return ref[...].astype(like.dtype)
 
 
-# -- kernels: what a head does first, a block's products, what is added from them, and last --------
+def _touch(*refs) -> None:
+    """Stores to memory that a tile's values pass through, in code that runs once a result.
+
+    There are more values than registers. A compiler that sees all stores and loads of a memory in
+    one block of code drops them, and then spills what it has no register for. What another block
+    may have stored is kept, and read again where there was no register.
+    """
+    for ref in (ref for ref in refs if ref is not None):
+        place = (0,) * (len(ref.shape) - 2)
+        ref[*place, :TOUCHED] = jnp.zeros((TOUCHED, ref.shape[-1]), ref.dtype)
+
+
+def sums(length: int) -> int:
+    """Partial sums of a product over this many: each has memory of its own (``_product``)."""
+    return 2 if length % (2 * LANES) == 0 else 1
+
+
+def _product(sums, a, b, like):
+    """Product a b of two references, whose partial sums wait for each other in memory."""
+    count = sums.shape[0]
+    length = a.shape[1] // count
+    for part in range(count):
+        place = slice(part * length, (part + 1) * length)
+        sums[part] = dot(a[:, place], _operand(b.at[place], like), transposed=False)
+    return functools.reduce(jnp.add, [sums[part] for part in range(count)])
+
+
+# -- kernels: what a tile does first, its products, what is added from them, and last --------------
 
 
 def forward_kernel(config, refs, by_rows):
@@ -108,25 +168,27 @@ def forward_kernel(config, refs, by_rows):
         refs.top[...] = jnp.full_like(refs.top, LOWEST)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
+        _touch(refs.scores, refs.products, refs.weights, refs.fade, refs.sums)
 
     def products():
-        return dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+        refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
 
-    def add(rule, products):
-        scores, _, distance = _scores(config, refs, products, rule, by_rows)
+    def add(masked):
+        scores = _scores(config, refs, masked)
         before = refs.top[...]
         top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp2(scores - lanes(top, config.block_k))
-        if distance is not None:
-            weights *= _span_weights(config, refs, distance)[0]
-        fade = jnp.exp2(before - top)
+        weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+        if refs.span is not None:
+            weights *= _span_weights(config, refs, scores.shape, by_rows)[0]
+        refs.fade[...] = jnp.exp2(before - top)
         refs.top[...] = top
         # Lane by lane: the lanes are added up once, at the end.
-        refs.total[...] = fade * refs.total[...] + folded(weights)
+        refs.total[...] = refs.fade[...] * refs.total[...] + folded(weights)
         if refs.v_scale is not None:
             weights *= refs.v_scale[...]
-        added = dot(weights.astype(refs.q.dtype), _operand(refs.v, refs.q), transposed=False)
-        refs.sum[...] = lanes(fade, added.shape[1]) * refs.sum[...] + added
+        refs.weights[...] = weights.astype(refs.q.dtype)
+        added = _product(refs.sums, refs.weights, refs.v, refs.q)
+        refs.sum[...] = lanes(refs.fade[...], added.shape[1]) * refs.sum[...] + added
 
     def finish():
         total = jnp.broadcast_to(refs.total[...].sum(axis=1, keepdims=True), refs.total.shape)
@@ -139,7 +201,7 @@ def forward_kernel(config, refs, by_rows):
         lse = jnp.where(some, refs.top[...] * (1 / LOG2_E) + jnp.log(safe), -jnp.inf)
         refs.lse[...] = lse.T[:1]
 
-    return start, products, add, finish
+    return Kernel(start, _limits(refs, by_rows), products, add, finish)
 
 
 def query_kernel(config, refs, by_rows):
@@ -152,34 +214,36 @@ def query_kernel(config, refs, by_rows):
         refs.sum[...] = jnp.zeros_like(refs.sum)
         if refs.span is not None:
             refs.span_sum[...] = jnp.zeros_like(refs.span_sum)
+        _touch(refs.scores, refs.products, refs.d_shares, refs.d_scores, refs.sums)
 
     def products():
-        return dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+        refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+        refs.d_shares[...] = dot(refs.d_out[...], _operand(refs.v, refs.q), transposed=True)
 
-    def add(rule, products):
-        k, v = _operand(refs.k, refs.q), _operand(refs.v, refs.q)
-        scores, tanh, distance = _scores(config, refs, products, rule, by_rows)
-        shares = jnp.exp2(scores - lanes(refs.lse_column[...], config.block_k))
-        d_shares = dot(refs.d_out[...], v, transposed=True)
+    def add(masked):
+        scores = _scores(config, refs, masked)
+        shares = jnp.exp2(scores - lanes(refs.lse_column[...], scores.shape[1]))
+        d_shares = refs.d_shares[...]
         if refs.v_scale is not None:
             d_shares *= refs.v_scale[...]
-        d_scores = shares * (d_shares - lanes(refs.delta_column[...], config.block_k))
-        if distance is not None:
-            weights, slopes = _span_weights(config, refs, distance)
+        d_scores = shares * (d_shares - lanes(refs.delta_column[...], scores.shape[1]))
+        if refs.span is not None:
+            weights, slopes = _span_weights(config, refs, scores.shape, by_rows)
             refs.span_sum[...] += folded(d_scores * slopes)
             d_scores *= weights
-        if tanh is not None:
-            d_scores *= 1 - tanh * tanh
+        if config.soft_cap:
+            d_scores *= _slope(config, scores)
         if refs.k_scale is not None:
             d_scores *= refs.k_scale[...]
-        refs.sum[...] += dot(d_scores.astype(refs.q.dtype), k, transposed=False)
+        refs.d_scores[...] = d_scores.astype(refs.q.dtype)
+        refs.sum[...] += _product(refs.sums, refs.d_scores, refs.k, refs.q)
 
     def finish():
         refs.dq[...] = (refs.sum[...] * config.scale).astype(refs.dq.dtype)
         if refs.span is not None:
             refs.d_span[...] = refs.span_sum[...].sum(axis=0, keepdims=True)
 
-    return start, products, add, finish
+    return Kernel(start, _limits(refs, by_rows), products, add, finish)
 
 
 def key_kernel(config, refs, by_rows):
@@ -190,26 +254,36 @@ def key_kernel(config, refs, by_rows):
         refs.scaled[...] = (k * config.factor).astype(refs.scaled.dtype)
         refs.k_sum[...] = jnp.zeros_like(refs.k_sum)
         refs.v_sum[...] = jnp.zeros_like(refs.v_sum)
+        _touch(
+            refs.scores,
+            refs.products,
+            refs.d_shares,
+            refs.weights,
+            refs.d_scores,
+            refs.k_sums,
+            refs.v_sums,
+        )
 
     def products():
-        return dot(refs.scaled[...], refs.q[...], transposed=True)
+        refs.products[...] = dot(refs.scaled[...], refs.q[...], transposed=True)
+        refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
 
-    def add(rule, products):
-        q, d_out = refs.q[...], refs.d_out[...]
-        scores, tanh, distance = _scores(config, refs, products, rule, by_rows)
+    def add(masked):
+        scores = _scores(config, refs, masked)
         shares = jnp.exp2(scores - refs.lse[...])
         weights = shares
-        if distance is not None:
-            weights = shares * _span_weights(config, refs, distance)[0]
-        refs.v_sum[...] += dot(weights.astype(q.dtype), d_out, transposed=False)
-        d_shares = dot(refs.v[...].astype(q.dtype), d_out, transposed=True)
-        d_scores = weights * (d_shares - refs.delta[...])
-        if tanh is not None:
-            d_scores *= 1 - tanh * tanh
-        refs.k_sum[...] += dot(d_scores.astype(q.dtype), q, transposed=False)
+        if refs.span is not None:
+            weights = shares * _span_weights(config, refs, scores.shape, by_rows)[0]
+        refs.weights[...] = weights.astype(refs.q.dtype)
+        d_scores = weights * (refs.d_shares[...] - refs.delta[...])
+        if config.soft_cap:
+            d_scores *= _slope(config, scores)
+        refs.d_scores[...] = d_scores.astype(refs.q.dtype)
+        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
+        refs.k_sum[...] += _product(refs.k_sums, refs.d_scores, refs.q, refs.q)
 
     def finish():
         refs.dk[...] = (refs.k_sum[...] * config.scale).astype(refs.dk.dtype)
         refs.dv[...] = refs.v_sum[...].astype(refs.dv.dtype)
 
-    return start, products, add, finish
+    return Kernel(start, _limits(refs, by_rows), products, add, finish)

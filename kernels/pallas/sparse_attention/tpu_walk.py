@@ -1,34 +1,50 @@
-"""How a kernel goes over the list of blocks: what each step reads, writes and does."""
+"""How a kernel goes over the list of blocks: what each step reads, writes and does.
+
+A step computes its block in tiles: two of them beside each other, of two heads or of two halves of
+the block, and one pair after the other. One tile's products, maxima, weights and products again
+wait for each other, some 200 cycles of latency each, and one runs in the waits of the other.
+"""
 
 import dataclasses
 import functools
 import math
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
-from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, TABLE, Schedule, Steps, schedule
+from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, Schedule, Steps, schedule
 
 LANES = 128
 LOG2_E = math.log2(math.e)
 # Operands that a kernel may not have; it finds None in their place.
-OPTIONAL = ("span", "segments", "kv_segments", "k_scale", "v_scale", "bitmap", "lse")
-# The compiler's own limit of vector memory is enough for blocks up to this size.
+OPTIONAL = (
+    "span",
+    "segments",
+    "kv_segments",
+    "k_scale",
+    "v_scale",
+    "bitmap",
+    "limits",
+    "scores",
+    "lse",
+)
+# Two heads share a step of blocks up to this size.
 LARGE_BLOCK = 512 * 512
+# Positions of a tile on the side that a block is walked along. A block's scores do not fit in
+# registers, nor in the compiler's own limit of vector memory.
+TILE = 512
 VMEM_BYTES = 48 << 20
 
 
 def together(heads: int, kv_heads: int, lists: int, area: int) -> int:
     """Query heads that a step of the forward kernel computes side by side.
 
-    One block's products, maxima, weights and products again wait for each other, some 200 cycles
-    of latency each. Where two heads have the same block, those of one run in the waits of the
-    other, and they share what a step costs. Large blocks fill their own waits, and compile slowly.
+    Where two heads have the same block they share what a step costs.
 
     Args:
       heads: query heads.
@@ -57,6 +73,9 @@ class Config:
     ramp: float
     interpret: Any
     logsumexp: bool = True
+    # A matrix unit wider than lanes gives products faster than they are masked or capped: they
+    # would be spilled, and have memory of their own. Where it is not, that only costs stores.
+    wide: bool = True
 
     @property
     def group(self) -> int:
@@ -81,16 +100,31 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tile:
+    """A tile of a step.
+
+    Attributes:
+      head: its head's number within the step.
+      part: its number among those beside each other that have this head.
+      at: where its queries and where its keys are within the block.
+    """
+
+    head: int
+    part: int
+    at: tuple[pl.Slice, pl.Slice]
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
-    """Which part of an array a step reads or writes, and which of that belongs to one head.
+    """Which part of an array a step reads or writes, and which of that belongs to one tile.
 
     Attributes:
       spec: the part.
-      of_head: (reference to the part, the head's number within the step) -> reference.
+      of_tile: (reference to the part, the tile) -> reference.
     """
 
     spec: pl.BlockSpec
-    of_head: Callable[[Any, int], Any] = lambda ref, head: ref
+    of_tile: Callable[[Any, Tile], Any] = lambda ref, tile: ref
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +173,35 @@ class Walk:
             return config.heads // self.together, self.steps.count, 1
         return config.kv_heads, self.steps.count, config.group if self.steps.lists == 1 else 1
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Queries and keys of a block."""
+        return self.config.block_q, self.config.block_k
+
+    @property
+    def parts(self) -> int:
+        """Parts of the major block that are computed beside each other, of each head."""
+        major = self.sizes[0 if self.by_rows else 1]
+        return 2 if self.together == 1 and major % (2 * LANES) == 0 else 1
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Positions of a tile: of the major block, and of the minor one that is walked along."""
+        major, minor = self.sizes if self.by_rows else self.sizes[::-1]
+        lanes = minor // LANES
+        widest = max(n for n in range(1, TILE // LANES + 1) if lanes % n == 0)
+        return major // self.parts, widest * LANES if minor > TILE else minor
+
+    def tiles(self, minor: Any) -> list[Tile]:
+        """Those that are computed beside each other, from where the minor block has them."""
+        rows, columns = self.tile
+        tiles = []
+        for head in range(self.together):
+            for part in range(self.parts):
+                at = pl.ds(part * rows, rows), pl.ds(minor, columns)
+                tiles.append(Tile(head, part, at if self.by_rows else at[::-1]))
+        return tiles
+
     # Which part of an array a step needs.
 
     def spec(self, shape, index):
@@ -152,50 +215,66 @@ class Walk:
 
     def rows_of(self, side: int, dim: int) -> Part:
         """A block of positions of a step's heads, of an array from ``_by_position``."""
-        size, wide = (self.config.block_q, self.config.block_k)[side], self.wide(side)
+        size, wide = self.sizes[side], self.wide(side)
         if dim % LANES == 0:
             spec = self.spec((None, size, wide * dim), lambda i, b, h, _: (i[0], b[side], h[side]))
-            if wide == 1:
-                return Part(spec)
-            return Part(spec, lambda ref, head: ref.at[:, head * dim : (head + 1) * dim])
+
+            def columns(ref, tile):
+                head = self._head(tile, wide)
+                return ref.at[tile.at[side], head * dim : (head + 1) * dim]
+
+            return Part(spec, columns)
         shape = (None, wide, size, dim)
         spec = self.spec(shape, lambda i, b, h, _: (i[0], h[side], b[side], 0))
-        return Part(spec, self._first_axis(wide))
+        return Part(spec, lambda ref, tile: ref.at[self._head(tile, wide), tile.at[side]])
 
     def along_lanes(self, side: int, per_head: bool = True) -> Part:
         """A number a position, of an array (batch, heads or 1, 1, positions)."""
-        size = (self.config.block_q, self.config.block_k)[side]
         wide = self.wide(side) if per_head else 1
         spec = self.spec(
-            (None, wide, 1, size),
+            (None, wide, 1, self.sizes[side]),
             lambda i, b, h, _: (i[0], h[side] if per_head else 0, 0, b[side]),
         )
-        return Part(spec, self._first_axis(wide))
+        return Part(spec, lambda ref, tile: ref.at[self._head(tile, wide), :, tile.at[side]])
 
     def down_rows(self, side: int) -> Part:
         """A number a position, the same for all heads, of an array (batch, positions, 1)."""
-        size = (self.config.block_q, self.config.block_k)[side]
-        return Part(self.spec((None, size, 1), lambda i, b, h, _: (i[0], b[side], 0)))
+        spec = self.spec((None, self.sizes[side], 1), lambda i, b, h, _: (i[0], b[side], 0))
+        return Part(spec, lambda ref, tile: ref.at[tile.at[side]])
 
     def bitmap(self) -> Part:
         """The bitmap of a step."""
-        sizes = (self.config.block_q, self.config.block_k)
-        shape = (None, *(sizes if self.by_rows else sizes[::-1]))
-        return Part(self.spec(shape, lambda i, b, h, what: (what[self.at(i[1], i[2])] >> 16, 0, 0)))
+        order = slice(None, None, 1 if self.by_rows else -1)
+        shape = (None, *self.sizes[order])
+        spec = self.spec(shape, lambda i, b, h, what: (what[self.at(i[1], i[2])] >> 16, 0, 0))
+        return Part(spec, lambda ref, tile: ref.at[tile.at[order]])
 
     @staticmethod
-    def _first_axis(wide: int) -> Callable[[Any, int], Any]:
+    def _head(tile: Tile, wide: int) -> int:
         # Heads that share a key head have its part.
-        return lambda ref, head: ref.at[head if wide > 1 else 0]
+        return tile.head if wide > 1 else 0
 
 
-def _each(parts: tuple[Callable[[], None], ...]) -> None:
-    for part in parts:
-        part()
+class Kernel(NamedTuple):
+    """What is done of a tile.
+
+    Attributes:
+      start: what begins a result.
+      limit: (rule) writes what it masks.
+      products: computes those that a tile begins with.
+      add: (whether masked) adds to the result what comes of them.
+      finish: what ends a result.
+    """
+
+    start: Callable[[], None]
+    limit: Callable[[Any], None]
+    products: Callable[[], None]
+    add: Callable[[bool], None]
+    finish: Callable[[], None]
 
 
 def run(
-    kernel: Callable,
+    kernel: Callable[..., Kernel],
     walk: Walk,
     batch: int,
     inputs: dict[str, tuple[jax.Array, Part]],
@@ -203,31 +282,40 @@ def run(
     scratch: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]],
     name: str,
 ) -> tuple[jax.Array, ...]:
-    """Runs a kernel, for each head of a step: it finds its operands by name.
+    """Runs a kernel, for each tile of a step: it finds its operands by name.
 
     Args:
-      kernel: (config, operands and where the step is, by_rows) -> what to do first, the products
-        that a block begins with, what to add from them under a rule, and what to do last.
+      kernel: (config, operands and where the tile is, by_rows) -> what to do.
       walk: the steps.
       batch: its size.
       inputs: arrays, and what a step has of each.
       outputs: likewise.
-      scratch: shapes and dtypes, of each head.
+      scratch: shapes and dtypes, of each tile beside others.
       name: of the compiled kernel.
 
     Returns:
       The outputs.
     """
     config, blocks = walk.config, walk.config.blocks
-    large = walk.together * config.block_q * config.block_k > LARGE_BLOCK
     if len(blocks.bitmaps):
         bitmaps = blocks.bitmaps if walk.by_rows else blocks.bitmaps.swapaxes(1, 2)
         inputs = {**inputs, "bitmap": (jnp.asarray(bitmaps, jnp.int8), walk.bitmap())}
-    names = [*inputs, *outputs, *scratch]
     codes = sorted(set(walk.steps.code.reshape(-1).tolist()))
-
-    parts = [part.of_head for _, part in (*inputs.values(), *outputs.values())]
-    parts += [lambda ref, head: ref.at[head]] * len(scratch)
+    segmented = "segments" in inputs
+    limits = max(codes) > FULL or segmented
+    if config.wide and (limits or config.soft_cap or "k_scale" in inputs):
+        scratch = {**scratch, "scores": (walk.tile, jnp.float32)}
+    names = [*inputs, *outputs, *scratch]
+    parts = [part.of_tile for _, part in (*inputs.values(), *outputs.values())]
+    parts += [lambda ref, tile: ref.at[tile.head * walk.parts + tile.part]] * len(scratch)
+    memory = [
+        pltpu.VMEM((walk.together * walk.parts, *shape), dtype) for shape, dtype in scratch.values()
+    ]
+    if limits:
+        names.append("limits")
+        parts.append(lambda ref, tile: ref.at[tile.part, :, tile.at[walk.by_rows]])
+        memory.append(pltpu.VMEM((walk.parts, walk.tile[0], walk.sizes[walk.by_rows]), jnp.float32))
+    length, minor = walk.sizes[walk.by_rows], walk.tile[1]
 
     def body(where, what, *operands):
         ids = [pl.program_id(axis) for axis in range(4)]
@@ -237,38 +325,65 @@ def run(
             first &= ids[3] == 0
             last &= ids[3] == walk.grid[2] - 1
         q_block, k_block = walk.blocks(ids, where)
-        heads = []
-        for head in range(walk.together):
-            refs = types.SimpleNamespace(**dict.fromkeys(OPTIONAL))
-            of_head = [part(ref, head) for part, ref in zip(parts, operands, strict=True)]
-            vars(refs).update(zip(names, of_head, strict=True))
-            refs.q_start, refs.k_start = q_block * config.block_q, k_block * config.block_k
-            if refs.span is not None:
-                refs.z = refs.span[walk.heads(ids, what)[0] * walk.together + head]
-            heads.append(kernel(config, refs, walk.by_rows))
-        start, products, add, finish = zip(*heads, strict=True)
 
-        def add_all(rule):
-            # The compiler keeps this order by and large: no head's products wait for the other's.
-            ready = [first_of() for first_of in products]
-            for head, of_head in zip(add, ready, strict=True):
-                head(rule, of_head)
+        def beside(minor) -> list[Kernel]:
+            found = []
+            for tile in walk.tiles(minor):
+                refs = types.SimpleNamespace(**dict.fromkeys(OPTIONAL))
+                of_tile = [part(ref, tile) for part, ref in zip(parts, operands, strict=True)]
+                vars(refs).update(zip(names, of_tile, strict=True))
+                refs.q_start = q_block * config.block_q + tile.at[0].start
+                refs.k_start = k_block * config.block_k + tile.at[1].start
+                if refs.span is not None:
+                    refs.z = refs.span[walk.heads(ids, what)[0] * walk.together + tile.head]
+                found.append(kernel(config, refs, walk.by_rows))
+            return found
 
-        def from_bitmap(q, k):
-            del q, k
-            return operands[names.index("bitmap")][...] != 0
+        def walked(work):
+            if length == minor:
+                work(beside(0))
+            else:
 
-        pl.when(first)(functools.partial(_each, start))
+                def pair(number, _):
+                    work(beside(pl.multiple_of(number * minor, minor)))
+
+                jax.lax.fori_loop(0, length // minor, pair, None)
+
+        def limit(rule):
+            # Heads share what is masked.
+            walked(lambda tiles: [tile.limit(rule) for tile in tiles[: walk.parts]])
+
+        def add(masked):
+            def work(tiles):
+                # No tile's products wait for the other's weights.
+                for tile in tiles:
+                    tile.products()
+                for tile in tiles:
+                    tile.add(masked)
+
+            walked(work)
+
+        edges = beside(0)
+
+        @pl.when(first)
+        def _():
+            for tile in edges:
+                tile.start()
+
         code = (word >> 2) & 0x3F
-        for here in codes:
-            if here == FULL:
-                pl.when(code == here)(functools.partial(add_all, None))
-            elif here == TABLE:
-                pl.when(code == here)(functools.partial(add_all, from_bitmap))
-            elif here >= RULE:
-                allowed = blocks.rules[here - RULE].allowed
-                pl.when(code == here)(functools.partial(add_all, allowed))
-        pl.when(last)(functools.partial(_each, finish))
+        limited = [here for here in codes if here > FULL or (here == FULL and segmented)]
+        for here in limited:
+            rule = blocks.rules[here - RULE].allowed if here >= RULE else here
+            pl.when(code == here)(functools.partial(limit, None if here == FULL else rule))
+        if FULL in codes and not segmented:
+            pl.when(code == FULL)(functools.partial(add, False))
+        if limited:
+            pl.when(code >= limited[0])(functools.partial(add, True))
+
+        @pl.when(last)
+        def _():
+            for tile in edges:
+                tile.finish()
 
     return pl.pallas_call(
         body,
@@ -277,14 +392,12 @@ def run(
             grid=(batch, *walk.grid),
             in_specs=[part.spec for _, part in inputs.values()],
             out_specs=[part.spec for _, part in outputs.values()],
-            scratch_shapes=[
-                pltpu.VMEM((walk.together, *shape), dtype) for shape, dtype in scratch.values()
-            ],
+            scratch_shapes=memory,
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES if large else None,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=config.interpret,
         name=name,

@@ -43,7 +43,7 @@ def attend(
     dim=128,
     dtype="bfloat16",
     cache=None,
-    gradient=False,
+    gradient="",
     segments=False,
     span=False,
     soft_cap=None,
@@ -53,7 +53,7 @@ def attend(
 ):
     """Attention, or its gradients, as a function and the shapes of its arguments.
 
-    ``specs`` are those of q and of k and v, as lists.
+    ``specs`` are those of q and of k and v, as lists; ``gradient`` True, or of which operands.
     """
     del chip
     q_spec, kv_spec = (_spec(s) for s in specs or ((), ()))
@@ -83,7 +83,9 @@ def attend(
     names = list(operands)
     if not gradient:
         return (lambda *xs: run(**dict(zip(names, xs, strict=True)))), list(operands.values())
-    wanted = [i for i, n in enumerate(names) if n in ("q", "span") or (not cache and n in "kv")]
+    if gradient is True:
+        gradient = ["q", "span"] if cache else ["q", "k", "v", "span"]
+    wanted = [i for i, n in enumerate(names) if n in gradient]
 
     def loss(*xs):
         return run(**dict(zip(names, xs, strict=True))).astype(jnp.float32).sum()
@@ -141,8 +143,10 @@ def decode(
     return (lambda *xs: run(**dict(zip(arguments, xs, strict=True)))), list(arguments.values())
 
 
-def splash(mesh, mask, queries, heads, kv_heads, dim, size, chip=None, dtype="bfloat16"):
-    """jax's own kernel for causal masks and windows, in blocks of this size."""
+def splash(
+    mesh, mask, queries, heads, kv_heads, dim, size, gradient="", chip=None, dtype="bfloat16"
+):
+    """jax's own kernel for causal masks and windows, in blocks of this size, or its gradients."""
     del chip, kv_heads
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shape = queries, queries
@@ -150,12 +154,17 @@ def splash(mesh, mask, queries, heads, kv_heads, dim, size, chip=None, dtype="bf
         "causal": splash_attention.CausalMask(shape),
         "window": splash_attention.LocalMask(shape, (1023, 0), 0),
     }[mask]
+    sides = ("q", "kv", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = {f"block_{side}": size for side in sides[: None if gradient else 2]}
     run = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([one] * heads),
-        block_sizes=splash_attention.BlockSizes(block_q=size, block_kv=size),
+        block_sizes=splash_attention.BlockSizes(**sizes),
     )
     x = jax.ShapeDtypeStruct((heads, queries, dim), jnp.dtype(dtype), sharding=place)
-    return run, [x, x, x]
+    if not gradient:
+        return run, [x, x, x]
+    wanted = ["qkv".index(name) for name in gradient]
+    return jax.grad(lambda *xs: run(*xs).astype(jnp.float32).sum(), argnums=wanted), [x, x, x]
 
 
 def _spec(axes):

@@ -213,11 +213,20 @@ class TestInterpretedTpu(TestReference):
 
     # Rules with bitmaps, a list for each head, and every rule that is evaluated in the kernel.
     masks = ("bigbird", "per head", "strided", "fixed")
+    blocks = {}  # noqa: RUF012 - other sizes of blocks
     # That is of the reference itself; here gradients are compared with the reference's.
     test_the_spans_gradient_is_its_definition = None
 
     def run(self, q, k, v, mask, **options):
-        return attention(q, k, v, mask, return_logsumexp=True, **options, **INTERPRETED)
+        options |= INTERPRETED | self.blocks
+        return attention(q, k, v, mask, return_logsumexp=True, **options)
+
+    def test_blocks_of_several_tiles(self):
+        """Two halves of a block beside each other, and a loop along its other side."""
+        self.blocks = {"block_q": 1024, "block_k": 1024}
+        sizes = {"queries": 1000, "keys": 700, "heads": 1, "kv_heads": 1}
+        check(self.run, *cases.operands(10, **sizes), causal(300))
+        self.gradients(causal(300), soft_cap=3.0, **sizes)
 
     @pytest.fixture(autouse=True)
     def no_races(self):
