@@ -233,18 +233,22 @@ def test_compiles_at_the_shapes_of_llama(chip):
 def test_compiles(chip, tmp_path):
     quantized = "float8_e4m3fn" if chip == "7x" else "int8"
     requests = [
-        {"m": 16, "n": 4096, "k": 4096, "zeros": True},
         {"m": 16, "n": 512, "k": 512, "format": "int2"},
         {"m": 16, "n": 512, "k": 512, "format": "fp8", "group_size": 512},
         {"m": 16, "n": 512, "k": 512, "format": "codebook", "group_size": 64},
         {"m": 16, "n": 512, "k": 512, "group_size": 32, "activation_dtype": quantized},
         {"m": 8, "n": 512, "k": 512, "x_dtype": "float32", "format": "int8"},
+    ]
+    with_loops = [
+        {"m": 16, "n": 4096, "k": 4096, "zeros": True},
         {"m": 512, "n": 512, "k": 512, "format": "int2", "group_size": 64},
     ]
-    looked_at = chip == "v5e"
-    check_compiled(chip, requests, tmp_path if looked_at else None)
+    if chip != "v5e":  # Schedules take as long to write as these to compile.
+        return check_compiled(chip, requests + with_loops)
+    check_compiled(chip, requests)
+    check_compiled(chip, with_loops, tmp_path)
     found = schedules.schedules(tmp_path, "quantized_matmul")
-    assert len(found) == len(requests) * looked_at
+    assert len(found) == len(with_loops) and all(s.loops for s in found)
     spills = [(s.name, loop.spills) for s in found for loop in s.loops if loop.spills]
     assert not spills, spills
 

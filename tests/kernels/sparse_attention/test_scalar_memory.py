@@ -73,7 +73,7 @@ def test_a_list_that_cannot_fit_is_a_reason_and_not_an_abort():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
-@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+@pytest.mark.parametrize("chip", ["v5e", "7x"])  # the least scalar, and the least vector memory
 def test_the_longest_lists_and_the_largest_blocks_compile(chip):
     # 507 blocks of causal rows are 1,030,224 bytes, 508 too many.
     for count, fits in ((507, True), (508, False)):
