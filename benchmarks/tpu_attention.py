@@ -128,9 +128,11 @@ def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -
 
 
 def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case:
+    # Differentiation puts words before the names of its kernels.
+    before = "" if kernel == "forward" else "*"
     return Case(
         name,
-        f"sparse_attention_{kernel}",
+        f"{before}sparse_attention_{kernel}",
         f"{_MODULE}:attend",
         shapes | {"mask": mask, "gradient": GRADIENTS[kernel]},
         functools.partial(_own, mask=mask, kernel=kernel),
