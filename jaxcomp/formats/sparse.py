@@ -285,7 +285,7 @@ def _nm_chosen(mask: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _counting(m: int) -> Any:
-    """An integer dtype for positions in a block: one for each weight is held, beside the weights."""
+    """An integer dtype for positions in a block: as many are held as there are weights."""
     return jnp.int8 if m < 128 else jnp.int32
 
 
