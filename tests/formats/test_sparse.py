@@ -30,7 +30,11 @@ def nm_mask(w, n, m):
     return (order < n).reshape(w.shape)
 
 
-@pytest.mark.parametrize("n, m, bits", [(1, 4, 2), (2, 4, 2), (4, 8, 3), (2, 5, 3), (1, 2, 1)])
+@pytest.mark.parametrize(
+    "n, m, bits",
+    # Of more than 8 positions are summed; from 128 on they do not fit into a signed byte.
+    [(1, 4, 2), (2, 4, 2), (4, 8, 3), (2, 5, 3), (1, 2, 1), (3, 9, 4), (5, 127, 7), (5, 128, 7)],
+)
 def test_n_of_m_is_exact_and_its_bits_are_those_by_hand(n, m, bits, rng):
     w = rng.standard_normal((2, 3, 8 * m)).astype(np.float32)
     mask = nm_mask(w, n, m)

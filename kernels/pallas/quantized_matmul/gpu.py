@@ -234,7 +234,7 @@ def _stage_bytes(tiles: "Tiles", x: jax.Array, weight: Weight) -> int:
     if weight.zeros is not None:
         scale_bytes += tiles.rows * groups * 64 * weight.zeros.dtype.itemsize
         if x.dtype != jnp.bfloat16:  # sums of x over groups
-            scale_bytes += groups * max(tiles.tokens, 32) * 4
+            scale_bytes += groups * max(tiles.tokens, gpu_kernel.COPIED) * 4
     return tiles.slices * (code_bytes + x_bytes + scale_bytes)
 
 

@@ -26,7 +26,7 @@ ROWS = 64  # outputs of a warpgroup: rows of the matrix unit's instruction
 NARROW = 64  # the widest tile of tokens whose sums are scaled instead of the weights
 _COPY_REGISTERS = 40
 _STORED_TOKENS = 64  # tokens that leave a warpgroup at a time
-_COPIED = 32  # f32 numbers of the smallest copy to shared memory
+COPIED = 32  # f32 numbers of the smallest copy to shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def product(
         row_sums = x.astype(jnp.float32).reshape(m, -1, problem.span).sum(axis=2).T
         row_sums = jnp.pad(row_sums, ((0, 0), (0, m_blocks * tiles.tokens - m)))
         row_sums = row_sums.reshape(-1, m_blocks, tiles.tokens)
-        row_sums = jnp.pad(row_sums, ((0, 0), (0, 0), (0, max(0, _COPIED - tiles.tokens))))
+        row_sums = jnp.pad(row_sums, ((0, 0), (0, 0), (0, max(0, COPIED - tiles.tokens))))
     if row_scales is not None:
         row_scales = jnp.pad(row_scales, (0, m_blocks * tiles.tokens - m))
         row_scales = row_scales.reshape(m_blocks, tiles.tokens)
