@@ -12,9 +12,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import gc
+
 import jax
 import numpy as np
 import pytest
+
+# Tracing makes millions of small objects and few cycles: with Python's thresholds one second in
+# fifteen went into looking for them.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
