@@ -193,8 +193,13 @@ _ring.defvjp(_forward, _backward)
 
 
 def _pair(local, plan, step, q, trained, rest, fixed):
-    """A step's outputs and log-sum-exps in float32."""
-    which = jnp.asarray(plan.which)[jax.lax.axis_index(plan.axis), step]
+    """A step's outputs and log-sum-exps in float32.
+
+    ``step`` is 0, or traced and any later one: the step of a device's own keys has masks that no
+    other has, and only what is needed is compiled.
+    """
+    steps = plan.which[:, :1] if isinstance(step, int) else plan.which[:, 1:]
+    needed, which = np.unique(steps, return_inverse=True)
 
     def empty(q, trained):
         out = jnp.zeros((*q.shape[:3], (trained | rest)["v"].shape[-1]), jnp.float32)
@@ -204,8 +209,13 @@ def _pair(local, plan, step, q, trained, rest, fixed):
         out, lse = local(q, trained | rest, fixed, mask)
         return out.astype(jnp.float32), lse.astype(jnp.float32)
 
-    branches = [empty, *(functools.partial(masked, mask) for mask in plan.masks[1:])]
-    return jax.lax.switch(which, branches, q, trained)
+    branches = [functools.partial(masked, plan.masks[i]) if i else empty for i in needed]
+    branches = branches or [empty]  # There is no later step.
+    if len(branches) == 1:
+        return branches[0](q, trained)
+    which = jnp.asarray(which.reshape(steps.shape), jnp.int32)
+    at = jax.lax.axis_index(plan.axis), 0 if isinstance(step, int) else step - 1
+    return jax.lax.switch(which[at], branches, q, trained)
 
 
 def share(lse: jax.Array, of: jax.Array) -> jax.Array:

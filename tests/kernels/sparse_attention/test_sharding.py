@@ -1,5 +1,6 @@
 """Attention on several devices against one device, and what is sent between them."""
 
+import functools
 import re
 
 import jax
@@ -137,6 +138,16 @@ def test_a_ring_computes_and_sends_only_what_the_mask_leaves():
     plan = ring.plan(window(18, causal=True), "x", 8, 128, 128)
     assert plan.steps == 3 and (plan.which > 0).sum() == 8 + 7 + 6 and len(plan.masks) == 4
     assert ring.plan(~full(), "x", 4, 64, 64).steps == 1
+
+
+def test_parts_that_see_only_themselves_compute_one_thing():
+    mesh = jax.make_mesh((1, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    q, k, v = (put(mesh, x, P(None, "y")) for x in cases.operands(0, 1, 64, 64, 2, 1, 8))
+    mask = blocks(np.eye(4), 16)
+    run = jax.jit(functools.partial(attention, mask=mask, return_logsumexp=True))
+    assert "case" not in run.lower(q, k, v).as_text()
+    for got, want in zip(run(q, k, v), cases.expected(q, k, v, mask), strict=True):
+        cases.assert_close(got, want, "float32")
 
 
 def test_what_cannot_be_split_is_an_error():
