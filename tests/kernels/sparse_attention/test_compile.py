@@ -51,7 +51,7 @@ def test_compiles(chip):
 def test_a_ring_of_kernels_compiles():
     """32k tokens over four devices, heads over two: kernels inside, keys and values passed on."""
     ring = {
-        "mesh": [2, 4], "queries": 1 << 15, "gradient": True, "block_q": 512, "block_k": 512,
+        "mesh": [2, 4], "queries": 1 << 15, "gradient": True, "block_q": 256, "block_k": 256,
         "specs": [[None, "model", "data"], [None, "model", "data"]],
     }  # fmt: skip
     (result,) = aot.compile_cases("v5e", [(PROGRAMS + "attend", ring)])
