@@ -105,6 +105,7 @@ def on_a_mesh(mesh):
     return fast, (params, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
 def test_on_a_mesh_of_auto_axes_xla_does_it():
     request = ("tests.kernels.test_dispatch_tpu:on_a_mesh", {"mesh": (2, 4)})
@@ -113,9 +114,10 @@ def test_on_a_mesh_of_auto_axes_xla_does_it():
     assert "tpu_custom_call" not in result["hlo"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
 # Half a minute each; every kernel by itself is compiled for the others too.
-@pytest.mark.parametrize("chip", ["v5e", pytest.param("7x", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chip", ["v5e", "7x"])
 def test_compiles_with_the_kernels_inside(chip):
     make = "tests.kernels.test_dispatch_tpu:dispatched"
     requests = [(make, {"chip": chip, "name": name}) for name in FORMATS]

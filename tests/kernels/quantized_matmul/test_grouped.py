@@ -257,8 +257,9 @@ class TestChoice:
             grouped_quantized_matmul(**{**arguments, **change})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles(chip):
     """Mixtral's experts for 16 and 2048 tokens of two experts each, and every format."""
     shapes = [

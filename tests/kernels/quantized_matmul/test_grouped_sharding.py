@@ -117,8 +117,9 @@ def mixtral(mesh, split):
     return call, (x, struct((e,), jnp.int32, P()), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_grouped_sharding:mixtral"
     splits = [["model", "data", None], ["model", None, "data"]]

@@ -182,8 +182,9 @@ def llama(mesh, split):
     return functools.partial(quantized_matmul, weight_spec=split), (x, weight)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("chip", aot.CHIPS)
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles_inside_a_sharded_program(chip):
     name = "tests.kernels.quantized_matmul.test_sharding:llama"
     splits = [["model", None], [None, "model"]]
