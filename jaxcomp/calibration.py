@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import host
+from jaxcomp.triangle import Triangle
 
 # Rows of a Hessian on the host that are computed at a time.
 _ROWS = 256
@@ -31,6 +32,23 @@ class Hessians:
         return self.read(k)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unsummed:
+    """A Hessian that is summed for each who asks for it, and theirs to overwrite.
+
+    Attributes:
+      read: sums it.
+      shape: ``(in, in)``.
+    """
+
+    read: Callable[[], Triangle]
+    shape: tuple[int, int]
+
+    def whole(self) -> np.ndarray:
+        """The Hessian, of NumPy, symmetric to the bit."""
+        return self.read().whole()
+
+
 class Statistics(NamedTuple):
     """Sums over tokens of what algorithms ask of a layer's input; fields not asked for are None.
 
@@ -39,7 +57,7 @@ class Statistics(NamedTuple):
       hessian: ``(*stack, in, in)`` float32, sum over tokens of x xᵀ, symmetric to the bit. It may
         be the largest array there is; of NumPy and writeable it belongs to the layers of one input
         group, and a step may compute in its memory if it puts back what was there. Of a stack that
-        is compressed matrix by matrix, ``Hessians``.
+        is compressed matrix by matrix, ``Hessians``; for a step that says so, ``Unsummed``.
       absmax: ``(*stack, in)`` largest magnitude.
       abssum: ``(*stack, in)`` sum of magnitudes.
       sumsq: ``(*stack, in)`` sum of squares.
@@ -58,6 +76,8 @@ class Statistics(NamedTuple):
     def scaled(self, scale: jax.Array) -> "Statistics":
         """Statistics of ``x * scale``, for a positive per-channel ``scale (*stack, in)``."""
         rest = self._replace(hessian=None)
+        if isinstance(self.hessian, Unsummed):
+            return self._replace(hessian=self.hessian.whole()).scaled(scale)
         if isinstance(self.hessian, np.ndarray) and host.is_on_host(scale):
             hessian = _scaled_on_host(self.hessian, np.asarray(scale))
             return host.call(_scaled, rest, scale)._replace(hessian=hessian)

@@ -360,6 +360,15 @@ class _Run:
             shapes, [self.recipe.steps[k] for k in steps]
         )
 
+    def overwrites_hessian(self, group: Sequence[Target]) -> bool:
+        """Whether one step alone reads the Hessian, which is then summed where it computes."""
+        steps = {k for target in group for k in self.plan[target.site.path]}
+        return (
+            self.place.takes_apart()
+            and len(steps) == 1
+            and self.recipe.steps[steps.pop()].overwrites_hessian()
+        )
+
     def _compress(self, program, group, statistics) -> list[Record]:
         started = time.perf_counter()
         for target in group:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -203,6 +204,26 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     room = np.empty(size + 64, np.uint8)
     first = -room.ctypes.data % 64
     return room[first : first + size].view(dtype).reshape(shape)
+
+
+def reserved(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros for which the system gives memory page by page, as they are written to.
+
+    Args:
+      shape: its shape.
+      dtype: its dtype.
+
+    Returns:
+      The array. What is only read takes nothing.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return np.zeros(shape, dtype)
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Of which one would span many rows.
+        with contextlib.suppress(OSError):
+            room.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(room, dtype).reshape(shape)
 
 
 def to_device(tree: Any) -> Any:

@@ -40,6 +40,13 @@ class Step(
         """Whether each matrix of a stack is treated as if it were alone, so that it can be."""
         return False
 
+    def overwrites_hessian(self) -> bool:
+        """Whether the algorithm takes a Hessian that is yet to be summed, to compute in its place.
+
+        Then it may get ``calibration.Unsummed``, on one CPU, if no other step sees the layers.
+        """
+        return False
+
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the input of a matmul is quantized when the model runs.

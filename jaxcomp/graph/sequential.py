@@ -27,6 +27,7 @@ from jaxcomp.graph.sites import Site, is_grouped, splits_tokens, to_tokens
 from jaxcomp.graph.views import View
 from jaxcomp.io.stacked import densified
 from jaxcomp.processes import told
+from jaxcomp.triangle import Triangle
 
 Index = tuple[int, ...]
 
@@ -39,6 +40,9 @@ class Compressor(Protocol):
 
     def takes_apart(self, group: Sequence["Target"]) -> bool:
         """Whether ``compress`` reads Hessians of a stack one by one, so that none need be made."""
+
+    def overwrites_hessian(self, group: Sequence["Target"]) -> bool:
+        """Whether ``compress`` takes a Hessian that is yet to be summed, where there is one."""
 
     def compress(self, program: Program, group: Sequence["Target"], statistics: Any) -> list[Any]:
         """Compresses weights that read the same input.
@@ -333,8 +337,13 @@ class Sequential:
                 host.trim()
             what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
             with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
-                apart = "hessian" in needs and self.compressor.takes_apart(targets)
-                statistics = self.statistics(program, op, env, count, needs, apart)
+                later = "hessian" in needs and (
+                    self.compressor.takes_apart(targets)
+                    or op.site.kind == "dot_general"
+                    and not op.site.batch_axes
+                    and self.compressor.overwrites_hessian(targets)
+                )
+                statistics = self.statistics(program, op, env, count, needs, later)
         finished = self.compress(program, targets, statistics)
         del statistics  # As large as the layer, maybe.
         if is_large:
@@ -354,8 +363,8 @@ class Sequential:
         for target, leaf in zip(targets, leaves, strict=True):
             self.done[(target.site.path, target.index)] = leaf
 
-    def statistics(self, program, op, env, count, needs, apart=False) -> calibration.Statistics:
-        """Statistics of a site's input over all batches; ``apart`` leaves Hessians for later."""
+    def statistics(self, program, op, env, count, needs, later=False) -> calibration.Statistics:
+        """Statistics of a site's input over all batches; ``later`` leaves the Hessian unsummed."""
         site = op.site
         if is_grouped(op.eqn):
             raise JaxcompError(
@@ -375,7 +384,7 @@ class Sequential:
         # Otherwise a CPU still evaluates, with copies of weights, while Hessians are allocated.
         host.settle([list(v) if isinstance(v, Many) else v for v in operands])
         stack = site.layout.sizes(site.batch_axes)
-        state = calibration.init(site.in_size, needs - {"hessian"} if apart else needs, stack)
+        state = calibration.init(site.in_size, needs - {"hessian"} if later else needs, stack)
         x = operands[1 - site.operand]
         if self.place.hosts and isinstance(x, Many) and splits_tokens(op.eqn, site):
             own = functools.partial(self.own_statistics, op, x, state)
@@ -395,11 +404,10 @@ class Sequential:
         for name, value in state._asdict().items():
             if value is not None:
                 _check_known(site, name, value)
-        if apart:
-            read = functools.partial(_hessian, op, load, count)
-            return state._replace(
-                hessian=calibration.Hessians(read, (*stack, site.in_size, site.in_size))
-            )
+        if later:
+            kind, read = (calibration.Hessians, _hessian) if stack else (calibration.Unsummed, _sum)
+            shape = (*stack, site.in_size, site.in_size)
+            state = state._replace(hessian=kind(functools.partial(read, op, load, count), shape))
         return state
 
     def own_statistics(self, op: Op, x: Many, state: Any) -> calibration.Statistics:
@@ -807,6 +815,16 @@ def _hessian(op: Op, load: Callable[[int], list[Any]], count: int, k: int) -> np
         state = calibration.update(state, tokens, in_place=True)
     _check_known(site, "hessian", state.hessian)
     return state.hessian
+
+
+def _sum(op: Op, load: Callable[[int], list[Any]], count: int) -> Triangle:
+    """The Hessian of what a matrix reads."""
+    total = Triangle(op.site.in_size)
+    for b in range(count):
+        x = load(b)[1 - op.site.operand]
+        total.add_gram(to_tokens(op.eqn, op.site, np.asarray(x)))
+    _check_known(op.site, "hessian", total.diagonal())
+    return total
 
 
 def _update_ragged(state, x, group_sizes):

@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import host
+from jaxcomp.calibration import Unsummed
 from jaxcomp.formats import grid
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Element
 from jaxcomp.pruning import masks
 from jaxcomp.quantization import checks, common, obs
-from jaxcomp.quantization.factored import Factored, factored, in_memory_of, restore
+from jaxcomp.quantization.factored import LAPACK, factor_of, restore
 from jaxcomp.step import Layer, Step, run
 
 
@@ -67,6 +68,10 @@ class SparseGPT(Step, frozen=True, tag="sparsegpt"):
 
     def by_matrix(self) -> bool:
         """Yes: the sparsity is each matrix's."""
+        return True
+
+    def overwrites_hessian(self) -> bool:
+        """Yes."""
         return True
 
 
@@ -163,8 +168,8 @@ _STATIC = ("sparsity", "nm", "fmt", "block_size", "clipping", "percentile", "rep
 
 
 def _rows(w, allowed, h, upper, *, choose, fmt, block_size, clipping, percentile, report):
-    """Prunes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
-    on_host = isinstance(h, Factored)
+    """Prunes rows of a matrix; on the host, with LAPACK's factor for ``h`` and ``upper``."""
+    on_host = isinstance(h, LAPACK)
     if on_host:  # The solver converts the weight.
         diagonal = h.diagonal
     else:
@@ -237,8 +242,8 @@ def _solve(w, h, allowed, path, options, report, known=None, owned=False):
       owned: whether ``h``, of NumPy, may be written to: it has to be restored (``known``) after.
 
     Returns:
-      Parts, the loop's result, the error (None without ``report``), and the factor (on the host a
-      ``Factored``).
+      Parts, the loop's result, the error (None without ``report``), and the factor (on the host
+      LAPACK's).
     """
     options = dict(options)
     n, m, damping = options.pop("n"), options.pop("m"), options.pop("damping")
@@ -257,9 +262,7 @@ def _solve(w, h, allowed, path, options, report, known=None, owned=False):
         factor = known
         if factor is None:
             dtype = common.working_dtype(w)
-            factor = common.by_itself(
-                w, lambda: factored(in_memory_of(np.asarray(h), dtype, owned), damping)
-            )
+            factor = common.by_itself(w, lambda: factor_of(h, dtype, damping, owned))
         drop = _drop_over_processes(w) if host.split_by_rows(w) else _drop_jit
         choose = _choice(nm, sparsity, block_size, *w.shape, drop)
         result = common.by_rows(
@@ -269,6 +272,7 @@ def _solve(w, h, allowed, path, options, report, known=None, owned=False):
             rows=None if nm is None else common.slab_rows(w.shape[-1]),
         )
     else:
+        h = h.whole() if isinstance(h, Unsummed) else h
         solve = functools.partial(_sparsegpt, damping=damping, sparsity=sparsity, nm=nm, **options)
         if common.spreads_stack(w, h):
             result, factor = common.by_stack(solve, w, (h, 2), (allowed, 2))

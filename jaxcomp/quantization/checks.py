@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomp import host
+from jaxcomp.calibration import Unsummed
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.spec import NM, Codebook, Element, Sparse
 from jaxcomp.step import Layer
+from jaxcomp.triangle import Triangle
 
 CLIPPINGS = ("minmax", "mse", "percentile")
 
@@ -23,6 +25,10 @@ def _where(path: str) -> str:
 def _finite(a: Any) -> bool:
     if isinstance(a, jax.core.Tracer):
         return True
+    if isinstance(a, Unsummed):  # Looked at when it is summed.
+        return True
+    if isinstance(a, Triangle):
+        a = a.diagonal()
     # NumPy looks at the buffer where it is, without a compilation, when the array lives on the CPU.
     if host.is_whole(a):
         return not host.any_rows(lambda rows: ~np.isfinite(rows), a)

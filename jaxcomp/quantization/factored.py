@@ -1,22 +1,32 @@
-"""A Hessian and the factor of its inverse in the memory of one matrix, on the host.
+"""A Hessian and the factor of its inverse in the memory of one matrix, or of half, on the host.
 
 A symmetric matrix is its one triangle, and so is the factor U of the inverse, H⁻¹ = Uᵀ U: the
 matrix keeps H right of its diagonal and takes U left of it. For a wide MLP a Hessian is as large
 as all weights of a layer, so a second matrix is what decides the peak of a whole run.
 
+Where the Hessian can be summed again, its triangle is all that there is, and U takes that
+(``Overwritten``). What errors cost is found in U as well: with H + d I = (Uᵀ U)⁻¹,
+
+    e H eᵀ = ||e U⁻¹||² - d ||e||².
+
 U is R⁻¹ of the damped H = R Rᵀ (see ``obs``): with rows and columns reversed, R is a lower Cholesky
 factor, which LAPACK makes and inverts in place, in the one triangle that it is shown.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 
+from jaxcomp.calibration import Unsummed
+from jaxcomp.triangle import Triangle
+
 # Rows and elements that are moved at a time, by way of a copy.
 _ROWS = 256
 _ELEMENTS = 2**18
+# Times that the damping is raised.
+_TRIES = 24
 
 
 class Factored:
@@ -38,10 +48,8 @@ class Factored:
         self.matrix = matrix
         self.diagonal = diagonal = matrix.diagonal().copy()
         self.dead = diagonal <= 0
-        dtype = matrix.dtype
-        mean = dtype.type(diagonal.sum() / max(int((~self.dead).sum()), 1) or 1)
         _reverse(matrix.reshape(-1))
-        self.damping = self._factorize(mean, np.where(self.dead, 1, diagonal / mean), damping)
+        self.damping = self._factorize(*_unit(diagonal, self.dead), damping)
         _reverse(matrix.reshape(-1))
         self._factor_diagonal = matrix.diagonal().copy()
         np.fill_diagonal(matrix, diagonal)
@@ -49,11 +57,9 @@ class Factored:
     def _factorize(self, mean: np.generic, unit: np.ndarray, damping: float) -> np.generic:
         """Puts the factor above the diagonal, in place of what is also below it."""
         matrix = self.matrix
-        epsilon = np.finfo(matrix.dtype).eps
-        names = ("potrf", "trtri")
-        factorize, invert = scipy.linalg.get_lapack_funcs(names, (matrix,))
+        factorize, invert = _lapack(matrix)
         following = matrix.dtype.type(damping)
-        for _ in range(24):
+        for _ in range(_TRIES):
             damping = following
             for here, after, corner in _blocks(matrix):
                 np.divide(matrix[after, here].T, mean, out=matrix[here, after])
@@ -62,11 +68,11 @@ class Factored:
             np.fill_diagonal(matrix, unit[::-1] + damping)
             # What is above a diagonal of rows is below that of LAPACK's columns.
             _, failed = factorize(matrix.T, lower=True, clean=False, overwrite_a=True)
-            if not failed and matrix.diagonal().min() ** 2 > epsilon:
+            if not failed and _is_factor(matrix):
                 invert(matrix.T, lower=True, overwrite_c=True)
                 root = np.sqrt(mean)
                 break
-            following = np.maximum(damping, 10 * epsilon) * 10
+            following = _more(damping)
         else:
             root = np.nan
         for here, after, corner in _blocks(matrix):
@@ -74,9 +80,14 @@ class Factored:
             corner[...] = np.where(np.tri(len(corner), k=-1), corner, corner / root)
         return damping
 
-    def above(self, start: int, stop: int) -> np.ndarray:
-        """Rows of the factor before ``start``, in its columns up to ``stop``."""
-        return self.matrix[start:stop, :start].T
+    @property
+    def dtype(self) -> np.dtype:
+        """In which is computed."""
+        return self.matrix.dtype
+
+    def moves(self, errors: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """What ``(start, n)`` errors of the columns before take from those up to ``stop``."""
+        return self.matrix[start:stop, :start] @ errors
 
     def corner(self, start: int, stop: int) -> np.ndarray:
         """The factor's block on the diagonal from ``start`` to ``stop``."""
@@ -87,6 +98,10 @@ class Factored:
         """``rows @ H`` for ``(n, in)`` rows."""
         (multiply,) = scipy.linalg.get_blas_funcs(("symm",), (self.matrix, rows))
         return multiply(1.0, self.matrix.T, rows.T, lower=True).T
+
+    def energies(self, rows: np.ndarray) -> np.ndarray:
+        """``e H eᵀ`` of each of ``(n, in)`` rows."""
+        return np.einsum("ni,ni->n", self.product(rows), rows)
 
     def upper(self) -> np.ndarray:
         """The factor ``(in, in)`` by itself, which takes the place of the Hessian."""
@@ -102,6 +117,79 @@ class Factored:
         for here, after, corner in _blocks(self.matrix):
             self.matrix[after, here] = self.matrix[here, after].T
             corner[...] = np.triu(corner) + np.triu(corner, 1).T
+
+
+class Overwritten:
+    """The factor of the inverse of a Hessian in the memory of its one triangle.
+
+    Attributes:
+      matrix: ``(in, in)``, a triangle's: the factor's transpose, with rows and columns reversed.
+      diagonal: as of ``Factored``, and what follows.
+      dead: as there.
+      damping: as there.
+    """
+
+    def __init__(self, read: Callable[[], Triangle], damping: float) -> None:
+        """Factorizes.
+
+        Args:
+          read: sums the Hessian; called again for each more of damping that it takes.
+          damping: fraction of the mean diagonal added to the diagonal.
+        """
+        matrix = read().matrix
+        self.diagonal = diagonal = matrix.diagonal()[::-1].copy()
+        self.dead = diagonal <= 0
+        mean, unit = _unit(diagonal, self.dead)
+        factorize, invert = _lapack(matrix)
+        following = matrix.dtype.type(damping)
+        for attempt in range(_TRIES):
+            damping = following
+            if attempt:
+                del matrix
+                matrix = read().matrix
+            _divide(matrix, mean)
+            np.fill_diagonal(matrix, unit[::-1] + damping)
+            # What is above a diagonal of rows is below that of LAPACK's columns.
+            _, failed = factorize(matrix.T, lower=True, clean=False, overwrite_a=True)
+            if not failed and _is_factor(matrix):
+                invert(matrix.T, lower=True, overwrite_c=True)
+                root = np.sqrt(mean)
+                break
+            following = _more(damping)
+        else:
+            root = np.nan
+        _divide(matrix, root)
+        self.matrix, self.damping, self._added = matrix, damping, damping * mean
+
+    @property
+    def dtype(self) -> np.dtype:
+        """In which is computed."""
+        return self.matrix.dtype
+
+    def corner(self, start: int, stop: int) -> np.ndarray:
+        """The factor's block on the diagonal from ``start`` to ``stop``."""
+        size = len(self.matrix)
+        here = slice(size - stop, size - start)
+        return np.triu(self.matrix[here, here])[::-1, ::-1].T
+
+    def moves(self, errors: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """As of ``Factored``."""
+        size = len(self.matrix)
+        return (self.matrix[size - stop : size - start, size - start :] @ errors[::-1])[::-1]
+
+    def energies(self, rows: np.ndarray) -> np.ndarray:
+        """As of ``Factored``; the rows' dead inputs cost nothing."""
+        rows = np.where(self.dead, 0, rows)
+        (solve,) = scipy.linalg.get_blas_funcs(("trsm",), (self.matrix, rows))
+        backwards = np.array(rows[:, ::-1], order="C")
+        # From the left of LAPACK's columns, which are our rows.
+        found = solve(1.0, self.matrix.T, backwards.T, lower=True, trans_a=True, overwrite_b=True)
+        squares = [np.einsum("ni,ni->n", a, a, dtype=np.float64) for a in (found.T, rows)]
+        return (squares[0] - self._added * squares[1]).astype(self.dtype)
+
+
+# Factors that the column loop reads where LAPACK made them.
+LAPACK = Factored | Overwritten
 
 
 def factored(h: np.ndarray, damping: float) -> Factored:
@@ -130,20 +218,26 @@ def factored(h: np.ndarray, damping: float) -> Factored:
     return Factored(h, damping)
 
 
-def in_memory_of(h: np.ndarray, dtype: Any, owned: bool) -> np.ndarray:
-    """A matrix that ``factored`` may take: a Hessian's own memory if it can be, else a copy.
+def factor_of(h: Any, dtype: Any, damping: float, owned: bool) -> LAPACK:
+    """Factorizes the inverse of a damped Hessian in as little memory as can be.
 
     Args:
-      h: ``(in, in)``, read-only maybe.
+      h: ``(in, in)``, read-only maybe; or ``Unsummed``, which is summed where its factor will be.
       dtype: float32 or float64, in which to compute.
-      owned: whether ``h`` may be written to, until ``restore``.
+      damping: as of ``factored``.
+      owned: whether ``h`` may be written to, until ``restore``; otherwise a copy is.
 
     Returns:
-      ``(in, in)``, contiguous and writeable.
+      The factor.
     """
-    if owned and h.dtype == dtype and h.flags.writeable and h.flags.c_contiguous:
-        return h
-    return np.array(h, dtype, order="C")
+    if isinstance(h, Unsummed):
+        if dtype == np.float32:
+            return Overwritten(h.read, damping)
+        h, owned = h.whole(), True
+    h = np.asarray(h)
+    if not (owned and h.dtype == dtype and h.flags.writeable and h.flags.c_contiguous):
+        h = np.array(h, dtype, order="C")
+    return factored(h, damping)
 
 
 def restore(both: Any, hessian: Any) -> None:
@@ -155,6 +249,34 @@ def restore(both: Any, hessian: Any) -> None:
     """
     if isinstance(both, Factored) and both.matrix is hessian:
         both.restore()
+
+
+def _unit(diagonal: np.ndarray, dead: np.ndarray) -> tuple[np.generic, np.ndarray]:
+    """The mean of a diagonal without the dead, and the diagonal as multiples of it."""
+    mean = diagonal.dtype.type(diagonal.sum() / max(int((~dead).sum()), 1) or 1)
+    return mean, np.where(dead, 1, diagonal / mean)
+
+
+def _lapack(matrix: np.ndarray) -> tuple[Callable, Callable]:
+    """Functions that factorize and that invert a triangle."""
+    return scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (matrix,))
+
+
+def _is_factor(matrix: np.ndarray) -> bool:
+    """Whether a factorization got to the end of a matrix that is not singular."""
+    return matrix.diagonal().min() ** 2 > np.finfo(matrix.dtype).eps
+
+
+def _more(damping: np.generic) -> np.generic:
+    """What comes after a damping that was too small."""
+    return np.maximum(damping, 10 * np.finfo(damping.dtype).eps) * 10
+
+
+def _divide(matrix: np.ndarray, by: Any) -> None:
+    """Divides what is on and above the diagonal."""
+    for here, after, corner in _blocks(matrix):
+        matrix[here, after] /= by
+        corner[np.triu_indices(len(corner))] /= by
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:

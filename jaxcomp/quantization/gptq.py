@@ -30,13 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcomp.calibration import Unsummed
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.affine import packed
 from jaxcomp.formats.compressed import CompressedArray
 from jaxcomp.formats.spec import Codebook, Element, Int
 from jaxcomp.quantization import checks, common, obs
-from jaxcomp.quantization.factored import Factored, factored, in_memory_of, restore
+from jaxcomp.quantization.factored import LAPACK, factor_of, restore
 from jaxcomp.step import Activation, Layer, Step, run
 
 
@@ -71,6 +72,10 @@ class GPTQ(Step, frozen=True, tag="gptq"):
         """Yes."""
         return True
 
+    def overwrites_hessian(self) -> bool:
+        """If the columns stay in their order."""
+        return self.order == "natural"
+
 
 class _Rows(NamedTuple):
     """What the loop gives: arrays with the rows (outputs) first; ``context`` may be shared.
@@ -100,8 +105,8 @@ def _permutation(h, order):
 
 
 def _rows(w, mask, h, upper, permutation, *, fmt, block_size, static, clipping, percentile, report):
-    """Quantizes rows of a matrix; on the host, with a ``Factored`` for ``h`` and ``upper``."""
-    size, on_host = w.shape[-1], isinstance(h, Factored)
+    """Quantizes rows of a matrix; on the host, with LAPACK's factor for ``h`` and ``upper``."""
+    size, on_host = w.shape[-1], isinstance(h, LAPACK)
     if on_host:  # In the order of the columns; the solver converts the weight.
         diagonal = h.diagonal if permutation is None else h.diagonal[permutation.argsort()]
     else:
@@ -158,17 +163,18 @@ def _packs(fmt: Element, mask: Any) -> bool:
     return isinstance(fmt, Int) and mask is None
 
 
-def _in_memory_of(h, dtype, damping, order, owned) -> tuple[Factored, Any]:
+def _in_memory_of(h, dtype, damping, order, owned) -> tuple[LAPACK, Any]:
     """What ``_hessian`` gives, on the host.
 
-    The Hessian's own memory is taken if it is ``owned``, to be restored; otherwise a copy's.
+    The Hessian's own memory is taken if it is ``owned``, to be restored; otherwise a copy's. One
+    that is yet to be summed is only there as its factor.
     """
+    if order == "natural":
+        return factor_of(h, dtype, damping, owned), None
+    h = h.whole() if isinstance(h, Unsummed) else np.asarray(h)
     permutation = _permutation(h, order)
-    if permutation is not None:
-        h = h[np.ix_(permutation, permutation)].astype(dtype, copy=False)
-    else:
-        h = in_memory_of(h, dtype, owned)
-    return factored(h, damping), permutation
+    h = h[np.ix_(permutation, permutation)]
+    return factor_of(h, dtype, damping, owned=True), permutation
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "order"))
@@ -223,9 +229,7 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
         in_size = size if _packs(fmt, mask) else None
         if known is None:
             dtype = common.working_dtype(w)
-            known = common.by_itself(
-                w, lambda: _in_memory_of(np.asarray(h), dtype, damping, order, owned)
-            )
+            known = common.by_itself(w, lambda: _in_memory_of(h, dtype, damping, order, owned))
         factor, permutation = known
         rows = common.by_rows(
             lambda w, mask: _rows(w, mask, factor, factor, permutation, **chosen),
@@ -234,6 +238,7 @@ def _solve(w, h, mask, nm, path, options, report, known=None, owned=False):
             rows=common.slab_rows(size),
         )
     else:
+        h = h.whole() if isinstance(h, Unsummed) else h
         solve = functools.partial(_gptq, damping=damping, order=order, **chosen)
         if common.spreads_stack(w, h):
             rows, factor, permutation = common.by_stack(solve, w, (h, 2), (mask, 2))

@@ -34,7 +34,7 @@ import numpy as np
 from jaxcomp.errors import JaxcompError
 from jaxcomp.formats import grid
 from jaxcomp.formats.spec import Int
-from jaxcomp.quantization.factored import Factored, factored
+from jaxcomp.quantization.factored import LAPACK, Factored, Overwritten, factored
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -166,7 +166,7 @@ def nest(in_size: int, block_size: int, marks: set[int], out: int = 0) -> tuple[
 
 def solve(
     w: jax.Array,
-    upper: jax.Array | Factored,
+    upper: jax.Array | Factored | Overwritten,
     *,
     fmt=None,
     context=None,
@@ -183,7 +183,7 @@ def solve(
 
     Args:
       w: ``(out, in)``; of NumPy the columns' outermost loop runs there, and it is converted to the
-        dtype of a ``Factored``.
+        dtype of a factor that LAPACK made.
       upper: ``(in, in)`` factor of the inverse Hessian, see ``inverse_factor``; for ``w`` of NumPy
         it may still be in a Hessian's memory.
       fmt: element format, or None to prune only.
@@ -380,15 +380,15 @@ def _solve_on_host(w, upper, qparams, column_group, mask, size, chooses, options
         w, mask = np.pad(w, added), None if mask is None else np.pad(mask, added)
         column_group = None if qparams is None else np.pad(column_group, (0, spare), mode="edge")
     given = jax.tree.map(lambda a: np.asarray(a)[:, column_group], qparams)
-    dtype = upper.matrix.dtype if isinstance(upper, Factored) else w.dtype
+    dtype = upper.dtype if isinstance(upper, LAPACK) else w.dtype
     w, mask = np.array(w.T, dtype, order="C"), None if mask is None else mask.T
     chosen = mask if chooses is None else np.empty(w.shape, bool)
     errors, codes, fitted = np.zeros_like(w), None, []
     for start in range(0, in_size, size):
         here = slice(start, start + size)
-        above, corner = _of_factor(upper, start, min(start + size, in_size), w.dtype)
+        moved, corner = _of_factor(upper, start, min(start + size, in_size), errors[:start])
         current = w[here]
-        current[: above.shape[1]] -= above.T @ errors[:start]
+        current[: len(moved)] -= moved
         corner = np.pad(corner, (0, size - len(corner))) + np.diag(np.arange(size) >= len(corner))
         keep = None if mask is None else mask[here]
         if here_chosen:
@@ -429,13 +429,14 @@ def _code_dtype(fmt: Any) -> Any:
     return np.uint8
 
 
-def _of_factor(upper: Any, start: int, stop: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A factor's columns from ``start`` to ``stop``: above and on its diagonal."""
-    if isinstance(upper, Factored):
-        above, corner = upper.above(start, stop), upper.corner(start, stop)
-    else:
-        above, corner = upper[:start, start:stop], upper[start:stop, start:stop]
-    return above.astype(dtype, copy=False), corner.astype(dtype, copy=False)
+def _of_factor(
+    upper: Any, start: int, stop: int, errors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What errors before ``start`` move in the columns up to ``stop``, and the factor's corner."""
+    if isinstance(upper, LAPACK):
+        return upper.moves(errors, start, stop), upper.corner(start, stop)
+    above, corner = upper[:start, start:stop], upper[start:stop, start:stop]
+    return above.T.astype(errors.dtype) @ errors, corner.astype(errors.dtype)
 
 
 _BLOCK_STATIC = ("fmt", "clipping", "percentile", "choose", "choose_size")
