@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxcomp as jc
-from jaxcomp import calibration
+from jaxcomp import calibration, host
 from jaxcomp.compress import _Run
 from jaxcomp.dispatch import Dispatcher
 from jaxcomp.formats import CompressedArray, InputScale, Int, to_matrix
@@ -221,18 +221,18 @@ class _Always:
 
 def test_statistics_go_before_what_weights_are_evaluated_with_is_made(monkeypatch):
     hessians, seen = [], []
-    init, for_evaluation = calibration.init, _Run.for_evaluation
+    reserved, for_evaluation = host.reserved, _Run.for_evaluation
 
     def remembered(*args):
-        state = init(*args)
-        hessians.append(weakref.ref(state.hessian))
-        return state
+        array = reserved(*args)
+        hessians.append(weakref.ref(array))
+        return array
 
     def looked_at(run, group, records):
         seen.append([hessian() is None for hessian in hessians])
         return for_evaluation(run, group, records)
 
-    monkeypatch.setattr(calibration, "init", remembered)
+    monkeypatch.setattr(host, "reserved", remembered)
     monkeypatch.setattr(_Run, "for_evaluation", looked_at)
     recipe = Recipe(steps=(GPTQ(format=INT4),))
     jc.compress(mlp, jax.tree.map(np.asarray, MLP), recipe, inputs(), progress=False)
