@@ -425,7 +425,7 @@ class _Run:
             own = None if statistics is None else _of_slice(statistics, k)
             return tuple(self._layer(p, *_slice(leaf, axes, k), own) for p, leaf, axes in weights)
 
-        return slices.one_by_one(whole, slice_of, self._steps)
+        return slices.one_by_one(whole, slice_of, self._steps, self.store.room)
 
     def _layer(self, path: str, leaf: Any, axes: tuple, statistics: Any) -> Layer:
         if self.place.rereads(leaf):

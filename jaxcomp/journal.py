@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -24,6 +25,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 from typing import Any, Self
 
 import ml_dtypes
@@ -42,6 +44,8 @@ _MAGIC = b"JCREC\x00\x00\x01"
 _ALIGNMENT = 64
 _PREFIX = struct.Struct("<8s32sQ")
 _TEMPORARY = ".tmp"
+# Bytes from which on an array is better in a file.
+_LARGE = 2**20
 
 
 class JournalError(JaxcompError):
@@ -190,6 +194,32 @@ class Journal:
         with _disk_full(self.path, start + position):
             _write(file, [prefix, *pieces])
         return _read_record(file, key, verify=False)
+
+    def room(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array that is filled bit by bit, in a file of the folder that goes with the array.
+
+        Args:
+          shape: its shape.
+          dtype: its dtype.
+
+        Returns:
+          Zeros, memory-mapped, so that the system can take their memory back at any time; small
+          ones are in memory.
+
+        Raises:
+          JournalError: the disk is full.
+        """
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size < _LARGE:
+            return np.zeros(shape, dtype)
+        with _disk_full(self.path, size), tempfile.TemporaryFile(dir=self.path) as file:
+            if hasattr(os, "posix_fallocate"):  # A full disk is an error now, not a signal then.
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return (
+                np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8).view(dtype).reshape(shape)
+            )
 
     def keys(self) -> list[str]:
         """Keys of the finished records, sorted."""

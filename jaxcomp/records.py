@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcomp import folding, formats
+from jaxcomp import folding, formats, host
 from jaxcomp.formats import CompressedArray
 from jaxcomp.io.staged import Staged, stage
 from jaxcomp.journal import JournalError
@@ -122,6 +122,10 @@ class Store:
         # A full disk of one process is an error of all: they would wait for it at the next sum.
         self._together.step("keep " + key(*keys[0]), put)
         return records if self.streams else [self.get(*at, verify=False) for at in keys]
+
+    def room(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array for a weight that grows slice by slice; with a journal on the journal's disk."""
+        return (host.empty if self.journal is None else self.journal.room)(shape, dtype)
 
     def put(self, path: str, index: Index, record: Record) -> None:
         """Writes a record to the journal; of a shared one, one of the processes does."""

@@ -65,6 +65,10 @@ class SharedJournal:
         self._holder[key] = self._shares.take(nbytes)
         return self._holder[key] == self._shares.rank
 
+    def room(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """As of ``Journal``."""
+        return self._own.room(shape, dtype)
+
     def put(self, key: str, arrays: Mapping[str, Any], meta: Any = None) -> None:
         """As ``Journal.put``, where the record was claimed."""
         self._own.put(key, arrays, meta)

@@ -43,6 +43,7 @@ def one_by_one(
     layers: Sequence[Layer],
     slice_of: Callable[[int], tuple[Layer, ...]],
     steps: Callable[[tuple[Layer, ...]], tuple[Layer, ...]],
+    room: Callable[[tuple[int, ...], Any], np.ndarray] = host.empty,
 ) -> tuple[Layer, ...]:
     """Applies steps to the slices of an input group's stack, in turn.
 
@@ -50,12 +51,13 @@ def one_by_one(
       layers: the whole weights, of one stack; they are not read.
       slice_of: gives the layers at a position along the stack's leading axis.
       steps: applied to these.
+      room: gives an array of a shape and dtype in which the results grow.
 
     Returns:
       The whole layers with the parts, scale and metrics that the steps found.
     """
     count = layers[0].shape[0]
-    grown = [_Growing(count) for _ in layers]
+    grown = [_Growing(count, room) for _ in layers]
     for k in range(count):
         for found, layer in zip(grown, steps(slice_of(k)), strict=True):
             found.add(layer)
@@ -72,8 +74,8 @@ def parts_of(layer: Layer) -> tuple[Any, ...]:
 class _Growing:
     """What became of the slices of one weight, put together as they come."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, room: Callable[[tuple[int, ...], Any], np.ndarray]) -> None:
+        self._count, self._make = count, room
         self._slices: list[tuple[CompressedArray, Any]] = []
         self._metrics: list[dict] = []
         self._room: list[np.ndarray] = []
@@ -96,7 +98,7 @@ class _Growing:
         position = len(self._slices)
         if not self._slices:
             self._structure = structure
-            self._room = [host.empty((self._count, *a.shape), a.dtype) for a in leaves]
+            self._room = [self._make((self._count, *a.shape), a.dtype) for a in leaves]
         fits = structure == self._structure and [a.shape[1:] for a in self._room] == [
             a.shape for a in leaves
         ]

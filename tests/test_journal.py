@@ -194,6 +194,20 @@ def test_a_full_disk_keeps_finished_records(tmp_path, monkeypatch):
         journal.put("large", {"a": np.arange(1000)})
 
 
+def test_room_is_in_a_file_that_nobody_sees(tmp_path):
+    with Journal.open(tmp_path / "j", RUN) as journal:
+        files = sorted((tmp_path / "j").rglob("*"))
+        room = journal.room((3, 2**18), ml_dtypes.bfloat16)
+        assert room.shape == (3, 2**18) and room.dtype == ml_dtypes.bfloat16
+        assert not room.any() and room.flags.writeable and not room.ctypes.data % 64
+        assert sorted((tmp_path / "j").rglob("*")) == files
+        room[2] = 1.5
+        journal.put("grown", {"a": room})
+        np.testing.assert_array_equal(journal.get("grown")[0]["a"], room)
+        assert journal.room((0, 3), np.int8).shape == (0, 3)
+        assert journal.room((5,), np.float32).tolist() == [0] * 5
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_truly_full_disk(tmp_path):
     disk = tmp_path / "disk"
@@ -206,6 +220,8 @@ def test_a_truly_full_disk(tmp_path):
     try:
         with Journal.open(disk / "j", RUN) as journal:
             journal.put("done", {"a": np.arange(3)})
+            with pytest.raises(JaxcompError, match="no space left.*1,048,576 bytes"):
+                journal.room((2**20,), np.uint8)
             with pytest.raises(JaxcompError, match="no space left"):
                 journal.put("large", {"a": np.zeros(1 << 17)})
             assert journal.keys() == ["done"]
