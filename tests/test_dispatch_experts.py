@@ -202,6 +202,7 @@ def compiled(mesh, bits=4, quantized=False):
     return fast, (params, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
 def test_compiles_with_the_kernels_inside():
     cases = [{"quantized": True, "mesh": [1, 2]}]
