@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # Its parts are imported when they are used: linalg takes long.
 
 from jaxcomp.calibration import Unsummed
 from jaxcomp.triangle import Triangle
