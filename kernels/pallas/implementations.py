@@ -1,6 +1,13 @@
 """Choosing among the implementations of an operation, with the reasons of those that do not fit."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+# Begins the names of values that say what made them, and no name that a model gives.
+MARK = "jaxcomp.made_by:"
 
 
 class Unsupported(NotImplementedError):
@@ -39,3 +46,42 @@ def choose(
         "no implementation fits" if forced is None else f"implementation {forced!r} does not fit"
     )
     raise Unsupported(f"{operation}: {which} ({told})")
+
+
+class Note(NamedTuple):
+    """What made a value of a traced function.
+
+    Attributes:
+      operation: such as "attention".
+      implementation: the one that ran.
+      reason: why none that comes before it did; empty where it is the first.
+    """
+
+    operation: str
+    implementation: str
+    reason: str
+
+
+def noted(
+    x: jax.Array, operation: str, chosen: str, reasons: Mapping[str, str | None]
+) -> jax.Array:
+    """A result that says in a traced function what made it; nothing is computed.
+
+    Args:
+      x: the result.
+      operation: name of the operation.
+      chosen: the implementation that made it.
+      reasons: as for ``choose``.
+
+    Returns:
+      x, under a name of ``jax.ad_checkpoint.checkpoint_name`` that ``note_of`` reads.
+    """
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    return checkpoint_name(x, f"{MARK}{operation}:{chosen}:{told}")
+
+
+def note_of(name: str) -> Note | None:
+    """What the name of a value says about its making; None of other names."""
+    if not name.startswith(MARK):
+        return None
+    return Note(*name.removeprefix(MARK).split(":", 2))

@@ -159,22 +159,31 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     on_gpu = several or gpu.unfit(q, k, v, chips.H100 if interpret else chip, blocks)
     if implementation is None:
         on_gpu = on_gpu or _BY_NAME
+    reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
+        reasons,
         implementation,
     )
     if chosen == "mosaic_gpu":
-        return gpu.attention(**operands, **options, mask=mask, interpret=interpret)
-    if chosen == "mosaic_tpu":
+        out, lse = gpu.attention(**operands, **options, mask=mask, interpret=interpret)
+    elif chosen == "mosaic_tpu":
         options |= {"interpret": interpret, "logsumexp": logsumexp}
-        return tpu.attention(**operands, **options, mask=mask, blocks=tiles)
+        out, lse = tpu.attention(**operands, **options, mask=mask, blocks=tiles)
+    else:
+        out, lse = _xla(operands, mask, blocks, several is not None, options)
+    return implementations.noted(out, "attention", chosen, reasons), lse
+
+
+def _xla(operands, mask, blocks, at_once, options):
+    """What XLA computes: the listed blocks, or all of them where there are few others."""
+    q, k = operands["q"], operands["k"]
     block_q, block_k = (block or 128 for block in blocks)
     listed = schedule(mask, q.shape[2], q.shape[1], k.shape[1], block_q, block_k)
     if listed.density > DENSE_FROM or listed.row_blocks * listed.column_blocks < 4:
         return reference.attention(**operands, **options, mask=mask)
-    options |= {"blocks": listed, "block_q": block_q, "block_k": block_k}
-    return xla.attention(**operands, **options, at_once=several is not None)
+    options = options | {"blocks": listed, "block_q": block_q, "block_k": block_k}
+    return xla.attention(**operands, **options, at_once=at_once)
 
 
 def decode_attention(
@@ -192,6 +201,7 @@ def decode_attention(
     span_ramp: float = 32.0,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
     block_k: int | None = None,
     return_logsumexp: bool = False,
     implementation: str | None = None,
@@ -220,6 +230,8 @@ def decode_attention(
       span_ramp: distance over which a span fades.
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
+      layer: which one to read of a cache of several layers: k, v and their scales then have an axis
+        of layers in front. The kernel for TPUs reads it where it is; a slice would be a copy.
       block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
       return_logsumexp: also return the log-sum-exps of the scores, by which results of parts of a
         cache can be merged.
@@ -252,6 +264,10 @@ def decode_attention(
       (2, 1, 4, 64)
     """
     mask = causal() if mask is None else mask
+    layers = None
+    if layer is not None:
+        layers = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+        k, v, k_scale, v_scale = checks.one_layer(layers, layer)
     small = {
         "segment_ids": segment_ids,
         "kv_segment_ids": kv_segment_ids,
@@ -288,6 +304,9 @@ def decode_attention(
     )
     mask = mask.bind(capacity, capacity)
     place = cache_sharding.placement(q, k, mask, q_spec, kv_spec)
+    if layers is not None and cache_sharding.reads_layers(q, place):
+        operands |= {name: layers[name] for name in ("k", "v")}
+        operands["layer"] = jnp.asarray(layer, jnp.int32)
     if place is None:
         out, lse = run(operands, mask, 0, q.dtype)
     else:
@@ -298,6 +317,10 @@ def decode_attention(
 def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementation, interpret,
             span_ramp, **options):  # fmt: skip
     """Outputs and log-sum-exps from a cache, or the part from ``start`` on, that is at hand."""
+    operands = dict(operands)
+    layer, held = operands.pop("layer", None), {name: operands[name] for name in "kv"}
+    if layer is not None:
+        operands["k"], operands["v"] = checks.one_layer(held, layer)
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     rule = rows.is_rule(mask, "segment_ids" in operands)
@@ -307,19 +330,22 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
     )
     if implementation is None:
         on_gpu = on_gpu or _BY_NAME
+    reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
     chosen = implementations.choose(
         f"decode_attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
-        {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None},
+        reasons,
         implementation,
     )
     options |= {"mask": mask, "start": start, "out_dtype": out_dtype}
     if chosen == "mosaic_gpu":
-        return gpu_decode.attention(**operands, **options, interpret=interpret)
-    options["span_ramp"] = span_ramp
-    if chosen == "mosaic_tpu":
+        out, lse = gpu_decode.attention(**operands, **options, interpret=interpret)
+    elif chosen == "mosaic_tpu":
         options |= {"whole_capacity": capacity, "block_k": block_k, "interpret": interpret}
-        return decode.mosaic(**operands, **options)
-    return decode.plain(**operands, **options)
+        options |= {"span_ramp": span_ramp, "layer": layer}
+        out, lse = decode.mosaic(**operands | held, **options)
+    else:
+        out, lse = decode.plain(**operands, **options, span_ramp=span_ramp)
+    return implementations.noted(out, "decode_attention", chosen, reasons), lse
 
 
 def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.Array]:

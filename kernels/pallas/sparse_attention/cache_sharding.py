@@ -112,6 +112,20 @@ def placement(
     return Placement(mesh, batch, cache, heads, kv_heads)
 
 
+def reads_layers(q: jax.Array, place: Placement | None) -> bool:
+    """Whether each device reads one layer of a cache of several where it is.
+
+    Where it takes some of the key heads that it holds, or types of arrays say how they are split,
+    the layer is cut out first.
+    """
+    mesh = chips.mesh_of(q) if place is None else place.mesh
+    if mesh is None:
+        return True
+    if place is None or AxisType.Explicit in mesh.axis_types:
+        return False
+    return bool(place.kv_heads) or count(place.heads, dict(mesh.shape)) == 1
+
+
 def attention(
     local: Callable[..., tuple[jax.Array, jax.Array]],
     operands: dict[str, jax.Array],
@@ -123,7 +137,8 @@ def attention(
     Args:
       local: gives one device's outputs and log-sum-exps from its operands, by name, its mask, the
         position where its part of the cache starts, and the dtype that the outputs are to have.
-      operands: "q", "lengths", "k", "v", and those of the others that there are.
+      operands: "q", "lengths", "k", "v", and those of the others that there are; with "layer",
+        k and v of all layers.
       mask: which query looks at which key.
       place: from ``placement``.
 
@@ -140,7 +155,10 @@ def attention(
         "segment_ids": PartitionSpec(place.batch),
         "kv_segment_ids": PartitionSpec(place.batch, place.cache),
         "span": PartitionSpec(place.heads),
+        "layer": PartitionSpec(),
     }
+    if "layer" in operands:
+        specs |= dict.fromkeys("kv", PartitionSpec(None, *held))
     specs = {name: specs[name] for name in operands}
     if AxisType.Explicit in place.mesh.axis_types:
         # Small, and often the same everywhere: their own sharding need not be asked for.
@@ -154,7 +172,7 @@ def attention(
     def body(operands):
         if parts > 1 and not place.kv_heads:
             operands = own_key_heads(operands, place.heads, parts)
-        q, capacity = operands["q"], operands["k"].shape[1]
+        q, capacity = operands["q"], operands["k"].shape[-3]
         if splits == 1:
             return local(operands, mask, 0, q.dtype)
         # Rounded once, after the sum.

@@ -65,6 +65,27 @@ def check_lengths(lengths: jax.Array, q: jax.Array) -> None:
     _check_integers("lengths", lengths, q.shape[:1], "(batch,)")
 
 
+def one_layer(
+    arrays: dict[str, jax.Array | None], layer: jax.Array | int
+) -> list[jax.Array | None]:
+    """Of arrays by name that have an axis of layers in front, those of one layer.
+
+    Raises:
+      ValueError: one has no such axis.
+    """
+    found = []
+    for name, x in arrays.items():
+        wanted = 4 if name.endswith("_scale") else 5
+        if x is not None and getattr(x, "ndim", wanted) != wanted:
+            raise ValueError(
+                f"{name} {x.shape} must have an axis of layers in front, {wanted} in all, where "
+                "layer says which; leave layer out for a cache of one"
+            )
+        own = None if x is None else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        found.append(own)
+    return found
+
+
 def _check_mask(mask: Any) -> None:
     if isinstance(mask, Mask):
         return

@@ -115,9 +115,12 @@ def plain(
     batch, queries, heads, _ = q.shape
     capacity, kv_heads = k.shape[1:3]
     compute = jnp.promote_types(q.dtype, jnp.float32)
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    grouped = q.astype(compute).reshape(batch, queries, kv_heads, heads // kv_heads, -1)
-    scores = product("bqhgd,bkhd->bhgqk", grouped, k.astype(compute)) * scale
+    # The cache is read in q's dtype, which holds its codes exactly, and never written out wider.
+    product = functools.partial(
+        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=compute
+    )
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
+    scores = product("bqhgd,bkhd->bhgqk", grouped, k.astype(q.dtype)) * scale
     if k_scale is not None:
         scores *= jnp.moveaxis(k_scale.astype(compute), 1, 2)[:, :, None, None]
     if soft_cap is not None:
@@ -139,12 +142,13 @@ def plain(
     safe = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     weights /= safe
-    v = v.astype(compute)
-    if v_scale is not None:
-        v *= v_scale.astype(compute)[..., None]
     # What lies past the length may be anything, and not a number times zero is not zero.
-    v = jnp.where((k_position < lengths[:, None])[:, :, None, None], v, 0)
-    out = product("bhgqk,bkhd->bqhgd", weights, v)
+    held = k_position < lengths[:, None]
+    v = jnp.where(held[:, :, None, None], v.astype(q.dtype), 0)
+    if v_scale is not None:
+        v_scale = jnp.where(held[..., None], v_scale.astype(compute), 0)
+        weights *= jnp.moveaxis(v_scale, 1, 2)[:, :, None, None]
+    out = product("bhgqk,bkhd->bqhgd", weights.astype(q.dtype), v)
     out = out.reshape(*q.shape[:3], -1).astype(out_dtype or q.dtype)
     return out, lse.reshape(batch, heads, queries)
 
@@ -166,29 +170,34 @@ def mosaic(
     span_ramp: float = 32.0,
     start: int | jax.Array = 0,
     whole_capacity: int | None = None,
+    layer: jax.Array | int | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     block_k: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel: arguments and results are those of ``plain``.
 
-    Further ones: ``whole_capacity`` of a cache of which k is a part, ``block_k`` keys of a block.
+    Further ones: ``whole_capacity`` of a cache of which k is a part, ``block_k`` keys of a block,
+    ``layer`` of k and v, which then have an axis of layers in front.
     """
     batch, queries, heads, dim = q.shape
-    capacity, kv_heads, out_dim = k.shape[1], k.shape[2], v.shape[-1]
+    capacity, kv_heads, out_dim = k.shape[-3], k.shape[-2], v.shape[-1]
     block = block_k or block_size(capacity, kv_heads * dim * k.dtype.itemsize)
     count, columns = -(-capacity // block), block * kv_heads
     rows = -(-queries * heads // ROWS) * ROWS
     width = columns_at_once(rows, columns)
     factor = scale / soft_cap if soft_cap else scale * LOG2_E
     rule, reach = rows_of.is_rule(mask, segment_ids is not None), mask.reach()
-    lengths, begin = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
+    lengths, first = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
+    # Of the keys here, the first one's position, and the first sequence of the layer.
+    sequences = jnp.asarray(0 if layer is None else batch * layer, jnp.int32).reshape(1)
+    begin = jnp.concatenate([first, sequences])
     scalars, steps = [lengths, begin], count
     whole_capacity = whole_capacity or capacity
     listed = rows_of.lists(mask, queries, whole_capacity, block)
     if listed and (whole_capacity == capacity or capacity % block == 0):
-        filled = _divided(jnp.clip(lengths - begin, 0, capacity) + (block - 1), block)[0]
-        found, number = listed.at(lengths - queries, _divided(begin, block)[0], filled)
+        filled = _divided(jnp.clip(lengths - first, 0, capacity) + (block - 1), block)[0]
+        found, number = listed.at(lengths - queries, _divided(first, block)[0], filled)
         steps = min(count, listed.longest)
         if batch * steps <= rows_of.MOST_LISTED:
             scalars += [found[:, :steps].reshape(-1), number]
@@ -227,10 +236,10 @@ def mosaic(
         return pl.BlockSpec((None, rows, width), lambda b, s, *n: (b, 0, 0))
 
     def cached(width):
-        return pl.BlockSpec((None, columns, width), lambda b, s, *n: (b, at(b, s, *n), 0))
+        return pl.BlockSpec((None, columns, width), lambda b, s, *n: (n[1][1] + b, at(b, s, *n), 0))
 
     # Positions and heads side by side: the same bytes, in the tiles of every TPU.
-    flat = [x.reshape(batch, capacity * kv_heads, -1) for x in (k, v)]
+    flat = [x.reshape(-1, capacity * kv_heads, x.shape[-1]) for x in (k, v)]
     stacked = q.reshape(batch, queries * heads, dim)
     operands = [jnp.pad(stacked, ((0, 0), (0, rows - queries * heads), (0, 0))), *flat]
     specs = [whole(dim), cached(dim), cached(out_dim)]

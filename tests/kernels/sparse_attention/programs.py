@@ -107,12 +107,13 @@ def decode(
     segments=False,
     span=False,
     specs=None,
+    layers=None,
     chip=None,
     **options,
 ):
     """Decoding, as a function and the shapes of its arguments.
 
-    ``specs`` are those of q, or None, and of the cache, as lists.
+    ``specs`` are those of q, or None, and of the cache, as lists; ``layers`` of a cache of several.
     """
     del chip
     q_spec, kv_spec = (None if s is None else _spec(s) for s in specs or (None, None))
@@ -132,6 +133,12 @@ def decode(
     if cache:
         arguments["k_scale"] = shape(batch, capacity, kv_heads, of="float32")
         arguments["v_scale"] = arguments["k_scale"]
+    if layers:
+        stacked = jax.sharding.PartitionSpec(None, *kv_spec)
+        for name in arguments.keys() - {"q", "lengths"}:
+            one = arguments[name]
+            arguments[name] = shape(layers, *one.shape, of=one.dtype, spec=stacked)
+        arguments["layer"] = shape(of="int32", spec=jax.sharding.PartitionSpec())
     if segments:
         arguments["segment_ids"] = shape(batch, queries, of="int32", spec=q_spec)
         arguments["kv_segment_ids"] = shape(batch, capacity, of="int32")

@@ -130,6 +130,14 @@ def jitted(q, k, v, lengths, mask, **options):
     return jax.block_until_ready(jax.jit(step)(q, k, v, lengths, **arrays))
 
 
+def layered(held):
+    """Keys, values and their scales as the second of three layers, the others of ones."""
+    names = [n for n in ("k", "v", "k_scale", "v_scale") if n in held]
+    beside = {n: jnp.ones_like(held[n]) for n in names}
+    stacked = {n: jnp.stack([beside[n], held[n], beside[n]]) for n in names}
+    return stacked | {"layer": jnp.int32(1)}
+
+
 class TestPlain:
     """The reference."""
 
@@ -144,7 +152,12 @@ class TestPlain:
 
     @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
     def test_quantized_cache(self, code):
-        check(self.run, causal(), "bfloat16", code, soft_cap=3.0, **self.sizes)
+        run = self.run_layer if code == "int8" else self.run
+        check(run, causal(), "bfloat16", code, soft_cap=3.0, **self.sizes)
+
+    def run_layer(self, q, k, v, lengths, mask, **options):
+        held = layered({"k": k, "v": v, **options})
+        return self.run(q, held.pop("k"), held.pop("v"), lengths, mask, **options | held)
 
     def test_masks(self):
         check(self.run, window(150, causal=True), self.dtype, scale=0.3, **self.sizes)
@@ -193,6 +206,8 @@ def test_wrong_operands_are_refused():
         decode_attention(q, k, v, jnp.array([1, 2]))
     with pytest.raises(ValueError, match="do not cover 200 queries and 200 keys"):
         decode_attention(q, k, v, lengths, blocks(CELLS, 64))
+    with pytest.raises(ValueError, match="k .* must have an axis of layers in front, 5 in all"):
+        decode_attention(q, k, v, lengths, layer=0)
     with pytest.raises(ValueError, match="without kv_segment_ids, those of the cache"):
         decode_attention(q, k, v, lengths, segment_ids=jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match="it runs on TPU, not on cpu"):

@@ -11,7 +11,7 @@ from jaxcomp.kernels.sparse_attention import decode_attention, global_, window
 
 from tests.kernels import aot
 from tests.kernels.sparse_attention import cases
-from tests.kernels.sparse_attention.test_decode import ROWS, check, check_rows
+from tests.kernels.sparse_attention.test_decode import ROWS, check, check_rows, layered
 from tests.kernels.sparse_attention.test_sharding import COLLECTIVES
 
 P = PartitionSpec
@@ -35,12 +35,12 @@ CASES = {
     "length, whole key heads": (
         "Explicit", (2, 2), P(None, None, "x"), P(None, "y"), {"kv_heads": 1}, {},
     ),
-    "batch and heads": ("Auto", (2, 2), P("x", None, "y"), None, {}, {}),
+    "batch and heads, layers": ("Auto", (2, 2), P("x", None, "y"), None, {}, {}),
     "length, any mask": ("Explicit", (1, 4), P(), P(None, "y"), {"rows": "segments and span"}, {}),
     "kernel, length, listed blocks": (
         "Auto", (1, 2), P(), P(None, "y"), {"rows": "bigbird"}, KERNEL,
     ),
-    "kernel, length": (
+    "kernel, length, layers": (
         "Auto", (1, 2), P(), P(None, "y"), {"mask": window(40) | global_(2)}, KERNEL,
     ),
     "kernel, length, int8": (
@@ -63,6 +63,9 @@ def test_same_numbers_and_the_cache_stays_where_it_is(name):
         held = {"q": q, "k": k, "v": v, "lengths": lengths, **more}
         specs = dict.fromkeys(held, of_keys) | {"q": of_queries, "lengths": P(), "span": P()}
         specs |= {"segment_ids": P(), "kv_segment_ids": P(*of_keys[:2])}
+        if "layers" in name:
+            held |= layered(held)
+            specs |= dict.fromkeys("kv", P(None, *of_keys)) | {"layer": P()}
         placed = {
             n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in held.items()
         }  # fmt: skip
@@ -101,9 +104,9 @@ def test_what_cannot_be_split_is_an_error():
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
 @pytest.mark.parametrize("cache", [None, "int8"])
 def test_compiles_on_a_slice_without_a_gather(cache):
-    """Llama-3-8B's heads, each of eight devices with one eighth of 64k tokens or of their heads."""
+    """Llama-3-8B's heads, each of eight devices with one eighth of 32k tokens or of their heads."""
     program = "tests.kernels.sparse_attention.programs:decode"
-    options = {"cache": cache, "capacity": 1 << 16, "batch": 4, "mesh": [2, 4]}
+    options = {"cache": cache, "capacity": 1 << 15, "batch": 4, "layers": 2, "mesh": [2, 4]}
     specs = [
         [None, [None, ["data", "model"]]],
         [None, ["data", "model"]],
