@@ -1,4 +1,8 @@
-"""Text generation with a key-value cache: one prefill, then one jitted scan over new tokens."""
+"""Text generation with a key-value cache: one prefill, then one jitted scan over new tokens.
+
+The prompt is read by plain attention, each new token by ``jc.attention.decode_attention``: on a TPU
+its kernel, elsewhere XLA.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomp.errors import JaxcompError
-from jaxcomp.models.layers import init_cache
+from jaxcomp.models.cache import init_cache
 
 
 def generate(
@@ -38,14 +42,16 @@ def generate(
       top_k: sample among the k likeliest tokens only.
       top_p: sample among the fewest likeliest tokens whose probabilities reach this sum.
       end_token: a sequence that has produced it is filled up with it.
-      cache_dtype: dtype of the key-value cache.
+      cache_dtype: dtype of the key-value cache: that of the model's activations is read as it
+        lies; "int8", "float8_e4m3fn" and "float8_e5m2" keep a scale for each token and head, and
+        halve a bfloat16 cache.
 
     Returns:
       ``(batch, length + max_new_tokens)`` int32.
 
     Raises:
-      JaxcompError: an option is out of range, the model is not causal, or the result would be
-        longer than the model's positions.
+      JaxcompError: an option is out of range, the model is not causal, the result would be longer
+        than the model's positions, or no cache can have the dtype.
     """
     length = tokens.shape[1]
     if not hasattr(config, "cache_shape"):
@@ -64,7 +70,7 @@ def generate(
     key = jax.random.key(0) if key is None else key
     return _generate(
         apply, config.cache_shape, max_new_tokens, float(temperature), top_k, top_p, end_token,
-        jnp.dtype(cache_dtype), params, jnp.asarray(tokens, jnp.int32), key,
+        cache_dtype, params, jnp.asarray(tokens, jnp.int32), key,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcomp.models import layers as blocks
+from jaxcomp.models.cache import init_cache
 from jaxcomp.models.config import Fields
 from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
 
@@ -116,13 +117,12 @@ class Attention(nnx.Module):
         self.c_proj = blocks.Linear(width, c.n_embd, stddev=out, **kw)
         self.head_dim = c.head_dim
 
-    def __call__(self, x, mask, cache=None):
+    def __call__(self, x, attend, cache=None):
         """Attends; returns the output and the updated cache, None without one."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = blocks.named(*(a.reshape(shape) for a in jnp.split(self.c_attn(x), 3, axis=-1)))
-        if cache is not None:
-            k, v, cache = cache.append(k, v)
-        return self.c_proj(blocks.attention(q, k, v, mask)), cache
+        out, cache = attend(q, k, v, cache)
+        return self.c_proj(out), cache
 
 
 class MLP(nnx.Module):
@@ -152,9 +152,9 @@ class Block(nnx.Module):
         self.ln_2 = blocks.LayerNorm(c.n_embd, c.layer_norm_epsilon, param_dtype=param_dtype)
         self.mlp = MLP(c, width, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x, mask, cache=None):
+    def __call__(self, x, attend, cache=None):
         """Returns the new residual stream and the updated cache."""
-        y, cache = self.attn(self.ln_1(x), mask, cache)
+        y, cache = self.attn(self.ln_1(x), attend, cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), cache
 
@@ -191,9 +191,9 @@ class GPT2(nnx.Module):
             self.lm_head = blocks.Linear(c.n_embd, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
 
-    def init_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
-        """An empty key-value cache for ``batch`` sequences of up to ``length`` positions."""
-        return blocks.init_cache(self.config.cache_shape, batch, length, self.dtype)
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
+        """An empty key-value cache; arguments as of ``Llama.init_cache``."""
+        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position; arguments and results as of ``Llama``."""
@@ -202,11 +202,11 @@ class GPT2(nnx.Module):
         positions = order if positions is None else positions
         keys = tokens.shape[1] if cache is None else cache["k"].shape[2]
         blocks.check_length(keys, self.config.n_positions)
-        mask = blocks.causal_mask(order, keys)
+        attend = functools.partial(blocks.attend, order=order)
 
         def body(layer, x, item, cache):
             del item
-            return layer(x, mask, cache)
+            return layer(x, attend, cache)
 
         x = self.wte(tokens, self.dtype) + self.wpe(positions, self.dtype)
         x, cache = blocks.run_layers(self.h, body, x, None, cache, remat=self.remat)

@@ -1,7 +1,5 @@
 """Building blocks shared by the reference models: plain modules with plain parameter paths."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxcomp.errors import ModelError
-
-Dtype = jnp.dtype | type | str | None
+from jaxcomp.models.cache import Dtype, LayerCache
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Dtype) -> nnx.Param:
@@ -163,6 +160,39 @@ def causal_mask(
     return mask if window is None else mask & (distance < window)
 
 
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache | None,
+    *,
+    order: jax.Array,
+    window: jax.Array | int | None = None,
+    windows: tuple[int, ...] = (),
+) -> tuple[jax.Array, LayerCache | None]:
+    """Causal attention of new tokens to themselves and to those that a cache holds.
+
+    Args:
+      q: queries of the new tokens, as for ``attention``.
+      k: their keys.
+      v: their values.
+      cache: of this layer, or None.
+      order: ``(1, tokens)`` int32, how many tokens come before each.
+      window: as for ``causal_mask``; a loop's layers may bring it as a traced number.
+      windows: the values that such a number can have, ascending.
+
+    Returns:
+      ``(batch, tokens, heads * head_dim)``, and the cache with the new keys and values.
+    """
+    if cache is not None:
+        heads, cache = k.shape[2], cache.append(k, v)
+        if q.shape[1] == 1:
+            out = cache.attend(q, heads, window, windows)
+            return out.reshape(*q.shape[:2], -1), cache
+        k, v = cache.read(heads, q.dtype)
+    return attention(q, k, v, causal_mask(order, k.shape[1], window)), cache
+
+
 def rotary(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of rotary position embedding.
 
@@ -206,75 +236,6 @@ def check_length(length: int, longest: int) -> None:
         raise ModelError(f"sequences of {length} positions, the model has {longest}; shorten them")
 
 
-def init_cache(
-    shape: tuple[int, int, int], batch: int, length: int, dtype: Dtype = jnp.float32
-) -> dict[str, jax.Array]:
-    """An empty key-value cache.
-
-    Args:
-      shape: layers, key-value heads and head size.
-      batch: sequences.
-      length: positions the cache can hold.
-      dtype: dtype of keys and values.
-
-    Returns:
-      ``{"k", "v": (layers, batch, length, kv_heads, head_dim), "length": int32 scalar}``.
-    """
-    layers, kv_heads, head_dim = shape
-    full = (layers, batch, length, kv_heads, head_dim)
-    return {
-        "k": jnp.zeros(full, dtype),
-        "v": jnp.zeros(full, dtype),
-        "length": jnp.zeros((), jnp.int32),
-    }
-
-
-class LayerCache(NamedTuple):
-    """A key-value cache as one layer gets it: whole, so that it can be written in place.
-
-    Attributes:
-      k: ``(layers, batch, length, kv_heads, head_dim)``.
-      v: as ``k``.
-      length: positions that are filled.
-      layer: which layer's it is.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
-    layer: jax.Array | int
-
-    def append(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, "LayerCache"]:
-        """Writes new keys and values ``(batch, tokens, heads, head_dim)`` behind those there.
-
-        Returns:
-          All keys and values of the layer, ``(batch, length, heads, head_dim)`` in the new ones'
-          dtype, and the cache.
-        """
-        heads = k.shape[2]  # A cache has room for the layer with the most heads.
-        full, found = [], []
-        for cached, new in ((self.k, k), (self.v, v)):
-            cached = self._write(cached, new.astype(cached.dtype))
-            own = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)
-            full.append(cached)
-            found.append(own[:, :, :heads].astype(new.dtype))
-        return *found, self._replace(k=full[0], v=full[1])
-
-    def _write(self, cached: jax.Array, new: jax.Array) -> jax.Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        if new.shape[1] == 1 or mesh.empty or jax.sharding.AxisType.Auto not in mesh.axis_types:
-            start = (self.layer, 0, self.length, 0, 0)
-            return jax.lax.dynamic_update_slice(cached, new[None], start)
-        # Several positions may lie on several devices. Each takes those that are its own, where an
-        # update of a slice would bring the whole cache together.
-        heads, (tokens, room) = new.shape[2], (new.shape[1], cached.shape[2])
-        row = jnp.arange(room, dtype=jnp.int32) - self.length
-        inside = ((row >= 0) & (row < tokens))[None, :, None, None]
-        old = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)[:, :, :heads]
-        own = jnp.where(inside, jnp.take(new, row, axis=1, mode="clip"), old)
-        return jax.lax.dynamic_update_slice(cached, own[None], (self.layer, 0, 0, 0, 0))
-
-
 def stack_layers(make, layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """One module whose parameters carry a leading layer axis, for ``scan_layers``.
 
@@ -308,13 +269,13 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
 
     def run(layer, x, item, kv, index):
         if kv is not None:
-            kv = LayerCache(*kv, cache["length"], index)
+            kv = LayerCache(kv, cache["length"], index)
         x, kv = body(layer, x, item, kv)
-        return checkpoint_name(x, "hidden"), None if kv is None else (kv.k, kv.v)
+        return checkpoint_name(x, "hidden"), None if kv is None else kv.arrays
 
     # Carried from layer to layer: what is read from one array and written to another would be
     # there twice.
-    kv = None if cache is None else (cache["k"], cache["v"])
+    kv = None if cache is None else {n: a for n, a in cache.items() if n != "length"}
     if isinstance(layers, nnx.List):
         for i, layer in enumerate(layers):
             item = jax.tree.map(lambda a, i=i: a[i], inputs)
@@ -339,4 +300,4 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
             scanned = jax.checkpoint(scanned, prevent_cse=False)
         index = None if cache is None else jnp.arange(count, dtype=jnp.int32)
         (x, kv), _ = jax.lax.scan(scanned, (x, kv), (state, inputs, index))
-    return x, None if kv is None else cache | {"k": kv[0], "v": kv[1]}
+    return x, None if kv is None else cache | kv

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jaxcomp.models import layers as blocks
+from jaxcomp.models.cache import NO_LIMIT, init_cache
 from jaxcomp.models.config import Fields
 from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
 
@@ -166,7 +167,7 @@ class Attention(nnx.Module):
             self.k_norm = blocks.RMSNorm(c.head_dim, c.rms_norm_eps, param_dtype=param_dtype)
         self.config = c
 
-    def __call__(self, x, rope, mask, cache=None):
+    def __call__(self, x, rope, attend, cache=None):
         """Attends; returns the output and the updated cache, None without one."""
         c = self.config
         heads = (*x.shape[:-1], -1, c.head_dim)
@@ -174,9 +175,8 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = blocks.named(blocks.rotate(q, *rope), blocks.rotate(k, *rope), v)
-        if cache is not None:
-            k, v, cache = cache.append(k, v)
-        return self.o_proj(blocks.attention(q, k, v, mask)), cache
+        out, cache = attend(q, k, v, cache)
+        return self.o_proj(out), cache
 
 
 class MLP(nnx.Module):
@@ -213,9 +213,9 @@ class DecoderLayer(nnx.Module):
         )
         self.mlp = self.mlp_type(c, width, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x, rope, mask, cache=None):
+    def __call__(self, x, rope, attend, cache=None):
         """Returns the new residual stream and the updated cache."""
-        y, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        y, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -262,9 +262,18 @@ class Llama(nnx.Module):
             self.lm_head = blocks.Linear(c.hidden_size, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
 
-    def init_cache(self, batch: int, length: int) -> dict[str, jax.Array]:
-        """An empty key-value cache for ``batch`` sequences of up to ``length`` positions."""
-        return blocks.init_cache(self.config.cache_shape, batch, length, self.dtype)
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
+        """An empty key-value cache for ``batch`` sequences of up to ``length`` positions.
+
+        Args:
+          batch: sequences.
+          length: positions.
+          dtype: of keys and values, also "int8" and fp8; that of the activations if None.
+
+        Returns:
+          What ``jaxcomp.models.cache.init_cache`` says.
+        """
+        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position.
@@ -282,21 +291,20 @@ class Llama(nnx.Module):
             start = 0 if cache is None else cache["length"]
             positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(positions, tokens.shape)
-        keys = tokens.shape[1] if cache is None else cache["k"].shape[2]
-        windows = c.sliding_windows or (None,) * c.num_hidden_layers
         rope = blocks.rotary(positions, rope_frequencies(c))
-        inputs = {}
-        if any(w is not None for w in windows):
-            no_limit = np.iinfo(np.int32).max
-            limits = [no_limit if w is None else w for w in windows]
-            inputs["window"] = jnp.asarray(limits, jnp.int32)
+        limits = [NO_LIMIT if w is None else w for w in c.sliding_windows]
+        windows = tuple(sorted(set(limits)))
+        # Numbers where layers are unrolled, which a loop makes into traced ones.
+        inputs = {"window": np.asarray(limits, np.int32)} if len(windows) > 1 else {}
+        one = windows[0] if len(windows) == 1 else None
         # The mask is about the order of tokens, whatever positions are given.
         order = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         order = order if cache is None else order + cache["length"]
 
         def body(layer, x, item, cache):
-            mask = blocks.causal_mask(order, keys, item.get("window"))
-            return layer(x, rope, mask, cache)
+            window = item.get("window", one)
+            attend = functools.partial(blocks.attend, order=order, window=window, windows=windows)
+            return layer(x, rope, attend, cache)
 
         x = self.embed_tokens(tokens, self.dtype)
         x, cache = blocks.run_layers(self.layers, body, x, inputs, cache, remat=self.remat)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxcomp import formats
 from jaxcomp.errors import JaxcompError, ModelError
 from jaxcomp.functional import functional
-from jaxcomp.models import GPT2, Bert, BertConfig, GPT2Config, Llama, build, generate
+from jaxcomp.models import GPT2, Bert, BertConfig, GPT2Config, Llama, build, generate, layers
 from jaxcomp.models.generate import sample
 from jaxcomp.models.llama import rope_frequencies
 from jaxcomp.quantization import rtn
@@ -52,18 +52,28 @@ def test_scanned_layers_equal_unrolled_ones(llama, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_cached_logits_equal_uncached_ones(scan):
-    model = Llama(TINY, scan=scan, rngs=nnx.Rngs(2))
+def rounded(x):
+    """The int8 code of each token and head, multiplied out."""
+    scale = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32) / 127
+    return jnp.round(x / scale) * scale
+
+
+@pytest.mark.parametrize(("scan", "dtype"), [(False, None), (True, "int8")])
+def test_cached_logits_equal_uncached_ones(scan, dtype, monkeypatch):
+    """Those of int8 equal the uncached ones of a model whose keys and values are rounded."""
     x = tokens(2, 10)
-    apply, params = jitted(model)
-    want = apply(params, x)
-    cache, got = model.init_cache(2, 12), []
-    for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
-        logits, cache = apply(params, part, cache=cache)
-        got.append(logits)
+    with x64():
+        model = Llama(TINY, scan=scan, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(2))
+        apply, params = jitted(model)
+        cache, got = model.init_cache(2, 12, dtype), []
+        for part in (x[:, :5], x[:, 5:6], x[:, 6:7], x[:, 7:]):
+            logits, cache = apply(params, part, cache=cache)
+            got.append(logits)
+        if dtype:
+            monkeypatch.setattr(layers, "named", lambda q, k, v: (q, rounded(k), rounded(v)))
+        want = functional(model)[0](params, x)
     assert int(cache["length"]) == 10
-    np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -208,7 +218,7 @@ def test_generate_stops_at_the_end_token(llama):
 def test_generate_samples_reproducibly_from_a_key(llama):
     apply, params = llama
     x = tokens(2, 3)
-    options = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    options = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "cache_dtype": "int8"}
     draw = lambda seed: generate(  # noqa: E731
         apply, params, TINY, x, 8, key=jax.random.key(seed), **options
     )
@@ -249,6 +259,7 @@ def test_sample_frequencies_follow_the_truncated_distribution():
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 1, "temperature": 1.0}, "key="),
         ({"max_new_tokens": 1, "top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 1, "cache_dtype": "int4"}, "cache of int4 cannot be; use one of"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do(llama, options, message):

@@ -1,0 +1,186 @@
+"""Key-value caches: plain floats, or int8 and fp8 codes with a scale for each token and head.
+
+Codes are those that the decoding kernel reads (``jc.attention.decode_attention``): of a token's key
+or value in one head
+
+    scale = max |x| / largest code,   code = round(x / scale)
+
+A token is written once and never again: its scale depends on it alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomp.errors import ModelError
+
+Dtype = jnp.dtype | type | str | None
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
+# A window that reaches every position.
+NO_LIMIT = jnp.iinfo(jnp.int32).max
+
+
+def init_cache(
+    shape: tuple[int, int, int], batch: int, length: int, dtype: Dtype = jnp.float32
+) -> dict[str, jax.Array]:
+    """An empty key-value cache.
+
+    Args:
+      shape: layers, key-value heads and head size.
+      batch: sequences.
+      length: positions the cache can hold.
+      dtype: of keys and values: a float, which the model's own reads fastest; or int8,
+        float8_e4m3fn or float8_e5m2, which are scaled for each token and head.
+
+    Returns:
+      ``{"k", "v": (layers, batch, length, kv_heads, head_dim), "length": int32 scalar}``; of int8
+      and fp8 also ``"k_scale", "v_scale": (layers, batch, length, kv_heads)`` float32.
+
+    Raises:
+      ModelError: the dtype is none of these.
+
+    Example:
+      >>> sorted(init_cache((2, 4, 8), batch=1, length=16, dtype="int8"))
+      ['k', 'k_scale', 'length', 'v', 'v_scale']
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in FLOATS + CODES:
+        raise ModelError(
+            f"a key-value cache of {name} cannot be; use one of {', '.join(FLOATS)}, or for a "
+            f"smaller one {', '.join(CODES)}"
+        )
+    layers, kv_heads, head_dim = shape
+    full = (layers, batch, length, kv_heads, head_dim)
+    cache = {name_: jnp.zeros(full, dtype) for name_ in ("k", "v")}
+    if name in CODES:
+        cache |= {name_: jnp.ones(full[:-1], jnp.float32) for name_ in ("k_scale", "v_scale")}
+    return cache | {"length": jnp.zeros((), jnp.int32)}
+
+
+def encoded(x: jax.Array, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
+    """Codes of keys or values, and their scales.
+
+    Args:
+      x: float ``(.., head_dim)``.
+      dtype: one of ``CODES``.
+
+    Returns:
+      Codes like x, and float32 scales ``(..)``: x is about ``codes * scale``, off by at most half
+      a scale for int8, and 1 for zeros.
+    """
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = float((jnp.iinfo if integer else jnp.finfo)(dtype).max)
+    top = jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32)
+    scale = jnp.where(top > 0, top / largest, 1.0)
+    codes = x.astype(jnp.promote_types(x.dtype, jnp.float32)) / scale[..., None]
+    # The scale is rounded, so that the largest may come out beyond its code.
+    codes = jnp.clip(codes, -largest, largest)
+    return (jnp.round(codes) if integer else codes).astype(dtype), scale
+
+
+class LayerCache(NamedTuple):
+    """A key-value cache as one layer gets it: whole, so that it can be written in place.
+
+    Attributes:
+      arrays: all of ``init_cache`` but the length, with their leading axis of layers.
+      length: positions that are filled.
+      layer: which layer's it is.
+    """
+
+    arrays: dict[str, jax.Array]
+    length: jax.Array
+    layer: jax.Array | int
+
+    def append(self, k: jax.Array, v: jax.Array) -> "LayerCache":
+        """The cache with new keys and values ``(batch, tokens, heads, head_dim)`` at its end."""
+        new = {"k": k, "v": v}
+        if "k_scale" in self.arrays:
+            for name in ("k", "v"):
+                new[name], new[f"{name}_scale"] = encoded(new[name], self.arrays[name].dtype)
+        written = {name: self._write(self.arrays[name], x) for name, x in new.items()}
+        return self._replace(arrays=written)
+
+    def read(self, heads: int, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
+        """All keys and values of the layer, ``(batch, length, heads, head_dim)`` in a dtype."""
+        own, wide = self._own(heads), jnp.promote_types(dtype, jnp.float32)
+
+        def one(name):
+            scale = own.get(f"{name}_scale")
+            if scale is None:
+                return own[name].astype(dtype)
+            return (own[name].astype(wide) * scale[..., None].astype(wide)).astype(dtype)
+
+        return one("k"), one("v")
+
+    def attend(
+        self,
+        q: jax.Array,
+        heads: int,
+        window: jax.Array | int | None = None,
+        windows: tuple[int, ...] = (),
+    ) -> jax.Array:
+        """Attention of the newest tokens to what the cache holds, their own keys among it.
+
+        On a TPU the kernel reads the cache as it lies, for heads of a multiple of 128.
+
+        Args:
+          q: ``(batch, queries, heads, head_dim)``.
+          heads: key heads of this layer.
+          window: a query looks at its own and the ``window - 1`` positions before it; None is no
+            limit. It may be traced.
+          windows: all values that a traced window can have, ascending.
+
+        Returns:
+          ``(batch, queries, heads, head_dim)`` in q's dtype.
+        """
+        # Pallas takes a while to import.
+        from jaxcomp.kernels import sparse_attention as kernels
+
+        held, layer = self.arrays, self.layer
+        if heads != held["k"].shape[3]:
+            held, layer = self._own(heads), None
+        if "k_scale" not in held:
+            held = {name: x.astype(q.dtype) for name, x in held.items()}
+        lengths = jnp.full(q.shape[:1], self.length + q.shape[1], jnp.int32)
+
+        def run(window: int | None) -> jax.Array:
+            limited = window is not None and window < NO_LIMIT
+            mask = kernels.window(window, causal=True) if limited else kernels.causal()
+            return kernels.decode_attention(q, lengths=lengths, mask=mask, layer=layer, **held)
+
+        if isinstance(window, jax.core.Tracer):
+            # A kernel is made for one mask: where layers that a loop runs differ, for each of them.
+            which = jnp.searchsorted(jnp.asarray(windows, jnp.int32), window)
+            return jax.lax.switch(which, [lambda w=w: run(w) for w in windows])
+        return run(None if window is None else int(window))
+
+    def _own(self, heads: int) -> dict[str, jax.Array]:
+        """The layer's arrays: a cache has room for the layer with the most heads."""
+
+        def one(x):
+            return jax.lax.dynamic_index_in_dim(x, self.layer, 0, keepdims=False)[:, :, :heads]
+
+        return {name: one(x) for name, x in self.arrays.items()}
+
+    def _write(self, cached: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(cached.dtype)
+        layer, zero = jnp.int32(self.layer), jnp.int32(0)
+        rest = (zero,) * (cached.ndim - 3)
+        mesh = jax.sharding.get_abstract_mesh()
+        if new.shape[1] == 1 or mesh.empty or jax.sharding.AxisType.Auto not in mesh.axis_types:
+            start = (layer, zero, self.length, *rest)
+            return jax.lax.dynamic_update_slice(cached, new[None], start)
+        # Several positions may lie on several devices. Each takes those that are its own, where an
+        # update of a slice would bring the whole cache together.
+        heads, (tokens, room) = new.shape[2], (new.shape[1], cached.shape[2])
+        row = jnp.arange(room, dtype=jnp.int32) - self.length
+        inside = jnp.expand_dims((row >= 0) & (row < tokens), (0, *range(2, new.ndim)))
+        old = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)[:, :, :heads]
+        own = jnp.where(inside, jnp.take(new, row, axis=1, mode="clip"), old)
+        return jax.lax.dynamic_update_slice(cached, own[None], (layer, zero, zero, *rest))
