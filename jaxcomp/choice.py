@@ -17,12 +17,12 @@ _ONE_BY_ONE = "experts one after the other, each with its own rows only"
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which implementation runs at a use of a compressed weight.
+    """Which implementation runs at a use of a compressed weight, or at a call of attention.
 
     Attributes:
-      path: name of the weight.
+      path: name of the weight; of attention that of the operation.
       kind: kind of the site, or the operation that reads the weight.
-      implementation: one of ``IMPLEMENTATIONS``.
+      implementation: one of ``IMPLEMENTATIONS``; of attention "mosaic_tpu", "mosaic_gpu" or "xla".
       reason: why that one.
     """
 

@@ -32,6 +32,7 @@ from jaxcomp.graph.program import Op, Program
 from jaxcomp.graph.sites import features, from_tokens, to_tokens
 from jaxcomp.graph.trace import flatten_inputs, leaf_paths
 from jaxcomp.kernels import chips
+from jaxcomp.kernels.implementations import note_of
 from jaxcomp.quantization.ste import fake_quantize_input
 
 
@@ -80,12 +81,22 @@ class Dispatched:
           **kwargs: as for the call.
 
         Returns:
-          One choice for each use of a compressed weight, in order of evaluation.
+          One choice for each use of a compressed weight and each call of ``jc.attention.attention``
+          or ``decode_attention``, in order of evaluation. Those of attention have the operation's
+          name as path and kind, and say which implementation this machine (or the mesh in use)
+          runs, and of each that comes before it why it does not.
         """
-        graph = trace(self.apply, _checked(params), *inputs, select=is_compressed, **kwargs)
+        noted = {"named": lambda name: note_of(name) is not None}
+        graph = trace(
+            self.apply, _checked(params), *inputs, select=is_compressed, **noted, **kwargs
+        )
         splits = self._splits(leaf_paths(params)[0])
         choices = []
         for op, weights in _uses(graph.program):
+            if op.kind == "named":
+                note = note_of(op.named.name)
+                reason = note.reason or "it fits, and is the first choice"
+                choices.append(Choice(note.operation, note.operation, note.implementation, reason))
             for path, is_site in weights:
                 if is_site:
                     leaf = graph.shapes[path]
@@ -117,10 +128,10 @@ class Dispatched:
         splits = self._splits(named)
         blocks = []
         for path, leaf in named:
-            listed = self._listed(leaf)
             if is_compressed(leaf):
-                listed = listed.replace(split=splits.get(path) or sharding.held(listed))
-            blocks.append(listed)
+                split = splits.get(path) or sharding.held(leaf)
+                leaf = self._listed(leaf, split).replace(split=split)
+            blocks.append(leaf)
         readers: dict[str, set[str]] = {}
         for choice in self.report(jax.tree.unflatten(treedef, blocks), *inputs, **kwargs):
             readers.setdefault(choice.path, set()).add(choice.implementation)
@@ -134,13 +145,11 @@ class Dispatched:
         ]
         return jax.tree.unflatten(treedef, leaves)
 
-    def _listed(self, leaf: Any) -> Any:
+    def _listed(self, leaf: Any, split: NamedSharding | None) -> Any:
         """A leaf with its blocks listed, if a kernel may run that reads them so."""
-        if not is_compressed(leaf):
-            return leaf
         if self.implementation != "kernel" and chip_of(leaf, self.mesh).platform == "cpu":
             return leaf
-        return leaf.replace(parts=tuple(packed_sparse.listed(p) for p in leaf.parts))
+        return leaf.replace(parts=tuple(packed_sparse.listed(p, split) for p in leaf.parts))
 
     def _splits(self, named: Sequence[tuple[str, Any]]) -> dict[str, NamedSharding]:
         """How the matrix of each compressed leaf is split, where arrays of Auto axes do not say."""
@@ -217,6 +226,8 @@ def _uses(program: Program):
     for op in program.ops:
         if op.kind == "site":
             yield op, [(op.site.path, True)]
+        elif op.kind == "named":
+            yield op, []
         elif op.kind == "bind":
             read = [program.weights[i][0] for i in op.inputs if i in program.weights]
             if read:

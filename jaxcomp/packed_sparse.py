@@ -8,6 +8,7 @@ be listed block by block, which needs the mask itself: ``dispatch(..).prepare`` 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -57,14 +58,17 @@ class PreparedNM(base.Part):
 class BlockPart(base.Part):
     """A part that is zero outside of some blocks, for running and not for storing.
 
-    Matrices of a stack list as many blocks each: those with fewer list blocks of zeros as well.
+    Matrices of a stack, and parts of a matrix for devices of a mesh, list as many blocks each:
+    those with fewer list blocks of zeros as well. Parts follow one another in the list, those of
+    the same outputs together, so that devices hold their own blocks and no others.
 
     Attributes:
       values: bfloat16 or float32 ``(*stack, blocks, side, side)``.
-      rows: int32 ``(*stack, blocks)``, which block of outputs each is, ascending.
+      rows: int32 ``(*stack, blocks)``, which block of outputs each is, ascending in a part.
       columns: int32 ``(*stack, blocks)``, which block of inputs.
       out: outputs of a matrix.
       size: inputs of a matrix.
+      parts: of the outputs and of the inputs, for as many devices.
     """
 
     values: jax.Array
@@ -72,6 +76,7 @@ class BlockPart(base.Part):
     columns: jax.Array
     out: int = base.static(default=0)
     size: int = base.static(default=0)
+    parts: tuple[int, int] = base.static(default=(1, 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,13 +112,13 @@ def operand(part: Any) -> Any:
     if isinstance(part, formats.SparsePart):
         return (
             "its values are kept by a bit mask; dispatch(..).prepare lists them by blocks where "
-            f"blocks of {_SIDES[-1]} are empty"
+            f"blocks of {_SIDES[-1]} are empty and none lies on two devices"
         )
     from jaxcomp.kernels.sparse_matmul import BlockSparse, nm
 
     shape = part.shape[-2:]
     if isinstance(part, BlockPart):
-        return BlockSparse(part.values, part.rows, part.columns, None, shape)
+        return BlockSparse(part.values, part.rows, part.columns, None, shape, part.parts)
     if isinstance(part, PreparedNM):
         group = None if part.scales is None else shape[1] // part.scales.shape[-1]
         return nm.NMSparse(part.values, part.positions, part.scales, 2, 4, group, shape, nm.LAYOUT)
@@ -161,10 +166,13 @@ def problem(
         return weight
     mesh = split.mesh if split is not None else chips.mesh_of(*jax.tree.leaves(part))
     alone = mesh is None or mesh.size == 1
-    if batched and not alone:
-        return "on a mesh no sparse kernel takes a stack of weights at once"
-    if isinstance(part, BlockPart) and not alone and not _replicated(part, split):
-        return "lists of blocks are not split over a mesh; replicate the weight"
+    if batched and not alone and split is None:
+        return "on a mesh it has to be known how a stack of weights is split; give the rules"
+    if isinstance(part, BlockPart) and not alone and not _divided(part, split):
+        return (
+            f"its list of blocks has {part.parts} parts of outputs and inputs, and the mesh "
+            "others; shard the weight before dispatch(..).prepare lists its blocks"
+        )
     if chip is None:
         return None
     if chip.platform == "cpu":
@@ -235,48 +243,89 @@ def prepared(part: Any, chip: Chip) -> Any:
     return PreparedNM(ready.values, ready.positions, ready.scales)
 
 
-def listed(part: Any) -> Any:
+def listed(part: Any, split: NamedSharding | None = None) -> Any:
     """Lists the blocks of a part under a bit mask, where enough of them are empty.
 
-    Runs on the host. Blocks are as large as they can be without storing more.
+    Runs on the host. Blocks are as large as they can be without storing more. Of a weight that is
+    split over a mesh each device gets the list of its own blocks.
 
     Args:
       part: ``SparsePart`` of arrays, also inside of input scales; others are left alone.
+      split: mesh axes of ``(*stack, out, in)``, or None.
 
     Returns:
       A ``BlockPart`` of the same matrix, or the part as it is.
     """
     if isinstance(part, formats.InputScale):
-        return part.replace(part=listed(part.part))
+        return part.replace(part=listed(part.part, split))
     if not isinstance(part, formats.SparsePart) or part.element is not None:
         return part
     if part.values.dtype not in (jnp.bfloat16, jnp.float32):
         return part
+    if not all(map(_at_hand, (part.mask, part.values))):
+        return part
     mask = np.asarray(part.kept_mask())
     *stack, out, size = mask.shape
     mask = mask.reshape(-1, out, size)
+    parts = (1, 1) if split is None else tuple(_count(e, split) for e in split.spec[-2:])
     best = None
     for side in reversed(_SIDES):
+        if parts != (1, 1) and (out % (parts[0] * side) or size % (parts[1] * side)):
+            continue  # A block would lie on two devices.
         used = _tiles(mask, side).any((-1, -2))
-        blocks = max(int(used.sum((-1, -2)).max()), 1)
-        if best is None or blocks * side**2 <= best[0]:
-            best = blocks * side**2, side, used, blocks
-    stored, side, used, blocks = best
-    if stored > _DENSEST * out * size:
+        each = _by_parts(used, parts)
+        blocks = max(int(each.sum(-1).max()), 1)
+        stored = blocks * parts[0] * parts[1] * side**2
+        if best is None or stored <= best[0]:
+            best = stored, side, used.shape[1:], each, blocks
+    if best is None or best[0] > _DENSEST * out * size:
         return part
-    # The blocks with values first, then as many empty ones as the fullest matrix has more.
-    order = np.argsort(~used.reshape(len(used), -1), axis=-1, kind="stable")[:, :blocks]
-    order = np.sort(order, axis=-1)
-    rows, columns = np.divmod(order, used.shape[-1])
+    _, side, grid, each, blocks = best
+    # The blocks with values first, then as many empty ones as the fullest part has more.
+    order = np.argsort(~each, axis=-1, kind="stable")[..., :blocks]
+    row, column = np.divmod(np.sort(order, axis=-1), grid[1] // parts[1])
+    first = np.divmod(np.arange(each.shape[1])[:, None], parts[1])
+    rows = (first[0] * (grid[0] // parts[0]) + row).reshape(len(mask), -1)
+    columns = (first[1] * (grid[1] // parts[1]) + column).reshape(len(mask), -1)
     dense = np.asarray(part.materialize(part.values.dtype)).reshape(mask.shape)
-    each = [_tiles(w, side)[r, c] for w, r, c in zip(dense, rows, columns, strict=True)]
+    values = np.stack([_tiles(w, side)[r, c] for w, r, c in zip(dense, rows, columns, strict=True)])
     return BlockPart(
-        jnp.asarray(np.stack(each).reshape(*stack, blocks, side, side)),
-        jnp.asarray(rows.reshape(*stack, blocks), jnp.int32),
-        jnp.asarray(columns.reshape(*stack, blocks), jnp.int32),
+        *(
+            _placed(array.reshape(*stack, *array.shape[1:]), part.mask, split)
+            for array in (values, rows.astype(np.int32), columns.astype(np.int32))
+        ),
         out=out,
         size=size,
+        parts=parts,
     )
+
+
+def _at_hand(array: Any) -> bool:
+    """Whether numbers can be looked at: no shapes, and nothing that other processes hold."""
+    if isinstance(array, jax.Array):
+        return not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
+    return isinstance(array, np.ndarray)
+
+
+def _by_parts(used: np.ndarray, parts: tuple[int, int]) -> np.ndarray:
+    """A grid ``(matrices, rows, columns)`` by parts, ``(matrices, parts, cells of a part)``."""
+    count, rows, columns = used.shape
+    split = used.reshape(count, parts[0], rows // parts[0], parts[1], columns // parts[1])
+    return split.swapaxes(2, 3).reshape(count, parts[0] * parts[1], -1)
+
+
+def _placed(array: np.ndarray, beside: jax.Array, split: NamedSharding | None) -> jax.Array:
+    """A list ``(*stack, blocks, ..)`` on the devices whose part of the matrix it lists."""
+    lies = getattr(beside, "sharding", None)
+    if split is None or not isinstance(lies, NamedSharding):
+        return jnp.asarray(array)
+    return jax.device_put(array, NamedSharding(lies.mesh, list_spec(split.spec)))
+
+
+def list_spec(spec: PartitionSpec) -> PartitionSpec:
+    """How lists of blocks are split, from mesh axes of ``(*stack, out, in)``."""
+    *stack, outputs, inputs = spec
+    return PartitionSpec(*stack, (*_names(outputs), *_names(inputs)) or None)
 
 
 def matmul(
@@ -301,13 +350,21 @@ def matmul(
     from jaxcomp.kernels import sparse_matmul as kernels
 
     call = kernels.block_sparse_matmul if isinstance(part, BlockPart) else kernels.nm_matmul
+    options = {"out_dtype": out_dtype, "implementation": implementation}
+    stack: tuple = (None,) * len(part.stack)
+    if split is not None:
+        *stack, outputs, inputs = split.spec
+        options["weight_spec"] = NamedSharding(split.mesh, PartitionSpec(outputs, inputs))
+        taken = {name for entry in split.spec for name in _names(entry)}
+        free = tuple(name for name in split.mesh.axis_names if name not in taken)
+        rows = free if free and x.shape[-2] % _count(free, split) == 0 else None
+        options["x_spec"] = PartitionSpec(rows, inputs)
 
-    def one(x, weight):
-        return call(
-            x, weight, out_dtype=out_dtype, weight_spec=split, implementation=implementation
-        )
-
-    return _stacked(one, len(part.stack))(x, operand(part))
+    # Several matrices, each device with those that it holds.
+    run = functools.partial(call, **options)
+    for axes in reversed(stack):
+        run = jax.vmap(run, spmd_axis_name=axes) if axes else jax.vmap(run)
+    return run(x, operand(part))
 
 
 def _tiles(array: np.ndarray, side: int) -> np.ndarray:
@@ -325,15 +382,21 @@ def _stacked(function: Any, depth: int) -> Any:
     return function
 
 
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def _count(entry: Any, split: NamedSharding) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return int(np.prod([split.mesh.shape[name] for name in names]))
+    return int(np.prod([split.mesh.shape[name] for name in _names(entry)]))
 
 
-def _replicated(part: BlockPart, split: NamedSharding | None) -> bool:
+def _divided(part: BlockPart, split: NamedSharding | None) -> bool:
+    """Whether the mesh has as many parts as the list, or every device all of it."""
     if split is not None:
-        return all(_count(entry, split) == 1 for entry in split.spec)
+        return tuple(_count(entry, split) for entry in split.spec[-2:]) in (part.parts, (1, 1))
     sharding = jax.typeof(part.values).sharding if hasattr(part.values, "aval") else None
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
         return True  # On Auto axes there is nothing to see, and dispatch asks for the rules.
-    return sharding.spec == PartitionSpec(*(None,) * part.values.ndim)
+    *stack, blocks = (*sharding.spec, *(None,) * part.values.ndim)[: part.rows.ndim]
+    number = int(np.prod([sharding.mesh.shape[name] for name in _names(blocks)]))
+    return not any(stack) and number in (part.parts[0] * part.parts[1], 1)

@@ -8,6 +8,7 @@ from jaxcomp.errors import RecipeError
 from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Graph, Layout, trace
 from jaxcomp.graph.program import Op, hooks
+from jaxcomp.kernels.implementations import note_of
 from jaxcomp.plan import make_plan
 from jaxcomp.quantization.activation import check_activation
 from jaxcomp.quantization.inputs import InputQuantizer
@@ -77,7 +78,7 @@ def plan_training(
     """
     value_steps = [s for s in given.steps if isinstance(s, FakeQuantValues)]
     steps = tuple(s for s in given.steps if not isinstance(s, FakeQuantValues))
-    named = (lambda name: True) if value_steps else None
+    named = (lambda name: note_of(name) is None) if value_steps else None
     graph = trace(function, params, *inputs, named=named, **kwargs)
     rules = _value_rules(graph, value_steps)
     weights: dict[str, Weight] = {}

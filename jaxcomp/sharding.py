@@ -30,6 +30,7 @@ from jaxcomp.formats import (
     InputQuant,
     InputScale,
     NMPart,
+    SparsePart,
     is_compressed,
 )
 from jaxcomp.formats.split import Axes, Split, describe, names_of, part_specs
@@ -314,6 +315,7 @@ _CODES = {
     FloatPart: "values",
     CodebookPart: "indices",
     NMPart: "indices",
+    SparsePart: "mask",
     packed.Prepared: "weight.codes",
     packed_sparse.PreparedNM: "positions",
 }
@@ -508,10 +510,12 @@ def _(part: packed_sparse.PreparedNM, split: Split) -> packed_sparse.PreparedNM:
 
 @part_specs.register
 def _(part: packed_sparse.BlockPart, split: Split) -> packed_sparse.BlockPart:
-    if split.count(split.out) * split.count(split.inputs) > 1:
+    counts = split.count(split.out), split.count(split.inputs)
+    if counts not in (part.parts, (1, 1)):
         raise JaxcompError(
-            f"{split.path} {part.shape}: a list of blocks has no axis of outputs or inputs to "
-            "split; replicate this weight, or shard it before dispatch(..).prepare lists its blocks"
+            f"{split.path} {part.shape}: its list of blocks has {part.parts} parts of outputs and "
+            f"inputs, and the mesh {counts}; replicate this weight, or shard it before "
+            "dispatch(..).prepare lists its blocks"
         )
-    one = split.spec(None)
+    one = packed_sparse.list_spec(PartitionSpec(*split.stack, split.out, split.inputs))
     return part.replace(values=one, rows=one, columns=one)

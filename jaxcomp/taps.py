@@ -17,6 +17,7 @@ from jaxcomp.formats import is_compressed
 from jaxcomp.graph import Graph, interpret, trace
 from jaxcomp.graph.program import Op, hooks
 from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.kernels.implementations import note_of
 from jaxcomp.rules import close_names, fits
 
 _INPUT = ":input"
@@ -55,7 +56,7 @@ def tap(apply: Callable, names: Sequence[str]) -> Callable:
 
     @functools.wraps(apply, updated=())
     def tapped(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        everything = trace(apply, params, *inputs, named=lambda name: True, **kwargs)
+        everything = trace(apply, params, *inputs, named=_given, **kwargs)
         chosen = _chosen(everything, names)
         # Once more, following no more than that: what is left alone keeps its own derivatives.
         named, _ = leaf_paths(params)
@@ -75,6 +76,11 @@ def tap(apply: Callable, names: Sequence[str]) -> Callable:
         return jax.tree.unflatten(graph.out_tree, results), taps
 
     return tapped
+
+
+def _given(name: str) -> bool:
+    """Whether the model gave a name, and not an operation that says what ran."""
+    return note_of(name) is None
 
 
 class _Tapper(Dispatcher):

@@ -196,24 +196,61 @@ def test_two_of_four_on_a_mesh(spec, values):
     assert all(size < 128 * 1024 // 4 // 2 for size in sent)  # bytes of a device's positions
 
 
-def test_blocks_on_a_mesh_are_replicated():
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model"), P("data", "model")])
+def test_blocks_on_a_mesh(spec):
+    """Each device lists its own, and nothing is sent but sums."""
+    params, x = {"w": leaf(blocks((256, 1024), 128, 0.25))}, normal(4, 1024, seed=1)
+    mesh, rules = auto_mesh(), [("w", spec)]
+    fast = jc.dispatch(apply, "kernel")
+    ready = fast.prepare(jc.shard(params, mesh, rules), x)
+    (part,) = ready["w"].parts
+    sizes = tuple(1 if e is None else 2 for e in (*spec, None)[1::-1])
+    assert part.parts == sizes
+    held = part.values.sharding.shard_shape(part.values.shape)
+    assert held[0] == part.values.shape[0] // (sizes[0] * sizes[1])
+    np.testing.assert_array_equal(ready["w"].materialize(), params["w"].materialize())
+    rows = jax.device_put(x, NamedSharding(mesh, P("data") if "data" not in spec else P()))
+    run = jax.jit(fast)
+    assert_rounding(run(ready, rows), *product(apply, params, x), 1024)
+    hlo = run.lower(ready, rows).compile().as_text()
+    assert not moved(hlo)
+    assert ("all-reduce" in hlo) == (spec[0] is not None)  # the sums over inputs
+
+
+def test_lists_of_blocks_have_the_parts_of_the_mesh():
     params, x = {"w": leaf(blocks((256, 384), 128, 0.5))}, normal(4, 384, seed=1)
     mesh, split = auto_mesh(), [("w", P(None, "model"))]
     ready = jc.dispatch(apply, "kernel").prepare(params, x)
-    with pytest.raises(JaxcompError, match="a list of blocks has no axis"):
+    with pytest.raises(JaxcompError, match=r"has \(1, 1\) parts .* and the mesh \(2, 1\)"):
         jc.shard(ready, mesh, split)
     placed = jc.shard(ready, mesh, [("w", P())])
     fast = jax.jit(jc.dispatch(apply, "kernel", sharding=[("w", P())]))
     rows = jax.device_put(x, NamedSharding(mesh, P("data")))
     assert_rounding(fast(placed, rows), *product(apply, params, x), 384)
     assert not moved(fast.lower(placed, rows).compile().as_text())
+    # Three blocks of inputs on two devices: the mask stays.
+    inputs = [("w", P("model"))]
+    ready = jc.dispatch(apply, sharding=inputs, mesh=mesh).prepare(placed := params, x)
+    assert ready["w"].parts[0] is placed["w"].parts[0]
 
 
-def test_experts_on_a_mesh_are_refused():
-    params, x = {"w": leaf(nm((2, 64, 512)))}, normal(2, 3, 512)
-    fast = jc.dispatch(experts, "kernel", sharding=[("w", P("model"))], mesh=auto_mesh())
-    with pytest.raises(JaxcompError, match="on a mesh no sparse kernel takes a stack of weights"):
-        fast.report(jc.shard(params, auto_mesh(), [("w", P("model"))]), x)
+@pytest.mark.parametrize(
+    ("make", "options", "spec"),
+    [
+        (nm, {"n": 4, "m": 8}, P("model")),
+        (blocks, {"side": 128, "density": 0.5}, P("data", "model")),
+    ],
+)
+def test_experts_on_a_mesh(make, options, spec):
+    """Over devices whole, or each split along its inputs as well."""
+    params, x = {"w": leaf(make((2, 256, 512), **options))}, normal(2, 3, 512, seed=1)
+    mesh = auto_mesh()
+    fast = jc.dispatch(experts, "kernel")
+    ready = fast.prepare(jc.shard(params, mesh, [("w", spec)]), x)
+    rows = jax.device_put(x, NamedSharding(mesh, P(spec[0])))
+    run = jax.jit(fast)
+    assert_rounding(run(ready, rows), *product(experts, params, x), 512)
+    assert not moved(run.lower(ready, rows).compile().as_text())
 
 
 def on_tpus(mesh, kind, rules):

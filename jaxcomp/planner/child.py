@@ -65,6 +65,7 @@ def measure(
     Returns:
       Values that JSON can hold; bytes are those of one device.
     """
+    from jaxcomp.choice import IMPLEMENTATIONS
     from jaxcomp.planner import cost, hlo
 
     compiled = function.lower(*arguments).compile()
@@ -76,6 +77,10 @@ def measure(
     gathers = [c for c in exchanges if c.kind == "all-gather"]
     largest = max(gathers, key=lambda c: c.nbytes, default=None)
     whole = hlo.whole_weights(exchanges, serving.weight_shapes())
+    of_weights = [c for c in choices if c.implementation in IMPLEMENTATIONS]
+    attention = (
+        f"{c.kind}: {c.implementation}: {c.reason}" for c in choices if c not in of_weights
+    )
     integer = {c.path for c in choices if c.implementation in ("int8", "kernel")}
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -87,9 +92,9 @@ def measure(
         "largest_gather": None if largest is None else dataclasses.asdict(largest),
         "whole_weight_gathers": [dataclasses.asdict(c) for c in whole],
         "cache_gathered": round(sum(c.sent for c in hlo.whole_weights(exchanges, [cached]))),
-        "implementations": dict(collections.Counter(c.implementation for c in choices)),
+        "implementations": dict(collections.Counter(c.implementation for c in of_weights)),
         "integer": sorted(integer & serving.integer_weights),
-        "reasons": sorted({f"{c.implementation}: {c.reason}" for c in choices}),
+        "reasons": sorted({*(f"{c.implementation}: {c.reason}" for c in of_weights), *attention}),
     }
 
 
