@@ -206,7 +206,7 @@ def test_wrong_operands_are_refused():
         decode_attention(q, k, v, jnp.array([1, 2]))
     with pytest.raises(ValueError, match="do not cover 200 queries and 200 keys"):
         decode_attention(q, k, v, lengths, blocks(CELLS, 64))
-    with pytest.raises(ValueError, match="k .* must have an axis of layers in front, 5 in all"):
+    with pytest.raises(ValueError, match=r"k .* must have an axis of layers in front, 5 in all"):
         decode_attention(q, k, v, lengths, layer=0)
     with pytest.raises(ValueError, match="without kv_segment_ids, those of the cache"):
         decode_attention(q, k, v, lengths, segment_ids=jnp.zeros((1, 1), jnp.int32))
