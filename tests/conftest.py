@@ -21,7 +21,7 @@ import pytest
 # Tracing makes millions of small objects and few cycles: with Python's thresholds one second in
 # fifteen went into looking for them.
 gc.freeze()
-gc.set_threshold(20_000, 20, 20)
+gc.set_threshold(20_000, 10, 5)
 
 
 @pytest.fixture

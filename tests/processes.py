@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 _JOIN = """\
 import gc, pathlib, sys
 import jax
-gc.set_threshold(20_000, 20, 20)  # As in conftest.py.
+gc.set_threshold(20_000, 10, 5)  # As in conftest.py.
 address, PROCESSES, PROCESS, heartbeat, folder, script, printed = sys.argv[1:]
 PROCESSES, PROCESS, FOLDER = int(PROCESSES), int(PROCESS), pathlib.Path(folder)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
