@@ -42,7 +42,7 @@ def total(
     rows: int,
     computed: list[int],
     limited: Sequence[int] = (),
-    trips: int = 1,
+    trips: tuple[int, int, int] = (1, 1, 1),
 ) -> float:
     """Scheduled cycles of all steps.
 
@@ -52,27 +52,31 @@ def total(
       rows: how often a result begins and ends.
       computed: how often each region that computes a block runs.
       limited: how often each region runs that writes what is masked.
-      trips: of the loop over a block's tiles that each of these regions is, if more than one.
+      trips: of the loops that regions are, where they are more than one: of those that begin or end
+        a result, that write what is masked, and that compute.
 
     Returns:
       Their number; NaN where the schedule has other regions than the source.
     """
     places = [schedule.regions.index(region) for region in blocks(schedule)]
-    first, last = places[0] - len(limited), places[-1]
-    if len(places) != len(computed) or first < 1 or last + 1 == len(schedule.regions):
+    first, last = places[0] - len(limited) - 1, places[-1]
+    if len(places) != len(computed) or first < 0 or last + 1 == len(schedule.regions):
         return float("nan")
-    inner = schedule.regions[first : places[0]] + blocks(schedule)
-    loops = schedule.inner() if trips > 1 else []
-    if trips > 1 and len(loops) != len(inner):
+    # Each of the source's branches: its region, how often it runs, and its loop's trips.
+    edge, limit, compute = trips
+    taken = [(schedule.regions[first], rows, edge)]
+    between = schedule.regions[first + 1 : places[0]]
+    taken += [(region, n, limit) for region, n in zip(between, limited, strict=True)]
+    taken += [(schedule.regions[i], n, compute) for i, n in zip(places, computed, strict=True)]
+    taken.append((schedule.regions[last + 1], rows, edge))
+    loops = schedule.inner()
+    if len(loops) != sum(again > 1 for _, _, again in taken):
         return float("nan")
-    edges = [schedule.regions[first - 1], schedule.regions[last + 1]]
-    once = sum(region.bundles for region in edges)
-    within = sum(region.bundles for region in inner) - sum(loop.bundles for loop in loops)
-    always = schedule.step().bundles - within - once
-    cycles = always * steps + once * rows
-    for place, count in enumerate((*limited, *computed)):
-        again = loops[place].bundles * (trips - 1) if loops else 0
-        cycles += (inner[place].bundles + again) * count
+    skipped = sum(region.bundles for region, _, _ in taken) - sum(loop.bundles for loop in loops)
+    cycles = (schedule.step().bundles - skipped) * steps
+    for region, count, again in taken:
+        more = loops.pop(0).bundles * (again - 1) if again > 1 else 0
+        cycles += (region.bundles + more) * count
     return cycles
 
 
@@ -90,16 +94,19 @@ def _config(mask: str) -> tpu_walk.Config:
 def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
     del chip
     config = _config(mask)
-    rows, together = config.blocks.rows, config.together if kernel == "forward" else 1
-    steps = config.blocks.columns(config.group) if kernel == "dkv" else rows
-    walk = tpu_walk.Walk(config, steps, kernel != "dkv", together)
-    turns = HEADS // together
+    steps = config.blocks.columns(config.group) if kernel == "dkv" else config.blocks.rows
+    if kernel == "forward":
+        walk = tpu_walk.Walk(config, steps, True, together=config.together)
+    else:
+        walk = tpu_walk.gradient_walk(config, kernel != "dkv", DIM * 2)
+    turns = HEADS // walk.wide(0)
     counts = collections.Counter(steps.code.reshape(-1).tolist())
     limited = [counts[code] * turns for code in sorted(counts) if code > listed.FULL]
     computed = [counts[listed.FULL] * turns] if counts[listed.FULL] else []
     computed += [sum(limited)] if limited else []
     results = config.blocks.column_blocks if kernel == "dkv" else config.blocks.row_blocks
-    trips = walk.sizes[walk.by_rows] // walk.tile[1]
+    pairs = walk.sizes[walk.by_rows] // walk.tile[1]
+    trips = (walk.results, pairs, pairs * walk.turns)
     return total(schedule, steps.count * turns, results * turns, computed, limited, trips)
 
 
@@ -114,13 +121,13 @@ def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: 
 
 
 def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -> float:
-    """A full block's loops are the first half of all: those that a block's edge needs follow."""
+    """A full block's loops come first: those of a block's edge follow, and it copies values too."""
     del chip
     columns = block * KV_HEADS
-    trips = [columns // decode.columns_at_once(KV_HEADS * GROUP, columns)]
+    trips = [columns // decode.columns_at_once(KV_HEADS * GROUP, columns, quantized)]
     trips = [block // 128, *trips] if quantized else trips
     inner = schedule.inner()
-    if len(inner) != 2 * len(trips):
+    if len(inner) != 2 * len(trips) + 1:
         return float("nan")
     once = schedule.step().bundles
     each = once + sum(loop.bundles * n for loop, n in zip(inner, trips, strict=False))

@@ -24,15 +24,22 @@ from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
-from jaxcomp.kernels.sparse_attention.tpu_kernels import LOWEST, MASKED, dot, folded, lanes
+from jaxcomp.kernels.sparse_attention.tpu_kernels import (
+    LOWEST,
+    MASKED,
+    dot,
+    folded,
+    lanes,
+    sums,
+    touch,
+)
 from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
 
 ROWS = 8
 # Bytes of keys in a block: enough that starting a step costs little beside reading it.
 BLOCK_BYTES = 1 << 20
-# Scores that are computed at once: as many as there are registers for. They spill (v6e: 371 times a
-# step from a bf16 cache, 884 from int8); half as many spill 61 and 270 times and take 5% longer, a
-# quarter 0 and 22 times and 12% longer.
+# Scores that are computed at once: as many as there are registers for. They and their weights are
+# kept in memory that is named, or the compiler would spill them.
 SCORES = 1 << 16
 
 
@@ -185,7 +192,8 @@ def mosaic(
     block = block_k or block_size(capacity, kv_heads * dim * k.dtype.itemsize)
     count, columns = -(-capacity // block), block * kv_heads
     rows = -(-queries * heads // ROWS) * ROWS
-    width = columns_at_once(rows, columns)
+    coded = k.dtype != q.dtype
+    widest = columns_at_once(rows, columns, coded)
     factor = scale / soft_cap if soft_cap else scale * LOG2_E
     rule, reach = rows_of.is_rule(mask, segment_ids is not None), mask.reach()
     lengths, first = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
@@ -249,7 +257,8 @@ def mosaic(
             specs.append(
                 pl.BlockSpec((None, kv_heads, block), lambda b, s, *n: (b, 0, at(b, s, *n)))
             )
-    scale_rows = [pltpu.VMEM((1, columns), jnp.float32) for _ in operands[3:]]
+    scale_rows = [pltpu.VMEM((ROWS, columns), jnp.float32) for _ in operands[3:]]
+    spread = [pltpu.VMEM((2, kv_heads, LANES), jnp.int32)] if scale_rows else []
     if not rule:
         positions = lengths[:, None] - queries + jnp.arange(queries, dtype=jnp.int32)
         bits = rows_of.allowed(
@@ -267,7 +276,8 @@ def mosaic(
         stored, rest = rest[: len(scale_rows)], rest[len(scale_rows) :]
         bits, rest = (None, rest) if rule else (rest[0], rest[1:])
         spans, rest = (None, rest) if span is None else (rest[0], rest[1:])
-        out, lse, top, total, summed, *scales = rest
+        (out, lse, top, total, summed, of_row, partial, held, *rest) = rest
+        passing, scales, places = rest[:3], rest[3:5], rest[5:]
         sequence, step = pl.program_id(0), pl.program_id(1)
         lengths, begin = numbers[:2]
         filled, index, some = visit(sequence, step, *numbers)
@@ -278,42 +288,77 @@ def mosaic(
             top[...] = jnp.full_like(top, LOWEST)
             total[...] = jnp.zeros_like(total)
             summed[...] = jnp.zeros_like(summed)
+            touch(*passing, partial)
+            row = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+            query, head = _divided(row, heads)
+            q_position = lengths[sequence] - queries + query
+            group = heads // kv_heads
+            # No key has the head of a row that is none.
+            row_is = (q_position >= 0) & (query < queries)
+            of_row[0] = jnp.where(row_is, _divided(head, group)[0], -1)
+            of_row[1] = q_position
+            bit = (query * group + _divided(head, group)[1]) & (rows_of.BITS - 1)
+            of_row[2] = jnp.left_shift(1, bit)
+            for place in places:
+                place[...] = jnp.stack(_place(kv_heads, 0))
+
+        def hold(number, _):
+            """Copies values, with zeros past the cache's end.
+
+            What lies there may be anything, and not a number times zero is not zero.
+            """
+            start = pl.multiple_of(number * LANES, LANES)
+            column = start + jax.lax.broadcasted_iota(jnp.int32, (LANES, 1), 0)
+            values = v[pl.ds(start, LANES), :].astype(q.dtype)
+            inside = column < (filled - here) * kv_heads
+            held[pl.ds(start, LANES), :] = jnp.where(inside, values, jnp.zeros_like(values))
 
         def add(edge):
+            width = columns_at_once(rows, columns, coded, edge)
+            products, scored, shares = (ref.at[:, :width] for ref in passing)
             if scales:
-                _spread(stored, scales, (factor, 1.0))
-            query, head = _divided(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), heads)
-            q_position = lengths[sequence] - queries + query
-            # No key has the head of a row that is none, nor a row that of a key that is none.
-            q_head = _divided(head, heads // kv_heads)[0]
-            q_head = jnp.where((q_position >= 0) & (query < queries), q_head, -1)
-            group = heads // kv_heads
-            bit = jnp.left_shift(1, (query * group + _divided(head, group)[1]) & (rows_of.BITS - 1))
+                _spread(stored, scales, (factor, 1.0), places[0], filled - here if edge else None)
+            if edge:
+                jax.lax.fori_loop(0, columns // LANES, hold, None)
+
+            def scale_of(number, place):
+                return jnp.tile(scales[number][:, place], (rows // ROWS, 1))
+
+            def weighted(start):
+                """Weights times values: parts of the sum wait for each other in memory."""
+                values, count = held if edge else v, sums(width)
+                length = width // count
+                for number in range(count):
+                    along = number * length
+                    place = pl.ds(pl.multiple_of(start + along, LANES), length)
+                    of = shares[:, along : along + length]
+                    partial[number] = dot(of, values[place, :].astype(q.dtype), transposed=False)
+                return functools.reduce(jnp.add, [partial[i] for i in range(count)])
 
             def part(number, _):
                 start = pl.multiple_of(number * width, LANES)
                 place = pl.ds(start, width)
                 column = start + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
                 k_index, k_head = _divided(column, kv_heads)
+                if LANES % kv_heads == 0:  # the same in all registers
+                    k_head = lanes(jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1), width)
+                    k_head = _divided(k_head, kv_heads)[1]
                 k_index = here + k_index
-                values = v[place, :].astype(q.dtype)
-                if edge:
-                    k_head = jnp.where(k_index < filled, k_head, -2)
-                    # What lies past the cache's end may be anything, and not a number times zero
-                    # is not zero.
-                    held = start + jax.lax.broadcasted_iota(jnp.int32, (width, 1), 0)
-                    held = held < (filled - here) * kv_heads
-                    values = jnp.where(held, values, jnp.zeros_like(values))
-                scores = dot(q[...], k[place, :].astype(q.dtype), transposed=True)
-                scores *= scales[0][:, place] if scales else factor
+                products[...] = dot(q[...], k[place, :].astype(q.dtype), transposed=True)
+                scores = products[...]
+                scores *= scale_of(0, place) if scales else factor
                 if soft_cap:
                     scores = jnp.tanh(scores) * (soft_cap * LOG2_E)
+                q_head, q_position, bit = (lanes(of_row[i], width) for i in range(3))
                 allowed = q_head == k_head
+                if edge:
+                    allowed &= k_index < filled
                 if rule:
                     allowed &= mask.allowed(q_position, begin[0] + k_index)
                 else:
                     allowed &= (bits[:, place] & bit) != 0
-                scores = jnp.where(allowed, scores, MASKED)
+                scored[...] = jnp.where(allowed, scores, MASKED)
+                scores = scored[...]
                 before = top[...]
                 after = jnp.maximum(before, scores.max(axis=1, keepdims=True))
                 weights = jnp.exp2(scores - lanes(after, width))
@@ -321,13 +366,15 @@ def mosaic(
                     distance = jnp.abs(q_position - begin[0] - k_index).astype(jnp.float32)
                     soft = (span_ramp + lanes(spans[...], width) - distance) * (1 / span_ramp)
                     weights *= jnp.clip(soft, 0.0, 1.0)
+                products[...] = weights
+                weights = products[...]
                 fade = jnp.exp2(before - after)
                 top[...] = after
                 total[...] = fade * total[...] + folded(weights)
                 if scales:
-                    scaled = weights * scales[1][:, place]
-                    weights = jnp.where(allowed, scaled, 0.0) if edge else scaled
-                added = dot(weights.astype(q.dtype), values, transposed=False)
+                    weights *= scale_of(1, place)
+                shares[...] = weights.astype(q.dtype)
+                added = weighted(start)
                 summed[...] = lanes(fade, out_dim) * summed[...] + added
 
             jax.lax.fori_loop(0, columns // width, part, None)
@@ -338,12 +385,12 @@ def mosaic(
 
         @pl.when(step == steps - 1)
         def _():
-            sums = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
-            safe = jnp.where(sums > 0, sums, 1.0)
-            share = lanes(jnp.where(sums > 0, 1.0 / safe, 0.0), out_dim)
+            totals = jnp.broadcast_to(total[...].sum(axis=1, keepdims=True), total.shape)
+            safe = jnp.where(totals > 0, totals, 1.0)
+            share = lanes(jnp.where(totals > 0, 1.0 / safe, 0.0), out_dim)
             out[...] = (summed[...] * share).astype(out.dtype)
             exponent = top[...] * (1 / LOG2_E) + jnp.log(safe)
-            lse[...] = jnp.where(sums > 0, exponent, -jnp.inf)
+            lse[...] = jnp.where(totals > 0, exponent, -jnp.inf)
 
     out, lse = pl.pallas_call(
         body,
@@ -356,7 +403,12 @@ def mosaic(
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, out_dim), jnp.float32),
+                pltpu.VMEM((3, rows, LANES), jnp.int32),
+                pltpu.VMEM((sums(widest), rows, out_dim), jnp.float32),
+                pltpu.VMEM((columns, out_dim), q.dtype),
+                *[pltpu.VMEM((rows, widest), x) for x in (jnp.float32, jnp.float32, q.dtype)],
                 *scale_rows,
+                *spread,
             ],
         ),
         out_shape=[
@@ -378,16 +430,40 @@ def block_size(capacity: int, row_bytes: int) -> int:
     return min(wanted, 1024, -(-capacity // LANES) * LANES)
 
 
-def columns_at_once(rows: int, columns: int) -> int:
-    """Columns whose scores are computed at once: a divisor of all, of whole lanes."""
-    width = columns
-    while width * rows > SCORES and width % (2 * LANES) == 0:
+def columns_at_once(rows: int, columns: int, coded: bool = False, edge: bool = False) -> int:
+    """Columns whose scores are computed at once: a divisor of all, of whole lanes.
+
+    Args:
+      rows: of queries.
+      columns: of a block.
+      coded: whether keys and values are converted, which takes registers.
+      edge: whether the cache ends within the block, which takes some, too.
+    """
+    width, most = columns, SCORES >> (coded + edge)
+    while width * rows > most and width % (2 * LANES) == 0:
         width //= 2
     return width
 
 
-def _spread(stored, scales, factors) -> None:
-    """Writes numbers (heads, positions) in the order of columns, (1, positions * heads).
+def _place(heads: int, ahead: int) -> tuple[jax.Array, jax.Array]:
+    """Of columns, each position's heads beside each other: positions, and whose they are.
+
+    Args:
+      heads: of a position.
+      ahead: the first column.
+
+    Returns:
+      int32 (heads, LANES), the position of each column, and whether it is the row's head's.
+    """
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (heads, LANES), axis) for axis in range(2))
+    position, head = _divided(lane + ahead, heads)
+    return position, (head == row).astype(jnp.int32)
+
+
+def _spread(stored, scales, factors, places, count=None) -> None:
+    """Writes numbers (heads, positions) in the order of columns, to (rows, positions * heads).
+
+    All rows are equal: to read one row for all takes more registers than there are.
 
     XLA would do it by way of an array whose last axis, heads, is padded to whole lanes.
 
@@ -395,25 +471,38 @@ def _spread(stored, scales, factors) -> None:
       stored: references of each.
       scales: references of what is written.
       factors: what each is multiplied with.
+      places: what ``_place`` says of all lanes, where heads divide them.
+      count: positions, if not all, past which zeros are written.
     """
     heads, positions = stored[0].shape
     shape = heads, LANES
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    # Where heads divide the lanes it is that of all parts, and takes few registers.
+    first_place = places[0], places[1]
 
     def group(number, _):
         first = pl.multiple_of(number * LANES, LANES)
         for by_head, along, factor in zip(stored, scales, factors, strict=True):
             held = by_head[:, pl.ds(first, LANES)] * factor
+            if count is not None:
+                held = jnp.where(first + lane < count, held, 0.0)
             for part in range(heads):
-                column = part * LANES + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-                position, head = _divided(column, heads)
-                picked = jnp.take_along_axis(held, position, axis=1, mode="promise_in_bounds")
-                own = head == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+                before, ahead = divmod(part * LANES, heads)
+                position, own = first_place if LANES % heads == 0 else _place(heads, ahead)
+                picked = jnp.take_along_axis(
+                    held, position + before, axis=1, mode="promise_in_bounds"
+                )
                 place = pl.multiple_of((number * heads + part) * LANES, LANES)
-                along[:, pl.ds(place, LANES)] = jnp.where(own, picked, 0.0).sum(0, keepdims=True)
+                row = jnp.where(own != 0, picked, 0.0).sum(0, keepdims=True)
+                along[:, pl.ds(place, LANES)] = jnp.broadcast_to(row, (along.shape[0], LANES))
 
     if heads == 1:
         for by_head, along, factor in zip(stored, scales, factors, strict=True):
-            along[...] = by_head[...] * factor
+            row = by_head[...] * factor
+            if count is not None:
+                inside = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1) < count
+                row = jnp.where(inside, row, 0.0)
+            along[...] = jnp.broadcast_to(row, along.shape)
     else:
         jax.lax.fori_loop(0, positions // LANES, group, None)
 

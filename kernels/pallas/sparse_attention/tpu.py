@@ -28,6 +28,7 @@ from jaxcomp.kernels.sparse_attention.tpu_walk import (
     Config,
     Part,
     Walk,
+    gradient_walk,
     run,
     together,
 )
@@ -283,6 +284,8 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
             "top": ((rows, LANES), jnp.float32),
             "total": ((rows, LANES), jnp.float32),
             "sum": ((rows, out_dim), jnp.float32),
+        },
+        {
             "products": ((rows, columns), jnp.float32),
             "fade": ((rows, LANES), jnp.float32),
             "weights": ((rows, columns), q.dtype),
@@ -294,16 +297,22 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     return out, lse[0][:, :, 0, : config.queries] if lse else None
 
 
+def _row_bytes(q, v) -> int:
+    return max(q.shape[-1], v.shape[-1]) * q.dtype.itemsize
+
+
 def _query_gradients(config: Config, q, k, v, extras, statistics):
-    walk = Walk(config, config.blocks.rows, by_rows=True)
+    walk = gradient_walk(config, True, _row_bytes(q, v))
     batch, size, dim = q.shape[0], config.block_q, q.shape[-1]
     outputs = {"dq": (_blank(q, config.queries, q.dtype, size), walk.rows_of(0, dim))}
     rows, columns = walk.tile
-    scratch = {
+    kept = {
         "scaled": ((rows, dim), q.dtype),
         "lse_column": ((rows, LANES), jnp.float32),
         "delta_column": ((rows, LANES), jnp.float32),
         "sum": ((rows, dim), jnp.float32),
+    }
+    passing = {
         "products": ((rows, columns), jnp.float32),
         "d_shares": ((rows, columns), jnp.float32),
         "d_scores": ((rows, columns), q.dtype),
@@ -312,20 +321,23 @@ def _query_gradients(config: Config, q, k, v, extras, statistics):
     if "span" in extras:
         block = (walk.parts, 1, LANES)
         shape = (batch, config.heads, config.blocks.row_blocks, *block)
-        spec = walk.spec((None, None, None, *block), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0, 0))
+        spec = walk.spec(
+            (None, walk.wide(0), None, *block), lambda i, b, h, _: (i[0], h[0], b[0], 0, 0, 0)
+        )
         outputs["d_span"] = (
             jax.ShapeDtypeStruct(shape, jnp.float32),
-            Part(spec, lambda ref, tile: ref.at[tile.part]),
+            Part(spec, lambda ref, tile: ref.at[tile.head, tile.part]),
         )
-        scratch["span_sum"] = ((rows, LANES), jnp.float32)
+        kept["span_sum"] = ((rows, LANES), jnp.float32)
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
-    dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, scratch, "sparse_attention_dq")
+    name = "sparse_attention_dq"
+    dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, kept, passing, name)
     dq = _restored(dq, config.queries, config.heads, dim)
     return dq, d_span[0].sum((0, 2, 3, 4, 5)) if d_span else None
 
 
 def _key_gradients(config: Config, q, k, v, extras, statistics):
-    walk = Walk(config, config.blocks.columns(config.group), by_rows=False)
+    walk = gradient_walk(config, False, _row_bytes(q, v))
     batch, size = q.shape[0], config.block_k
     dims, (rows, columns) = (k.shape[-1], v.shape[-1]), walk.tile
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
@@ -342,6 +354,8 @@ def _key_gradients(config: Config, q, k, v, extras, statistics):
             "scaled": ((rows, dims[0]), q.dtype),
             "k_sum": ((rows, dims[0]), jnp.float32),
             "v_sum": ((rows, dims[1]), jnp.float32),
+        },
+        {
             "products": ((rows, columns), jnp.float32),
             "d_shares": ((rows, columns), jnp.float32),
             "weights": ((rows, columns), q.dtype),

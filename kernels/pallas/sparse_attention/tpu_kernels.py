@@ -130,7 +130,7 @@ def _operand(ref, like):
     return ref[...].astype(like.dtype)
 
 
-def _touch(*refs) -> None:
+def touch(*refs) -> None:
     """Stores to memory that a tile's values pass through, in code that runs once a result.
 
     There are more values than registers. A compiler that sees all stores and loads of a memory in
@@ -138,8 +138,8 @@ def _touch(*refs) -> None:
     may have stored is kept, and read again where there was no register.
     """
     for ref in (ref for ref in refs if ref is not None):
-        place = (0,) * (len(ref.shape) - 2)
-        ref[*place, :TOUCHED] = jnp.zeros((TOUCHED, ref.shape[-1]), ref.dtype)
+        place, rows = (0,) * (len(ref.shape) - 2), min(TOUCHED, ref.shape[-2])
+        ref[*place, :rows] = jnp.zeros((rows, ref.shape[-1]), ref.dtype)
 
 
 def sums(length: int) -> int:
@@ -168,7 +168,7 @@ def forward_kernel(config, refs, by_rows):
         refs.top[...] = jnp.full_like(refs.top, LOWEST)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
-        _touch(refs.scores, refs.products, refs.weights, refs.fade, refs.sums)
+        touch(refs.scores, refs.products, refs.weights, refs.fade, refs.sums)
 
     def products():
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
@@ -214,7 +214,7 @@ def query_kernel(config, refs, by_rows):
         refs.sum[...] = jnp.zeros_like(refs.sum)
         if refs.span is not None:
             refs.span_sum[...] = jnp.zeros_like(refs.span_sum)
-        _touch(refs.scores, refs.products, refs.d_shares, refs.d_scores, refs.sums)
+        touch(refs.scores, refs.products, refs.d_shares, refs.d_scores, refs.sums)
 
     def products():
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
@@ -254,7 +254,7 @@ def key_kernel(config, refs, by_rows):
         refs.scaled[...] = (k * config.factor).astype(refs.scaled.dtype)
         refs.k_sum[...] = jnp.zeros_like(refs.k_sum)
         refs.v_sum[...] = jnp.zeros_like(refs.v_sum)
-        _touch(
+        touch(
             refs.scores,
             refs.products,
             refs.d_shares,
@@ -266,7 +266,6 @@ def key_kernel(config, refs, by_rows):
 
     def products():
         refs.products[...] = dot(refs.scaled[...], refs.q[...], transposed=True)
-        refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
 
     def add(masked):
         scores = _scores(config, refs, masked)
@@ -275,11 +274,14 @@ def key_kernel(config, refs, by_rows):
         if refs.span is not None:
             weights = shares * _span_weights(config, refs, scores.shape, by_rows)[0]
         refs.weights[...] = weights.astype(refs.q.dtype)
-        d_scores = weights * (refs.d_shares[...] - refs.delta[...])
+        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
+        refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
+        # They wait for the products of values, where their own products were.
+        refs.products[...] = weights
+        d_scores = refs.products[...] * (refs.d_shares[...] - refs.delta[...])
         if config.soft_cap:
             d_scores *= _slope(config, scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
-        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
         refs.k_sum[...] += _product(refs.k_sums, refs.d_scores, refs.q, refs.q)
 
     def finish():

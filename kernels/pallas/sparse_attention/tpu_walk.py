@@ -2,7 +2,8 @@
 
 A step computes its block in tiles: two of them beside each other, of two heads or of two halves of
 the block, and one pair after the other. One tile's products, maxima, weights and products again
-wait for each other, some 200 cycles of latency each, and one runs in the waits of the other.
+wait for each other, some 200 cycles of latency each, and one runs in the waits of the other. Heads
+of one step share its copies, some 250 cycles of scalar arithmetic, and what is masked.
 """
 
 import dataclasses
@@ -39,6 +40,10 @@ LARGE_BLOCK = 512 * 512
 # registers, nor in the compiler's own limit of vector memory.
 TILE = 512
 VMEM_BYTES = 48 << 20
+# Heads of a step of the gradients, and the most bytes that they may have of one operand: six are in
+# vector memory, twice each.
+MOST_HEADS = 8
+HEADS_BYTES = 1 << 20
 
 
 def together(heads: int, kv_heads: int, lists: int, area: int) -> int:
@@ -104,13 +109,15 @@ class Tile:
     """A tile of a step.
 
     Attributes:
-      head: its head's number within the step.
+      head: its head's number within the step, which may be traced.
       part: its number among those beside each other that have this head.
+      place: its number among all that are beside each other.
       at: where its queries and where its keys are within the block.
     """
 
-    head: int
+    head: Any
     part: int
+    place: int
     at: tuple[pl.Slice, pl.Slice]
 
 
@@ -131,14 +138,16 @@ class Part:
 class Walk:
     """Where a step of the grid (batch, heads, step, member of the group) is.
 
-    By rows, a step has as many query heads as ``together``, and its major block is one of queries.
-    By columns, it has a key head with all its query heads, and the major block is one of keys.
+    A step has ``together`` query heads beside each other, and ``turns`` times as many in all. By
+    rows, its major block is one of queries. By columns, it is one of keys, and all query heads of a
+    key head add to it.
     """
 
     config: Config
     steps: Steps
     by_rows: bool
     together: int = 1
+    turns: int = 1
 
     def at(self, head, step):
         """The step's number in the flat list."""
@@ -152,26 +161,42 @@ class Walk:
 
     def heads(self, ids, what):
         """Query head and key head, counted in those of a step (``wide``)."""
-        group = self.config.group
         if self.by_rows:
-            steps = group // min(group, self.together)  # that share a key head
+            steps = self.members  # that share a key head
             return ids[1], ids[1] if steps == 1 else jax.lax.div(ids[1], steps)
         member = ids[3]
         if self.steps.lists > 1:
             member = member + ((what[self.at(ids[1], ids[2])] >> 8) & 0xFF)
-        return ids[1] * group + member, ids[1]
+        # Where lists differ, a list has the steps of all query heads of a key head.
+        return ids[1] * self.members + member, ids[1]
+
+    @property
+    def major(self) -> int:
+        """The side of the major block."""
+        return 0 if self.by_rows else 1
+
+    @property
+    def members(self) -> int:
+        """Steps that the query heads of a key head take."""
+        return self.config.group // min(self.config.group, self.together * self.turns)
 
     def wide(self, side: int) -> int:
         """Heads of queries (side 0) or of keys (1) in a step."""
-        return self.together if side == 0 or self.config.group == 1 else 1
+        return self.together * self.turns if side == 0 or self.config.group == 1 else 1
+
+    @property
+    def results(self) -> int:
+        """Turns whose heads have a result of their own."""
+        return self.turns if self.wide(self.major) > 1 else 1
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Steps in each dimension, after the batch."""
         config = self.config
         if self.by_rows:
-            return config.heads // self.together, self.steps.count, 1
-        return config.kv_heads, self.steps.count, config.group if self.steps.lists == 1 else 1
+            return config.heads // self.wide(0), self.steps.count, 1
+        members = self.members if self.steps.lists == 1 else 1
+        return config.kv_heads // self.wide(1), self.steps.count, members
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -181,7 +206,7 @@ class Walk:
     @property
     def parts(self) -> int:
         """Parts of the major block that are computed beside each other, of each head."""
-        major = self.sizes[0 if self.by_rows else 1]
+        major = self.sizes[self.major]
         return 2 if self.together == 1 and major % (2 * LANES) == 0 else 1
 
     @property
@@ -192,14 +217,15 @@ class Walk:
         widest = max(n for n in range(1, TILE // LANES + 1) if lanes % n == 0)
         return major // self.parts, widest * LANES if minor > TILE else minor
 
-    def tiles(self, minor: Any) -> list[Tile]:
-        """Those that are computed beside each other, from where the minor block has them."""
+    def tiles(self, turn: Any, minor: Any) -> list[Tile]:
+        """Those of a turn, beside each other, from where the minor block has them."""
         rows, columns = self.tile
         tiles = []
-        for head in range(self.together):
+        for number in range(self.together):
             for part in range(self.parts):
                 at = pl.ds(part * rows, rows), pl.ds(minor, columns)
-                tiles.append(Tile(head, part, at if self.by_rows else at[::-1]))
+                head, at = turn * self.together + number, at if self.by_rows else at[::-1]
+                tiles.append(Tile(head, part, len(tiles), at))
         return tiles
 
     # Which part of an array a step needs.
@@ -221,7 +247,8 @@ class Walk:
 
             def columns(ref, tile):
                 head = self._head(tile, wide)
-                return ref.at[tile.at[side], head * dim : (head + 1) * dim]
+                first = head * dim if isinstance(head, int) else pl.multiple_of(head * dim, LANES)
+                return ref.at[tile.at[side], pl.ds(first, dim)]
 
             return Part(spec, columns)
         shape = (None, wide, size, dim)
@@ -249,8 +276,13 @@ class Walk:
         spec = self.spec(shape, lambda i, b, h, what: (what[self.at(i[1], i[2])] >> 16, 0, 0))
         return Part(spec, lambda ref, tile: ref.at[tile.at[order]])
 
+    def result(self, ref, tile: Tile):
+        """A tile's part of memory that a result has."""
+        head = self._head(tile, self.wide(self.major))
+        return ref.at[head * self.parts + tile.part]
+
     @staticmethod
-    def _head(tile: Tile, wide: int) -> int:
+    def _head(tile: Tile, wide: int) -> Any:
         # Heads that share a key head have its part.
         return tile.head if wide > 1 else 0
 
@@ -273,13 +305,38 @@ class Kernel(NamedTuple):
     finish: Callable[[], None]
 
 
+def gradient_walk(config: Config, by_rows: bool, row_bytes: int) -> Walk:
+    """How a kernel for gradients goes over the blocks.
+
+    Args:
+      config: of the kernel.
+      by_rows: whether for those of queries, not for those of keys and values.
+      row_bytes: of a position and head of the widest operand.
+
+    Returns:
+      The steps, of as many heads as have the same blocks and fit in memory.
+    """
+    steps = config.blocks.rows if by_rows else config.blocks.columns(config.group)
+    size = max(config.block_q, config.block_k) * row_bytes
+    most = max(min(MOST_HEADS, HEADS_BYTES // size), 1) if steps.lists == 1 else 1
+    of = config.heads if config.group == 1 else config.group
+    heads = max(n for n in range(1, most + 1) if of % n == 0)
+    # Four products of two halves load the matrix unit twice as often as those of two heads.
+    together = 2 if not by_rows and heads % 2 == 0 and config.block_k <= TILE else 1
+    return Walk(config, steps, by_rows, together, heads // together)
+
+
+Memory = tuple[tuple[int, ...], jax.typing.DTypeLike]  # shape and dtype
+
+
 def run(
     kernel: Callable[..., Kernel],
     walk: Walk,
     batch: int,
     inputs: dict[str, tuple[jax.Array, Part]],
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, Part]],
-    scratch: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]],
+    kept: dict[str, Memory],
+    passing: dict[str, Memory],
     name: str,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel, for each tile of a step: it finds its operands by name.
@@ -290,7 +347,8 @@ def run(
       batch: its size.
       inputs: arrays, and what a step has of each.
       outputs: likewise.
-      scratch: shapes and dtypes, of each tile beside others.
+      kept: memory that a result has for each part, while its steps add to it.
+      passing: memory of each tile beside others.
       name: of the compiled kernel.
 
     Returns:
@@ -304,18 +362,22 @@ def run(
     segmented = "segments" in inputs
     limits = max(codes) > FULL or segmented
     if config.wide and (limits or config.soft_cap or "k_scale" in inputs):
-        scratch = {**scratch, "scores": (walk.tile, jnp.float32)}
-    names = [*inputs, *outputs, *scratch]
+        passing = {**passing, "scores": (walk.tile, jnp.float32)}
+    names = [*inputs, *outputs, *kept, *passing]
     parts = [part.of_tile for _, part in (*inputs.values(), *outputs.values())]
-    parts += [lambda ref, tile: ref.at[tile.head * walk.parts + tile.part]] * len(scratch)
+    parts += [walk.result] * len(kept)
+    parts += [lambda ref, tile: ref.at[tile.place]] * len(passing)
+    tiles, results = walk.parts * walk.together, walk.parts * walk.wide(walk.major)
+    counts = [results] * len(kept) + [tiles] * len(passing)
     memory = [
-        pltpu.VMEM((walk.together * walk.parts, *shape), dtype) for shape, dtype in scratch.values()
+        pltpu.VMEM((count, *shape), dtype)
+        for count, (shape, dtype) in zip(counts, [*kept.values(), *passing.values()], strict=True)
     ]
     if limits:
         names.append("limits")
         parts.append(lambda ref, tile: ref.at[tile.part, :, tile.at[walk.by_rows]])
         memory.append(pltpu.VMEM((walk.parts, walk.tile[0], walk.sizes[walk.by_rows]), jnp.float32))
-    length, minor = walk.sizes[walk.by_rows], walk.tile[1]
+    trips = walk.sizes[walk.by_rows] // walk.tile[1]
 
     def body(where, what, *operands):
         ids = [pl.program_id(axis) for axis in range(4)]
@@ -326,49 +388,41 @@ def run(
             last &= ids[3] == walk.grid[2] - 1
         q_block, k_block = walk.blocks(ids, where)
 
-        def beside(minor) -> list[Kernel]:
+        def beside(turn, trip) -> list[Kernel]:
             found = []
-            for tile in walk.tiles(minor):
+            minor = trip if isinstance(trip, int) else pl.multiple_of(trip * walk.tile[1], LANES)
+            for tile in walk.tiles(turn, minor):
                 refs = types.SimpleNamespace(**dict.fromkeys(OPTIONAL))
                 of_tile = [part(ref, tile) for part, ref in zip(parts, operands, strict=True)]
                 vars(refs).update(zip(names, of_tile, strict=True))
                 refs.q_start = q_block * config.block_q + tile.at[0].start
                 refs.k_start = k_block * config.block_k + tile.at[1].start
                 if refs.span is not None:
-                    refs.z = refs.span[walk.heads(ids, what)[0] * walk.together + tile.head]
+                    refs.z = refs.span[walk.heads(ids, what)[0] * walk.wide(0) + tile.head]
                 found.append(kernel(config, refs, walk.by_rows))
             return found
 
-        def walked(work):
-            if length == minor:
-                work(beside(0))
-            else:
-
-                def pair(number, _):
-                    work(beside(pl.multiple_of(number * minor, minor)))
-
-                jax.lax.fori_loop(0, length // minor, pair, None)
-
         def limit(rule):
             # Heads share what is masked.
-            walked(lambda tiles: [tile.limit(rule) for tile in tiles[: walk.parts]])
+            _repeat(trips, lambda trip: [t.limit(rule) for t in beside(0, trip)[: walk.parts]])
 
         def add(masked):
-            def work(tiles):
+            def work(number):
+                turn, trip = (number, 0) if trips == 1 else (0, number)
+                if trips > 1 and walk.turns > 1:
+                    turn, trip = jax.lax.div(number, trips), jax.lax.rem(number, trips)
+                tiles = beside(turn, trip)
                 # No tile's products wait for the other's weights.
                 for tile in tiles:
                     tile.products()
                 for tile in tiles:
                     tile.add(masked)
 
-            walked(work)
-
-        edges = beside(0)
+            _repeat(walk.turns * trips, work)
 
         @pl.when(first)
         def _():
-            for tile in edges:
-                tile.start()
+            _repeat(walk.results, lambda turn: [tile.start() for tile in beside(turn, 0)])
 
         code = (word >> 2) & 0x3F
         limited = [here for here in codes if here > FULL or (here == FULL and segmented)]
@@ -382,8 +436,9 @@ def run(
 
         @pl.when(last)
         def _():
-            for tile in edges:
-                tile.finish()
+            # Those that share a result have it in the same memory.
+            own = walk.parts * min(walk.together, walk.wide(walk.major))
+            _repeat(walk.results, lambda turn: [t.finish() for t in beside(turn, 0)[:own]])
 
     return pl.pallas_call(
         body,
@@ -402,3 +457,11 @@ def run(
         interpret=config.interpret,
         name=name,
     )(*walk.steps.packed(), *(array for array, _ in inputs.values()))
+
+
+def _repeat(count: int, work: Callable[[Any], Any]) -> None:
+    """A loop, or the work itself where it is done once."""
+    if count == 1:
+        work(0)
+    else:
+        jax.lax.fori_loop(0, count, lambda number, _: (work(number), None)[1], None)
