@@ -220,7 +220,7 @@ def test_a_truly_full_disk(tmp_path):
     try:
         with Journal.open(disk / "j", RUN) as journal:
             journal.put("done", {"a": np.arange(3)})
-            with pytest.raises(JaxcompError, match="no space left.*1,048,576 bytes"):
+            with pytest.raises(JaxcompError, match=r"no space left.*1,048,576 bytes"):
                 journal.room((2**20,), np.uint8)
             with pytest.raises(JaxcompError, match="no space left"):
                 journal.put("large", {"a": np.zeros(1 << 17)})

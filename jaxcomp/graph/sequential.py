@@ -337,11 +337,10 @@ class Sequential:
                 host.trim()
             what = f"gathering statistics of its input ({', '.join(sorted(needs))})"
             with out_of_memory.evaluating(op.site.path, op.site.layout.leaf_shape, what):
+                one = op.site.kind == "dot_general" and not op.site.batch_axes
                 later = "hessian" in needs and (
                     self.compressor.takes_apart(targets)
-                    or op.site.kind == "dot_general"
-                    and not op.site.batch_axes
-                    and self.compressor.overwrites_hessian(targets)
+                    or (one and self.compressor.overwrites_hessian(targets))
                 )
                 statistics = self.statistics(program, op, env, count, needs, later)
         finished = self.compress(program, targets, statistics)
