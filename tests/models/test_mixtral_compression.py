@@ -1,6 +1,7 @@
 """Mixtures of experts compressed: each expert on its own tokens, routers left dense."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ def experts_inputs(module, tokens):
     layer, order = module.layers[0], jnp.arange(tokens.shape[1])[None]
     x = module.embed_tokens(tokens, jnp.float32)
     rope = layers.rotary(jnp.broadcast_to(order, tokens.shape), rope_frequencies(CONFIG))
-    mask = layers.causal_mask(order, tokens.shape[1])
-    x = x + layer.self_attn(layer.input_layernorm(x), rope, mask)[0]
+    attend = functools.partial(layers.attend, order=order)
+    x = x + layer.self_attn(layer.input_layernorm(x), rope, attend)[0]
     x = layer.post_attention_layernorm(x).reshape(-1, CONFIG.hidden_size)
     chosen = np.argsort(-np.asarray(x @ layer.mlp.router.kernel[...]), -1)[:, :2]
     return [x[(chosen == e).any(-1)] for e in range(CONFIG.num_experts)]
