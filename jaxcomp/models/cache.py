@@ -152,7 +152,10 @@ class LayerCache(NamedTuple):
         def run(window: int | None) -> jax.Array:
             limited = window is not None and window < NO_LIMIT
             mask = kernels.window(window, causal=True) if limited else kernels.causal()
-            return kernels.decode_attention(q, lengths=lengths, mask=mask, layer=layer, **held)
+            # The cache began as zeros.
+            return kernels.decode_attention(
+                q, lengths=lengths, mask=mask, layer=layer, finite=True, **held
+            )
 
         if isinstance(window, jax.core.Tracer):
             # A kernel is made for one mask: where layers that a loop runs differ, for each of them.

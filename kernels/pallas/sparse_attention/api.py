@@ -202,6 +202,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     layer: jax.Array | int | None = None,
+    finite: bool = False,
     block_k: int | None = None,
     return_logsumexp: bool = False,
     implementation: str | None = None,
@@ -232,6 +233,8 @@ def decode_attention(
       v_scale: float (batch, capacity, kv_heads).
       layer: which one to read of a cache of several layers: k, v and their scales then have an axis
         of layers in front. The kernel for TPUs reads it where it is; a slice would be a copy.
+      finite: whether what the cache holds past a length is finite, as in one that began as zeros.
+        Otherwise XLA's form replaces it, and may copy all layers of a cache for that.
       block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
       return_logsumexp: also return the log-sum-exps of the scores, by which results of parts of a
         cache can be merged.
@@ -301,6 +304,7 @@ def decode_attention(
         block_k=block_k,
         implementation=implementation,
         interpret=interpret,
+        finite=finite,
     )
     mask = mask.bind(capacity, capacity)
     place = cache_sharding.placement(q, k, mask, q_spec, kv_spec)
@@ -315,7 +319,7 @@ def decode_attention(
 
 
 def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementation, interpret,
-            span_ramp, **options):  # fmt: skip
+            span_ramp, finite, **options):  # fmt: skip
     """Outputs and log-sum-exps from a cache, or the part from ``start`` on, that is at hand."""
     operands = dict(operands)
     layer, held = operands.pop("layer", None), {name: operands[name] for name in "kv"}
@@ -344,7 +348,7 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
         options |= {"span_ramp": span_ramp, "layer": layer}
         out, lse = decode.mosaic(**operands | held, **options)
     else:
-        out, lse = decode.plain(**operands, **options, span_ramp=span_ramp)
+        out, lse = decode.plain(**operands, **options, span_ramp=span_ramp, finite=finite)
     return implementations.noted(out, "decode_attention", chosen, reasons), lse
 
 

@@ -95,6 +95,7 @@ def plain(
     span_ramp: float = 32.0,
     start: int | jax.Array = 0,
     out_dtype: jax.typing.DTypeLike | None = None,
+    finite: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The reference.
 
@@ -114,6 +115,7 @@ def plain(
       span_ramp: length of its ramp.
       start: position of the first key.
       out_dtype: of the outputs; q's if None.
+      finite: whether values past a length are finite, which are multiplied with zeros then.
 
     Returns:
       Outputs (batch, queries, heads, value_dim), zeros where nothing is looked at, and
@@ -149,9 +151,14 @@ def plain(
     safe = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     weights /= safe
-    # What lies past the length may be anything, and not a number times zero is not zero.
+    # What lies past the length may be anything, and not a number times zero is not zero. Only then
+    # is it replaced: of a cache of several layers XLA would have all in the layout of the result,
+    # and copy the whole cache for each layer.
     held = k_position < lengths[:, None]
-    v = jnp.where(held[:, :, None, None], v.astype(q.dtype), 0)
+    finite |= jnp.issubdtype(v.dtype, jnp.integer)
+    v = v.astype(q.dtype)
+    if not finite:
+        v = jnp.where(held[:, :, None, None], v, 0)
     if v_scale is not None:
         v_scale = jnp.where(held[..., None], v_scale.astype(compute), 0)
         weights *= jnp.moveaxis(v_scale, 1, 2)[:, :, None, None]
