@@ -57,24 +57,17 @@ class Factored:
     def _factorize(self, mean: np.generic, unit: np.ndarray, damping: float) -> np.generic:
         """Puts the factor above the diagonal, in place of what is also below it."""
         matrix = self.matrix
-        factorize, invert = _lapack(matrix)
-        following = matrix.dtype.type(damping)
-        for _ in range(_TRIES):
-            damping = following
+
+        def damped(damping):
             for here, after, corner in _blocks(matrix):
                 np.divide(matrix[after, here].T, mean, out=matrix[here, after])
                 below = np.tril(corner, -1)
                 corner[...] = below + below.T / mean
             np.fill_diagonal(matrix, unit[::-1] + damping)
-            # What is above a diagonal of rows is below that of LAPACK's columns.
-            _, failed = factorize(matrix.T, lower=True, clean=False, overwrite_a=True)
-            if not failed and _is_factor(matrix):
-                invert(matrix.T, lower=True, overwrite_c=True)
-                root = np.sqrt(mean)
-                break
-            following = _more(damping)
-        else:
-            root = np.nan
+            return matrix
+
+        _, damping, found = _factorized(damped, matrix.dtype.type(damping))
+        root = np.sqrt(mean) if found else np.nan
         for here, after, corner in _blocks(matrix):
             matrix[here, after] /= root
             corner[...] = np.where(np.tri(len(corner), k=-1), corner, corner / root)
@@ -140,24 +133,17 @@ class Overwritten:
         self.diagonal = diagonal = matrix.diagonal()[::-1].copy()
         self.dead = diagonal <= 0
         mean, unit = _unit(diagonal, self.dead)
-        factorize, invert = _lapack(matrix)
-        following = matrix.dtype.type(damping)
-        for attempt in range(_TRIES):
-            damping = following
-            if attempt:
-                del matrix
-                matrix = read().matrix
+        summed = [matrix]
+        del matrix  # Two of them are never there.
+
+        def damped(damping):
+            matrix = summed.pop() if summed else read().matrix
             _divide(matrix, mean)
             np.fill_diagonal(matrix, unit[::-1] + damping)
-            # What is above a diagonal of rows is below that of LAPACK's columns.
-            _, failed = factorize(matrix.T, lower=True, clean=False, overwrite_a=True)
-            if not failed and _is_factor(matrix):
-                invert(matrix.T, lower=True, overwrite_c=True)
-                root = np.sqrt(mean)
-                break
-            following = _more(damping)
-        else:
-            root = np.nan
+            return matrix
+
+        matrix, damping, found = _factorized(damped, mean.dtype.type(damping))
+        root = np.sqrt(mean) if found else np.nan
         _divide(matrix, root)
         self.matrix, self.damping, self._added = matrix, damping, damping * mean
 
@@ -257,19 +243,31 @@ def _unit(diagonal: np.ndarray, dead: np.ndarray) -> tuple[np.generic, np.ndarra
     return mean, np.where(dead, 1, diagonal / mean)
 
 
-def _lapack(matrix: np.ndarray) -> tuple[Callable, Callable]:
-    """Functions that factorize and that invert a triangle."""
-    return scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (matrix,))
+def _factorized(
+    damped: Callable[[np.generic], np.ndarray], damping: np.generic
+) -> tuple[np.ndarray, np.generic, bool]:
+    """Factorizes with the least damping that it takes, and inverts the factor.
 
+    Args:
+      damped: gives the matrix with a damping on its diagonal: read on and above it, overwritten.
+      damping: the least.
 
-def _is_factor(matrix: np.ndarray) -> bool:
-    """Whether a factorization got to the end of a matrix that is not singular."""
-    return matrix.diagonal().min() ** 2 > np.finfo(matrix.dtype).eps
-
-
-def _more(damping: np.generic) -> np.generic:
-    """What comes after a damping that was too small."""
-    return np.maximum(damping, 10 * np.finfo(damping.dtype).eps) * 10
+    Returns:
+      The inverse's factor in the matrix, the damping, and whether any was enough.
+    """
+    following = damping
+    for _ in range(_TRIES):
+        damping, matrix = following, None  # Its memory is free while the next is made.
+        matrix = damped(damping)
+        factorize, invert = scipy.linalg.get_lapack_funcs(("potrf", "trtri"), (matrix,))
+        # What is above a diagonal of rows is below that of LAPACK's columns.
+        _, failed = factorize(matrix.T, lower=True, clean=False, overwrite_a=True)
+        epsilon = np.finfo(matrix.dtype).eps
+        if not failed and matrix.diagonal().min() ** 2 > epsilon:  # Not singular.
+            invert(matrix.T, lower=True, overwrite_c=True)
+            return matrix, damping, True
+        following = np.maximum(damping, 10 * epsilon) * 10
+    return matrix, damping, False
 
 
 def _divide(matrix: np.ndarray, by: Any) -> None:
