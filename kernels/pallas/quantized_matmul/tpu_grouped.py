@@ -283,6 +283,10 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, how, options, columns):
 
     def multiply(decoded, block):
         y = tpu_dense.product(refs, w_ref, acc_ref, block, options, how, decoded)
+        if not decoded:
+            # Registers that decode would be too few to merge it with other experts' rows, too.
+            acc_ref[...] = y.astype(acc_ref.dtype)
+            y = acc_ref[...]
         _keep(v, visit, y_ref, block, y)
 
     tpu_dense.keep_in_memory(acc_ref)
