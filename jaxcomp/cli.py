@@ -324,6 +324,7 @@ def plan(
     context: int = 4096,
     chunk: int = 512,
     new_tokens: int | None = None,
+    cache_dtype: str = "bfloat16",
     tries: int = 2,
     json: JSON = False,
     debug: Debug = False,
@@ -344,6 +345,7 @@ def plan(
       chunk: prompt tokens that a prefill step reads.
       new_tokens: how many tokens a request makes, by default an eighth of the context; the rest is
         its prompt. Splits are ranked for such requests.
+      cache_dtype: of the cache: bfloat16, float32, int8, float8_e4m3fn or float8_e5m2.
       tries: splits of the devices to compile, those with the best estimates.
       json: print one line of JSON.
       debug: show tracebacks of errors.
@@ -359,6 +361,7 @@ def plan(
         context=context,
         chunk=chunk,
         new_tokens=new_tokens,
+        cache_dtype=cache_dtype,
         tries=tries,
         recipe_name="" if recipe is None else pathlib.Path(recipe).stem,
         say=_say,

@@ -67,7 +67,7 @@ def leaf_specs(leaf: Any, spec: PartitionSpec | None, mesh: Mesh, path: str = "w
     if not hasattr(leaf, "shape"):
         return PartitionSpec()
     if not is_compressed(leaf):
-        return PartitionSpec(*_checked(spec, tuple(leaf.shape), dict(mesh.shape), path))
+        return PartitionSpec(*check_spec(spec, tuple(leaf.shape), dict(mesh.shape), path))
     split = leaf_split(leaf, spec, mesh, path)
     return leaf.replace(parts=tuple(part_specs(part, split) for part in leaf.parts))
 
@@ -90,7 +90,7 @@ def leaf_split(
       JaxcompError: as ``leaf_specs``, but groups and bytes are not looked at.
     """
     sizes = dict(mesh.shape)
-    entries = _checked(spec, tuple(leaf.shape), sizes, path)
+    entries = check_spec(spec, tuple(leaf.shape), sizes, path)
     stack: list[Axes] = [None] * len(leaf.stack)
     dims: list[Axes] = [None] * len(leaf.dims)
     for (kind, index), entry in zip(leaf._layout(), entries, strict=True):
@@ -423,10 +423,20 @@ def _nothing(rule: str, paths: Sequence[str]) -> str:
     return f"sharding rule {rule!r} matches no leaf; the closest paths are {close}."
 
 
-def _checked(
+def check_spec(
     spec: PartitionSpec | None, shape: tuple[int, ...], sizes: dict[str, int], path: str
 ) -> tuple[Axes, ...]:
-    """The entries of a spec, one for each axis of a leaf."""
+    """The entries of a spec, one for each axis of an array.
+
+    Args:
+      spec: of the array; None splits nothing.
+      shape: of the array.
+      sizes: devices along each axis of the mesh.
+      path: what the array is, for errors.
+
+    Raises:
+      JaxcompError: the mesh has no such axes, or does not divide the array by them.
+    """
     entries = tuple(spec or ())
     if len(entries) > len(shape):
         raise JaxcompError(

@@ -6,14 +6,23 @@ or value in one head
     scale = max |x| / largest code,   code = round(x / scale)
 
 A token is written once and never again: its scale depends on it alone.
+
+On a mesh of Auto axes a traced function cannot see how a cache is split, and the kernel must know:
+so ``init_cache(.., spec=)`` notes it in the cache.
 """
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, PartitionSpec
 
+from jaxcomp import sharding
 from jaxcomp.errors import ModelError
+from jaxcomp.formats.split import names_of
 
 Dtype = jnp.dtype | type | str | None
 
@@ -23,9 +32,25 @@ CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
 NO_LIMIT = jnp.iinfo(jnp.int32).max
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a cache lies on a mesh, among its arrays; it has no leaves itself.
+
+    Attributes:
+      spec: mesh axes of (batch, positions, kv_heads).
+    """
+
+    spec: PartitionSpec
+
+
 def init_cache(
-    shape: tuple[int, int, int], batch: int, length: int, dtype: Dtype = jnp.float32
-) -> dict[str, jax.Array]:
+    shape: tuple[int, int, int],
+    batch: int,
+    length: int,
+    dtype: Dtype = jnp.float32,
+    spec: PartitionSpec | None = None,
+) -> dict[str, jax.Array | Split]:
     """An empty key-value cache.
 
     Args:
@@ -34,17 +59,49 @@ def init_cache(
       length: positions the cache can hold.
       dtype: of keys and values: a float, which the model's own reads fastest; or int8,
         float8_e4m3fn or float8_e5m2, which are scaled for each token and head.
+      spec: mesh axes of (batch, positions, kv_heads) on the mesh in use (``jax.set_mesh``). On one
+        of Auto axes, decoding runs on the kernel only where this is given.
 
     Returns:
       ``{"k", "v": (layers, batch, length, kv_heads, head_dim), "length": int32 scalar}``; of int8
-      and fp8 also ``"k_scale", "v_scale": (layers, batch, length, kv_heads)`` float32.
+      and fp8 also ``"k_scale", "v_scale": (layers, batch, length, kv_heads)`` float32; of a spec
+      also ``"split"``, which is no array.
 
     Raises:
-      ModelError: the dtype is none of these.
+      JaxcompError: the dtype is none of these, or the mesh in use cannot split the cache so.
 
     Example:
       >>> sorted(init_cache((2, 4, 8), batch=1, length=16, dtype="int8"))
       ['k', 'k_scale', 'length', 'v', 'v_scale']
+    """
+    name = check_dtype(dtype)
+    layers, kv_heads, head_dim = shape
+    full = (layers, batch, length, kv_heads, head_dim)
+
+    def empty():
+        cache = {name_: jnp.zeros(full, dtype) for name_ in ("k", "v")}
+        if name in CODES:
+            cache |= {name_: jnp.ones(full[:-1], jnp.float32) for name_ in ("k_scale", "v_scale")}
+        return cache
+
+    if spec is None:
+        cache = empty()
+    else:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise ModelError(f"a key-value cache split as {spec}: make it under jax.set_mesh(mesh)")
+        held = PartitionSpec(None, *spec)
+        sharding.check_spec(held, full[:-1], dict(mesh.shape), "a key-value cache")
+        # No device ever has all of it.
+        cache = jax.jit(empty, out_shardings=held)() | {"split": Split(spec)}
+    return cache | {"length": jnp.zeros((), jnp.int32)}
+
+
+def check_dtype(dtype: Dtype) -> str:
+    """The name of a cache's dtype.
+
+    Raises:
+      ModelError: no cache can have it.
     """
     try:
         name = jnp.dtype(dtype).name
@@ -55,12 +112,7 @@ def init_cache(
             f"a key-value cache of {name} cannot be; use one of {', '.join(FLOATS)}, or for a "
             f"smaller one {', '.join(CODES)}"
         )
-    layers, kv_heads, head_dim = shape
-    full = (layers, batch, length, kv_heads, head_dim)
-    cache = {name_: jnp.zeros(full, dtype) for name_ in ("k", "v")}
-    if name in CODES:
-        cache |= {name_: jnp.ones(full[:-1], jnp.float32) for name_ in ("k_scale", "v_scale")}
-    return cache | {"length": jnp.zeros((), jnp.int32)}
+    return name
 
 
 def encoded(x: jax.Array, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
@@ -91,11 +143,13 @@ class LayerCache(NamedTuple):
       arrays: all of ``init_cache`` but the length, with their leading axis of layers.
       length: positions that are filled.
       layer: which layer's it is.
+      split: how it lies on a mesh, where that is noted.
     """
 
     arrays: dict[str, jax.Array]
     length: jax.Array
     layer: jax.Array | int
+    split: Split | None = None
 
     def append(self, k: jax.Array, v: jax.Array) -> "LayerCache":
         """The cache with new keys and values ``(batch, tokens, heads, head_dim)`` at its end."""
@@ -148,13 +202,14 @@ class LayerCache(NamedTuple):
         if "k_scale" not in held:
             held = {name: x.astype(q.dtype) for name, x in held.items()}
         lengths = jnp.full(q.shape[:1], self.length + q.shape[1], jnp.int32)
+        kv_spec = self._spec(heads)
 
         def run(window: int | None) -> jax.Array:
             limited = window is not None and window < NO_LIMIT
             mask = kernels.window(window, causal=True) if limited else kernels.causal()
             # The cache began as zeros.
             return kernels.decode_attention(
-                q, lengths=lengths, mask=mask, layer=layer, finite=True, **held
+                q, lengths=lengths, mask=mask, layer=layer, finite=True, kv_spec=kv_spec, **held
             )
 
         if isinstance(window, jax.core.Tracer):
@@ -162,6 +217,15 @@ class LayerCache(NamedTuple):
             which = jnp.searchsorted(jnp.asarray(windows, jnp.int32), window)
             return jax.lax.switch(which, [lambda w=w: run(w) for w in windows])
         return run(None if window is None else int(window))
+
+    def _spec(self, heads: int) -> PartitionSpec | None:
+        """How the keys of this layer are split, if that must be said and each device has some."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if self.split is None or AxisType.Auto not in mesh.axis_types:
+            return None
+        spec = PartitionSpec(*self.split.spec, *(None,) * (3 - len(self.split.spec)))
+        parts = math.prod(mesh.shape[name] for name in names_of(spec[2]))
+        return spec if heads % parts == 0 else None
 
     def _own(self, heads: int) -> dict[str, jax.Array]:
         """The layer's arrays: a cache has room for the layer with the most heads."""
@@ -176,7 +240,11 @@ class LayerCache(NamedTuple):
         layer, zero = jnp.int32(self.layer), jnp.int32(0)
         rest = (zero,) * (cached.ndim - 3)
         mesh = jax.sharding.get_abstract_mesh()
-        if new.shape[1] == 1 or mesh.empty or jax.sharding.AxisType.Auto not in mesh.axis_types:
+        if new.shape[1] == 1:
+            spec = self._spec(new.shape[2])
+            if spec is not None:
+                return _written(cached, new, layer, self.length, spec)
+        if new.shape[1] == 1 or mesh.empty or AxisType.Auto not in mesh.axis_types:
             start = (layer, zero, self.length, *rest)
             return jax.lax.dynamic_update_slice(cached, new[None], start)
         # Several positions may lie on several devices. Each takes those that are its own, where an
@@ -187,3 +255,34 @@ class LayerCache(NamedTuple):
         old = jax.lax.dynamic_index_in_dim(cached, self.layer, 0, keepdims=False)[:, :, :heads]
         own = jnp.where(inside, jnp.take(new, row, axis=1, mode="clip"), old)
         return jax.lax.dynamic_update_slice(cached, own[None], (layer, zero, zero, *rest))
+
+
+def _written(
+    cached: jax.Array,
+    new: jax.Array,
+    layer: jax.Array,
+    position: jax.Array,
+    spec: PartitionSpec,
+) -> jax.Array:
+    """A cache with one position written on the device that has it, laid out as the kernel reads it.
+
+    Left to the partitioner, XLA lays the cache out as suits the update, and copies all of it for
+    the kernel of each layer.
+    """
+
+    def write(cached, new, layer, position):
+        room, axes = cached.shape[2], names_of(spec[1])
+        position -= jax.lax.axis_index(axes) * room if axes else 0
+        inside = (position >= 0) & (position < room)
+        start = (layer, 0, jnp.clip(position, 0, room - 1), *(0,) * (cached.ndim - 3))
+        old = jax.lax.dynamic_slice(cached, start, (1, *new.shape))
+        cached = jax.lax.dynamic_update_slice(cached, jnp.where(inside, new[None], old), start)
+        # Positions and heads side by side. An axis of one head would be padded beside the last.
+        order = (0, 1, 3, 2, 4) if cached.shape[3] == 1 else (0, 1, 2, 3, 4)
+        return with_layout_constraint(cached, Layout(order[: cached.ndim]))
+
+    held = PartitionSpec(None, *spec)
+    specs = (held, PartitionSpec(spec[0], None, spec[2]), PartitionSpec(), PartitionSpec())
+    return jax.shard_map(write, in_specs=specs, out_specs=held, check_vma=False)(
+        cached, new, layer, position
+    )

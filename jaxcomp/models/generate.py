@@ -4,14 +4,18 @@ The prompt is read by plain attention, each new token by ``jc.attention.decode_a
 its kernel, elsewhere XLA.
 """
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcomp.errors import JaxcompError
+from jaxcomp.formats.split import names_of
 from jaxcomp.models.cache import init_cache
 
 
@@ -28,6 +32,7 @@ def generate(
     top_p: float | None = None,
     end_token: int | None = None,
     cache_dtype: Any = jnp.float32,
+    cache_spec: PartitionSpec | None = None,
 ) -> jax.Array:
     """Continues token sequences of one length.
 
@@ -45,13 +50,15 @@ def generate(
       cache_dtype: dtype of the key-value cache: that of the model's activations is read as it
         lies; "int8", "float8_e4m3fn" and "float8_e5m2" keep a scale for each token and head, and
         halve a bfloat16 cache.
+      cache_spec: mesh axes of the cache's (batch, positions, kv_heads), for weights on a mesh of
+        Auto axes: without it XLA splits the cache as it sees fit, and no kernel decodes.
 
     Returns:
       ``(batch, length + max_new_tokens)`` int32.
 
     Raises:
       JaxcompError: an option is out of range, the model is not causal, the result would be longer
-        than the model's positions, or no cache can have the dtype.
+        than the model's positions, no cache can have the dtype, or the mesh cannot split it so.
     """
     length = tokens.shape[1]
     if not hasattr(config, "cache_shape"):
@@ -68,18 +75,34 @@ def generate(
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise JaxcompError("generate: top_k must be at least 1, top_p in (0, 1]")
     key = jax.random.key(0) if key is None else key
-    return _generate(
-        apply, config.cache_shape, max_new_tokens, float(temperature), top_k, top_p, end_token,
-        cache_dtype, params, jnp.asarray(tokens, jnp.int32), key,
-    )  # fmt: skip
+    with _mesh_of(params) if cache_spec is not None else contextlib.nullcontext():
+        return _generate(
+            apply, config.cache_shape, max_new_tokens, float(temperature), top_k, top_p, end_token,
+            cache_dtype, cache_spec, params, jnp.asarray(tokens, jnp.int32), key,
+        )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=tuple(range(8)))
+def _mesh_of(params: Any) -> contextlib.AbstractContextManager:
+    """Puts the mesh that the weights are on in use, if none is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        for leaf in jax.tree.leaves(params):
+            held = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+            if isinstance(held, NamedSharding):
+                return jax.set_mesh(held.mesh)
+    return contextlib.nullcontext()
+
+
+@functools.partial(jax.jit, static_argnums=tuple(range(9)))
 def _generate(
-    apply, shape, new, temperature, top_k, top_p, end_token, dtype, params, tokens, key
+    apply, shape, new, temperature, top_k, top_p, end_token, dtype, spec, params, tokens, key
 ):  # fmt: skip
     batch, length = tokens.shape
-    cache = init_cache(shape, batch, length + new, dtype)
+    room = length + new
+    if spec is not None and len(spec) > 1:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        parts = math.prod(sizes.get(name, 1) for name in names_of(spec[1]))
+        room = -(-room // parts) * parts
+    cache = init_cache(shape, batch, room, dtype, spec)
     keys = jax.random.split(key, new)
     logits, cache = apply(params, tokens, None, cache)
     first = sample(logits[:, -1], keys[0], temperature, top_k, top_p)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxcomp.models import layers as blocks
 from jaxcomp.models.cache import init_cache
@@ -191,9 +192,11 @@ class GPT2(nnx.Module):
             self.lm_head = blocks.Linear(c.n_embd, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
+    def init_cache(
+        self, batch: int, length: int, dtype: Any = None, spec: PartitionSpec | None = None
+    ) -> dict[str, Any]:
         """An empty key-value cache; arguments as of ``Llama.init_cache``."""
-        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype)
+        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype, spec)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position; arguments and results as of ``Llama``."""

@@ -269,13 +269,15 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
 
     def run(layer, x, item, kv, index):
         if kv is not None:
-            kv = LayerCache(kv, cache["length"], index)
+            kv = LayerCache(kv, cache["length"], index, cache.get("split"))
         x, kv = body(layer, x, item, kv)
         return checkpoint_name(x, "hidden"), None if kv is None else kv.arrays
 
     # Carried from layer to layer: what is read from one array and written to another would be
     # there twice.
-    kv = None if cache is None else {n: a for n, a in cache.items() if n != "length"}
+    kv = None
+    if cache is not None:
+        kv = {name: array for name, array in cache.items() if name not in ("length", "split")}
     if isinstance(layers, nnx.List):
         for i, layer in enumerate(layers):
             item = jax.tree.map(lambda a, i=i: a[i], inputs)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxcomp.models import layers as blocks
 from jaxcomp.models.cache import NO_LIMIT, init_cache
@@ -262,18 +263,21 @@ class Llama(nnx.Module):
             self.lm_head = blocks.Linear(c.hidden_size, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
 
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
+    def init_cache(
+        self, batch: int, length: int, dtype: Any = None, spec: PartitionSpec | None = None
+    ) -> dict[str, Any]:
         """An empty key-value cache for ``batch`` sequences of up to ``length`` positions.
 
         Args:
           batch: sequences.
           length: positions.
           dtype: of keys and values, also "int8" and fp8; that of the activations if None.
+          spec: mesh axes of (batch, positions, kv_heads) on the mesh in use.
 
         Returns:
           What ``jaxcomp.models.cache.init_cache`` says.
         """
-        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype)
+        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype, spec)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position.

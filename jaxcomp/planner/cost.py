@@ -3,14 +3,17 @@
 XLA adds up the operands and results of every operation, of a slice what is read of it: also those
 that a TPU keeps on the chip from one operation to the next, so this is more than what goes to and
 from memory. It counts the body of a loop once, and a scanned model is a loop: each further trip is
-added here.
+added here. Of a kernel it knows what the kernel says of itself, its ``cost_estimate``.
 """
 
+import re
 from typing import Any
 
 import jax
 
 from jaxcomp.planner import hlo
+
+_ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 
 
 def accessed(compiled: Any) -> int | None:
@@ -49,10 +52,20 @@ def _further(text: str, bodies: dict[str, list[str]], name: str, counted: dict) 
             if hlo.is_loop(line):
                 trips = hlo.trips(line, bodies)
                 if other not in counted:
-                    counted[other] = _once(text, other)
+                    counted[other] = _once(text, other) + _kernels(bodies, other)
                 total += (trips - 1) * counted[other] + trips * further
             else:
                 total += further
+    return total
+
+
+def _kernels(bodies: dict[str, list[str]], name: str) -> int:
+    """What the kernels of a computation move by their own estimates, of a loop once."""
+    total = 0
+    for line in bodies.get(name, ()):
+        found = _ESTIMATE.search(line)
+        total += int(found[1]) if found else 0
+        total += sum(_kernels(bodies, other) for other in hlo.called(line))
     return total
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxcomp.errors import JaxcompError
+from jaxcomp.models.cache import check_dtype
 from jaxcomp.planner import search
 from jaxcomp.planner.shapes import config_from, fields_of
 from jaxcomp.planner.steps import PHASES, Workload
@@ -36,6 +37,7 @@ class Plan:
       context: positions of the cache.
       chunk: prompt tokens of a prefill step.
       new_tokens: of a request's context, what is generated; splits are ranked for such requests.
+      cache_dtype: of the cache.
       variants: the compressed model, then the same in bfloat16.
       experts: whether the model is a mixture of experts.
     """
@@ -47,6 +49,7 @@ class Plan:
     context: int
     chunk: int
     new_tokens: int
+    cache_dtype: str
     variants: tuple[search.Variant, ...]
     experts: bool = False
 
@@ -83,6 +86,7 @@ class Plan:
             "context": self.context,
             "chunk": self.chunk,
             "new_tokens": self.new_tokens,
+            "cache_dtype": self.cache_dtype,
             "rule": self.rule,
             "assumptions": list(self.assumptions),
             "compiler": self.variants[0].version,
@@ -96,8 +100,8 @@ class Plan:
 
         title = (
             f"{self.model} on {self.topology.name} ({self.topology.devices} devices), batch "
-            f"{self.batch}, context {self.context}, prefill in chunks of {self.chunk}, "
-            f"{self.new_tokens} new tokens a request"
+            f"{self.batch}, context {self.context} in {self.cache_dtype}, prefill in chunks of "
+            f"{self.chunk}, {self.new_tokens} new tokens a request"
         )
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("a device")
@@ -145,6 +149,7 @@ def plan(
     context: int = 4096,
     chunk: int = 512,
     new_tokens: int | None = None,
+    cache_dtype: str = "bfloat16",
     tries: int = 2,
     recipe_name: str = "compressed",
     say: Callable[[str], None] = lambda text: None,
@@ -160,6 +165,8 @@ def plan(
       chunk: prompt tokens that a prefill step reads; at most ``context``.
       new_tokens: how many tokens a request makes; the rest of the context is its prompt, and the
         best split is best for such requests. None stands for an eighth of the context.
+      cache_dtype: of the cached keys and values: a float, or "int8" or fp8 with a scale for each
+        token and head.
       tries: how many splits of the mesh to compile for each form of the weights.
       recipe_name: what to call the compressed form.
       say: is told what goes on.
@@ -168,8 +175,8 @@ def plan(
       The plan.
 
     Raises:
-      JaxcompError: the model, recipe or topology is wrong, no split is possible, or the compiler
-        is not installed.
+      JaxcompError: the model, recipe, cache's dtype or topology is wrong, no split is possible, or
+        the compiler is not installed.
     """
     where = topology(on)
     fields = fields_of(model)
@@ -186,7 +193,8 @@ def plan(
             f"from 1 to {context}."
         )
     texts = {BF16: None} if recipe is None else {recipe_name: recipe.dumps(), BF16: None}
-    sizes = (batch, context, chunk, new_tokens)
+    check_dtype(cache_dtype)
+    sizes = (batch, context, chunk, new_tokens, cache_dtype)
     work = {n: Workload(model, fields, text, *sizes) for n, text in texts.items()}
     variants = search.search_all(work, where, tries, say)
     name = None if recipe is None else recipe_name

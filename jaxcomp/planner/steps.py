@@ -27,6 +27,8 @@ from jaxcomp.formats import is_compressed, nbits
 from jaxcomp.functional import functional
 from jaxcomp.graph import trace
 from jaxcomp.graph.trace import leaf_paths
+from jaxcomp.models.cache import Split as CacheSplit
+from jaxcomp.models.cache import init_cache
 from jaxcomp.planner.abstract import compressed_shapes
 from jaxcomp.planner.shapes import config_from
 from jaxcomp.recipe import Recipe
@@ -46,6 +48,7 @@ class Workload:
       context: positions of the cache.
       chunk: prompt tokens that a prefill step reads.
       new_tokens: of a request's context, what is generated; the rest is its prompt.
+      cache_dtype: of keys and values, as of ``init_cache``.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Workload:
     context: int
     chunk: int
     new_tokens: int
+    cache_dtype: str = "bfloat16"
 
     @property
     def prefill_steps(self) -> int:
@@ -150,11 +154,11 @@ class Serving:
 
     def cache(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the key-value cache of ``batch`` sequences."""
-        layers, heads, size = self.config.cache_shape
-        values = jax.ShapeDtypeStruct(
-            (layers, batch, self.workload.context, heads, size), jnp.bfloat16
+        work = self.workload
+        make = functools.partial(
+            init_cache, self.config.cache_shape, batch, work.context, work.cache_dtype
         )
-        return {"k": values, "v": values, "length": jax.ShapeDtypeStruct((), jnp.int32)}
+        return jax.eval_shape(make)
 
     def expert_shares(self, path: str, tokens: int) -> tuple[float, float]:
         """How much of a weight one token multiplies, and so many tokens read; 1 without experts.
@@ -236,7 +240,7 @@ class Serving:
         """
         batch = self.sequences(split, phase)
         length = 1 if phase == "decode" else self.workload.chunk
-        by = PartitionSpec(None, "data", "length", "heads", None)
+        by = PartitionSpec("data", "length", "heads")
 
         def placed(shape, spec):
             return jax.ShapeDtypeStruct(
@@ -245,9 +249,10 @@ class Serving:
 
         cache = self.cache(batch)
         cache = {
-            name: placed(x, PartitionSpec() if name == "length" else by)
+            name: placed(x, PartitionSpec() if name == "length" else PartitionSpec(None, *by))
             for name, x in cache.items()
         }
+        cache["split"] = CacheSplit(by)
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
         tokens = placed(tokens, PartitionSpec("data"))
 

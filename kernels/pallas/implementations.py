@@ -1,5 +1,6 @@
 """Choosing among the implementations of an operation, with the reasons of those that do not fit."""
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -76,7 +77,8 @@ def noted(
     Returns:
       x, under a name of ``jax.ad_checkpoint.checkpoint_name`` that ``note_of`` reads.
     """
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    before = itertools.takewhile(lambda item: item[0] != chosen, reasons.items())
+    told = "; ".join(f"{name}: {reason}" for name, reason in before if reason)
     return checkpoint_name(x, f"{MARK}{operation}:{chosen}:{told}")
 
 

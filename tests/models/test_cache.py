@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jaxcomp.kernels import chips
 
-from jaxcomp.errors import ModelError
+from jaxcomp.errors import JaxcompError, ModelError
 from jaxcomp.functional import functional
-from jaxcomp.models import Llama
+from jaxcomp.models import Llama, generate, partition_rules
 from jaxcomp.models.cache import CODES, LayerCache, encoded, init_cache
+from jaxcomp.sharding import shard
 from tests.helpers import x64
 from tests.models.helpers import TINY, tokens
 
@@ -69,6 +71,38 @@ def test_dtypes_that_no_cache_has_are_refused():
             init_cache((1, 1, 8), 1, 1, dtype)
 
 
+def mesh_of_four():
+    return jax.make_mesh((1, 2, 2), ("data", "length", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_generation_with_a_cache_that_is_split(dtype):
+    """11 positions are no multiple of two: the cache has one more."""
+    apply, params = functional(Llama(TINY, scan=True, rngs=nnx.Rngs(0)))
+    prompt = tokens(4, 5)
+    expected = generate(apply, params, TINY, prompt, 6, cache_dtype=dtype)
+    rules = partition_rules(TINY, tensor=("model", "length"), scan=True)
+    split = shard(params, mesh_of_four(), rules)
+    spec = PartitionSpec("data", "length", "model")
+    got = generate(apply, split, TINY, prompt, 6, cache_dtype=dtype, cache_spec=spec)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_split_cache_has_no_whole_copy_and_says_what_cannot_be_split():
+    spec = PartitionSpec("data", None, "model")
+    with jax.set_mesh(mesh_of_four()):
+        cache = init_cache((3, 4, 8), 2, 6, "int8", spec)
+        for name in ("k", "v_scale"):
+            assert cache[name].sharding.spec == PartitionSpec(None, *spec)
+            assert cache[name].addressable_shards[0].data.shape[:4] == (3, 2, 6, 2)
+        with pytest.raises(JaxcompError, match=r"\(3, 2, 6, 3\): .* 'model' of 2 .* axis 3 of 3"):
+            init_cache((3, 3, 8), 2, 6, "int8", spec)
+        with pytest.raises(JaxcompError, match="names the mesh axis 'x'"):
+            init_cache((3, 4, 8), 2, 6, spec=PartitionSpec("x"))
+    with pytest.raises(ModelError, match=r"under jax.set_mesh\(mesh\)"):
+        init_cache((3, 4, 8), 2, 6, spec=spec)
+
+
 def test_decoding_is_on_the_kernel_of_a_tpu(monkeypatch):
     """One for each window of the layers in the loop; a prompt is not, and nothing is on a CPU."""
     config = dataclasses.replace(TINY, head_dim=128, qk_norm=False)
@@ -76,8 +110,8 @@ def test_decoding_is_on_the_kernel_of_a_tpu(monkeypatch):
     apply, params = functional(model)
     step = jax.jit(lambda p, x, cache: apply(p, x, None, cache))
 
-    def kernels(length, dtype):
-        lowered = step.trace(params, tokens(2, length), model.init_cache(2, 256, dtype))
+    def kernels(length, dtype, spec=None):
+        lowered = step.trace(params, tokens(2, length), model.init_cache(2, 256, dtype, spec))
         text = lowered.lower(lowering_platforms=("tpu",)).as_text()
         step.clear_cache()
         return text.count('kernel_name = "sparse_attention_decode"')
@@ -86,3 +120,7 @@ def test_decoding_is_on_the_kernel_of_a_tpu(monkeypatch):
     monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V5E)
     assert kernels(1, "int8") == kernels(1, None) == 2
     assert kernels(4, "int8") == 0
+    # On a mesh each device runs it on its part of the cache, if it is known.
+    with jax.set_mesh(mesh_of_four()):
+        assert kernels(1, "int8") == 0
+        assert kernels(1, "int8", PartitionSpec("data", "length", "model")) == 2

@@ -423,6 +423,11 @@ def mosaic(
             jax.ShapeDtypeStruct((batch, rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * rows * steps * columns * (dim + out_dim),
+            transcendentals=batch * rows * steps * columns,
+            bytes_accessed=batch * steps * columns * (dim + out_dim) * k.dtype.itemsize,
+        ),
         interpret=interpret,
         name="sparse_attention_decode",
     )(*scalars, *operands)
