@@ -254,7 +254,7 @@ class Dispatcher(Plain):
         if name == "materialize":
             return super().site(op, with_quantized_input(op, operands, leaf), leaf, state)
         site = op.site
-        weight = picked(leaf, site)
+        weight = picked(packed.sliced(leaf) if site.view.fixed else leaf, site)
         if name == "rows":
             return [look_up.looked_up(op, operands[1], weight)], state
         x, out_dtype = operands[1 - site.operand], op.eqn.outvars[0].aval.dtype
@@ -267,6 +267,21 @@ class Dispatcher(Plain):
     def dense(self, path, view, leaf):
         """Materializes the weight."""
         return view.replay(as_array(leaf))
+
+    def looped(self, path, leaf):
+        """On a TPU loops slice no codes that kernels read."""
+        if not is_compressed(leaf):
+            return leaf, None
+        split = self.splits.get(path)
+        if split is not None and split.spec[len(leaf.stack_axes) - len(leaf.stack)] is not None:
+            return leaf, None  # Layers lie on several devices.
+        if chip_of(leaf, split and split.mesh).platform != "tpu":
+            return leaf, None
+        return packed.looped(leaf)
+
+    def of_layer(self, sliced, whole, index):
+        """The weight with the codes of all layers, and which of them are its own."""
+        return packed.of_layer(sliced, whole, index)
 
 
 def _as_traced(y: jax.Array, op: Op) -> jax.Array:

@@ -263,6 +263,66 @@ def slower(
     return f"XLA was measured to be faster on this {chip.name}" if fastest == other else None
 
 
+def looped(leaf: formats.CompressedArray) -> tuple[formats.CompressedArray, Any]:
+    """What a loop over layers slices of a weight on a TPU: all but the codes that kernels read.
+
+    A kernel takes its layer's codes from those of all. A slice would first be copied, and read
+    again by the kernel, which could not start meanwhile.
+
+    Args:
+      leaf: with the axis of layers as its first stack axis.
+
+    Returns:
+      The weight without codes, and the codes of each prepared part; None if there are none.
+    """
+    whole = []
+
+    def take(part):
+        if not isinstance(part, Prepared) or part.weight.layout != layout.LAYOUT:
+            return part
+        weight = part.weight.sliced()
+        lies = jax.typeof(weight.codes).sharding
+        if AxisType.Explicit in lies.mesh.axis_types and lies.spec[0] is not None:
+            return part
+        # No gradient: of float8 codes zeros of all layers would be added up.
+        whole.append(jax.lax.stop_gradient(weight.codes))
+        return part.replace(weight=dataclasses.replace(weight, codes=None))
+
+    left = leaf.replace(parts=tuple(_mapped(part, take) for part in leaf.parts))
+    return (left, tuple(whole)) if whole else (leaf, None)
+
+
+def of_layer(
+    leaf: formats.CompressedArray, whole: tuple[jax.Array, ...], index: jax.Array
+) -> formats.CompressedArray:
+    """The weight of one layer, of both that ``looped`` returned."""
+    codes = iter(whole)
+
+    def put(part):
+        if not isinstance(part, Prepared) or part.weight.codes is not None:
+            return part
+        weight = dataclasses.replace(part.weight, codes=next(codes), layer=index)
+        return part.replace(weight=weight)
+
+    return leaf.replace(parts=tuple(_mapped(part, put) for part in leaf.parts))
+
+
+def sliced(leaf: formats.CompressedArray) -> formats.CompressedArray:
+    """A weight of ``of_layer`` with no codes but its own."""
+
+    def own(part):
+        return part.replace(weight=part.weight.sliced()) if isinstance(part, Prepared) else part
+
+    return leaf.replace(parts=tuple(_mapped(part, own) for part in leaf.parts))
+
+
+def _mapped(part: Any, function: Any) -> Any:
+    """A part with a function applied inside of its input transforms."""
+    if isinstance(part, (formats.InputScale, formats.InputQuant)):
+        return part.replace(part=_mapped(part.part, function))
+    return function(part)
+
+
 def activation_dtype(activation: Activation | None) -> str | None:
     """What the kernels call the dtype that an input is quantized to; None for a plain input."""
     return None if activation is None else _ACTIVATION_DTYPES[activation.format]

@@ -87,7 +87,7 @@ def _typed(part: Any) -> NamedSharding | None:
 
     def read(part):
         weight = packed.operand(part)
-        codes = None if isinstance(weight, str) else weight.codes
+        codes = None if isinstance(weight, str) else weight.sliced().codes
         found.append(None if codes is None else jax.typeof(codes).sharding)
         return 0
 

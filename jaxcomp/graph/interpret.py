@@ -44,6 +44,20 @@ class Handler(Protocol):
     def dense(self, path: str, view: View, leaf: Any) -> jax.Array:
         """The weight as an array of ``view.shape``, where something other than a site wants it."""
 
+    def looped(self, path: str, leaf: Any) -> tuple[Any, Any]:
+        """What a loop slices of a weight whose first stack axis it runs over, and what it does not.
+
+        Args:
+          path: of the weight.
+          leaf: the weight, the axis of the loop in front.
+
+        Returns:
+          A pytree to be sliced, and one that stays whole; None for nothing.
+        """
+
+    def of_layer(self, sliced: Any, whole: Any, index: jax.Array) -> Any:
+        """The weight of one pass of a loop, of both that ``looped`` returned, if it held any."""
+
 
 class Plain:
     """A handler that computes what the function computes."""
@@ -61,6 +75,14 @@ class Plain:
     def dense(self, path, view, leaf):
         """Replays the view."""
         return view.replay(as_array(leaf))
+
+    def looped(self, path, leaf):
+        """All is sliced."""
+        return leaf, None
+
+    def of_layer(self, sliced, whole, index):
+        """Nothing was held."""
+        raise NotImplementedError
 
 
 def quantizes_input(leaf: Any) -> bool:
@@ -175,16 +197,22 @@ def _scan(op, env, read, program, handler, state):
     split = loop.num_consts + loop.num_carry
     values = [env[i] if keep else read(i) for i, keep in zip(op.inputs, op.kept, strict=True)]
     moving = [k for k in range(loop.num_consts, split) if not op.kept[k]]
-    sliced = []
+    sliced, held = [], {}
     for k in range(split, len(values)):
         value = values[k]
         if op.kept[k]:
-            value = _leading(value, body.weights[body.inputs[k]][1])
+            path, view = body.weights[body.inputs[k]]
+            value, whole = handler.looped(path, _leading(value, view))
+            if whole is not None:
+                held[k] = whole
         sliced.append(value)
+    layers = jnp.arange(loop.length, dtype=jnp.int32) if held else None
 
     def step(carry, xs):
-        xs, state = xs
+        xs, state, layer = xs
         arguments = [*values[:split], *xs]
+        for k, whole in held.items():
+            arguments[k] = handler.of_layer(arguments[k], whole, layer)
         for k, c in zip(moving, carry, strict=True):
             arguments[k] = c
         results, state = interpret(body, arguments, handler, state)
@@ -194,7 +222,7 @@ def _scan(op, env, read, program, handler, state):
     carry, (ys, state) = jax.lax.scan(
         step,
         [values[k] for k in moving],
-        (sliced, state),
+        (sliced, state, layers),
         length=loop.length,
         reverse=loop.reverse,
         unroll=loop.unroll,

@@ -1,5 +1,8 @@
 """A model with compressed weights, sent to the kernels on TPUs: compiled ahead of time."""
 
+import dataclasses
+import functools
+import importlib
 import re
 
 import jax
@@ -54,23 +57,62 @@ def test_prepared_weights_are_the_same_weights(name):
     x = jax.random.normal(jax.random.key(1), (3, 512), jnp.float32)
     params = rounded(FORMATS[name], weights(jnp.float32), x)
     for leaf in params.values():
-        ready = leaf.replace(parts=tuple(packed.prepared(p, chips.V5E) for p in leaf.parts))
+        ready = on_tpu(leaf)
         assert isinstance(ready.parts[0], packed.Prepared)
         zero_point = getattr(leaf.parts[0], "zero_point", None)  # int8, which becomes float32
         widened = 0 if zero_point is None else 24 * zero_point.size
         # A stack shares the 16 values of NF4.
         assert abs(ready.nbits - leaf.nbits - widened) <= 2 * 16 * 32
         np.testing.assert_array_equal(ready.materialize(), leaf.materialize())
-    ready = jax.tree.map(
-        lambda leaf: leaf.replace(parts=tuple(packed.prepared(p, chips.V5E) for p in leaf.parts)),
-        params,
-        is_leaf=formats.is_compressed,
-    )
+    ready = jax.tree.map(on_tpu, params, is_leaf=formats.is_compressed)
     np.testing.assert_allclose(
         jax.jit(jc.dispatch(block, "kernel"))(ready, x),
         block(jc.materialize(params), x),
         atol=1e-4,
     )
+
+
+def on_tpu(leaf):
+    return leaf.replace(parts=tuple(packed.prepared(p, chips.V5E) for p in leaf.parts))
+
+
+def test_loops_over_layers_slice_no_codes(monkeypatch):
+    """Values and gradients are those of slices; a weight that is read otherwise, too, is right."""
+
+    def apply(params, x):
+        y = block(params, x)
+        # By a fixed index, and not by a product.
+        return (y @ params["gate"][1]) @ params["down"][0] + jnp.sin(params["up"]).sum()
+
+    x = jax.random.normal(jax.random.key(1), (3, 512), jnp.float32)
+    params = rounded(FORMATS["int4"], weights(jnp.float32), x)
+    ready = jax.tree.map(on_tpu, params, is_leaf=formats.is_compressed)
+    fast = jc.dispatch(apply, "kernel")
+
+    def loss(scales, x):
+        leaf = ready["up"]
+        (part,) = leaf.parts
+        part = part.replace(weight=dataclasses.replace(part.weight, scales=scales))
+        return jnp.sum(fast({**ready, "up": leaf.replace(parts=(part,))}, x) ** 2)
+
+    arguments = ready["up"].parts[0].weight.scales, x
+
+    def sliced_codes():
+        """How many arrays of codes the loop slices."""
+        program = jax.make_jaxpr(lambda *a: fast(*a))(ready, x)
+        (loop,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+        first = loop.params["num_consts"] + loop.params["num_carry"]
+        return sum(v.aval.dtype == jnp.int4 for v in loop.invars[first:])
+
+    results = []
+    for chip, expected in ((chips.CPU, 3), (chips.V5E, 0)):
+        # Of the loop only: the products run on this machine.
+        module = importlib.import_module("jaxcomp.dispatch")
+        monkeypatch.setattr(module, "chip_of", lambda *_, chip=chip: chip)
+        results.append(jax.jit(jax.value_and_grad(lambda *a: loss(*a), (0, 1)))(*arguments))
+        assert sliced_codes() == expected
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 def dispatched(mesh, chip, name):
@@ -83,6 +125,8 @@ def dispatched(mesh, chip, name):
         sharding = NamedSharding(mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    prepare = functools.partial(jax.tree.map, on_tpu, is_leaf=formats.is_compressed)
+    params = jax.eval_shape(prepare, params)
     assert {c.implementation for c in fast.report(jax.tree.map(place, params), x)} == {"kernel"}
     return fast, (jax.tree.map(place, params), place(x))
 
@@ -124,7 +168,9 @@ def test_compiles_with_the_kernels_inside(chip):
     requests = [(make, {"chip": chip, "name": name}) for name in formats]
     for name, result in zip(formats, aot.compile_cases(chip, requests), strict=True):
         assert result["error"] is None, (name, result["error"])
-        assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3, name
+        # Each has the codes of both layers, and the number of its own.
+        operands = r"tpu_custom_call\", operand_layout_constraints=\{s32\[1\]\{0\}, \w+\[2,"
+        assert len(re.findall(operands, result["hlo"])) == 3, name
 
 
 def test_what_a_chip_does_not_take_is_told():

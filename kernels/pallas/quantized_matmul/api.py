@@ -112,6 +112,7 @@ def _stacked(run, options, x, weight, bias, x_scales) -> jax.Array:
     """The product of ``(*stack, .., K)`` with a weight that may have stack axes."""
     call = functools.partial(_differentiable, run, options)
     shared = dataclasses.replace(weight.map(lambda _: 0), table=None)
+    weight = weight.sliced() if weight.stack else weight
     for _ in weight.stack:
         fused = (None if a is None else 0 for a in (bias, x_scales))
         call = jax.vmap(call, in_axes=(0, shared, *fused))
@@ -181,7 +182,8 @@ def weight_of(codes, scales, zeros, table, format, group_size) -> Weight:
         raise ValueError("a prepared weight brings its own scales, zeros and table: give none")
     if codes.layout not in ("stored", layout.GPU_LAYOUT):
         layout.check_layout(codes)
-    return codes
+        return codes
+    return codes.sliced()
 
 
 def options_of(x, weight, bias, activation, activation_dtype, out_dtype) -> Options:
@@ -280,12 +282,13 @@ def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) 
     if chosen == "xla":
         return reference.matmul(x, restored(weight), bias, options, x_scales)
     if chosen == "mosaic_gpu":
-        return gpu.run(x, weight, bias, options, interpret=interpret, x_scales=x_scales)
+        return gpu.run(x, weight.sliced(), bias, options, interpret=interpret, x_scales=x_scales)
     return tpu.matmul(x, weight, bias, options, chip, interpret, x_scales=x_scales)
 
 
 def restored(weight: Weight) -> Weight:
-    """A weight of any layout in the stored one."""
+    """A weight of any layout in the stored one, with the codes of its own layer only."""
+    weight = weight.sliced()
     if weight.layout != layout.GPU_LAYOUT:
         return layout.restore(weight)
     from jaxcomp.kernels.quantized_matmul import gpu

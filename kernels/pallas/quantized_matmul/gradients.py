@@ -38,8 +38,11 @@ def before_activation(options: Options, z: jax.Array | None, dy: jax.Array) -> j
 def of_weight(weight: Weight, dscales, dzeros, dtable) -> Weight:
     """The cotangent of a weight; of codes, which have none, it is zeros as JAX asks for."""
     codes = weight.codes
+    layer = None if weight.layer is None else np.zeros((), jax.dtypes.float0)
     if jnp.issubdtype(codes.dtype, jnp.floating):
         none = jnp.zeros_like(codes)
     else:
         none = np.zeros(codes.shape, jax.dtypes.float0)
-    return dataclasses.replace(weight, codes=none, scales=dscales, zeros=dzeros, table=dtable)
+    return dataclasses.replace(
+        weight, codes=none, scales=dscales, zeros=dzeros, table=dtable, layer=layer
+    )

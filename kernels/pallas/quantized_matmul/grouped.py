@@ -154,7 +154,7 @@ def _run(options, x, bounds, weight, bias, *, implementation, interpret) -> jax.
     if chosen == "xla":
         return grouped_reference.matmul(x, bounds, api.restored(weight), bias, options)
     if chosen == "mosaic_gpu":
-        return gpu_grouped.matmul(x, bounds, weight, bias, options, interpret)
+        return gpu_grouped.matmul(x, bounds, weight.sliced(), bias, options, interpret)
     return tpu_grouped.matmul(x, bounds, weight, bias, options, chip, interpret)
 
 

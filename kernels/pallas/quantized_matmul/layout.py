@@ -78,6 +78,8 @@ def check_layout(weight: Weight) -> None:
         )
     n, k = weight.shape
     codes = (*weight.stack, n, k // 4 if weight.format == "int2" else k)
+    if weight.layer is not None:
+        codes = (*weight.codes.shape[:1], *codes)
     scales = (*weight.stack, k // weight.group_size, n)
     for name, array, expected in (
         ("codes", weight.codes, codes),

@@ -69,6 +69,8 @@ def placement(
         return None
     if weight_spec is None and AxisType.Explicit in mesh.axis_types:
         weight_spec = jax.typeof(weight.codes).sharding.spec
+        if weight.layer is not None:
+            weight_spec = PartitionSpec(*weight_spec[1:])
         x_spec = jax.typeof(x).sharding.spec if x_spec is None else x_spec
     if weight_spec is None:
         return None
@@ -126,7 +128,8 @@ def local(weight: Weight, split: NamedSharding) -> Weight:
     entries = padded(split.spec, len(weight.stack) + 2, "weight_spec", sizes)
     *stack, outputs, inputs = (count(e, sizes) for e in entries)
     groups = inputs if weight.scales.shape[-2] > 1 else 1
-    by = {"codes": (*stack, outputs, inputs), "scales": (*stack, groups, outputs)}
+    layers = () if weight.layer is None else (1,)
+    by = {"codes": (*layers, *stack, outputs, inputs), "scales": (*stack, groups, outputs)}
     by["zeros"] = by["scales"]
 
     def part(name):
@@ -158,12 +161,14 @@ def parts(weight: Weight, place: Placement) -> tuple[Weight, dict]:
     stack, outputs, inputs = place.stack, place.outputs, place.inputs
     groups = inputs if weight.scales.shape[-2] > 1 else None
     of_scales = PartitionSpec(*stack, groups, outputs)
+    layers = () if weight.layer is None else (None,)
     specs = dataclasses.replace(
         weight,
-        codes=PartitionSpec(*stack, outputs, inputs),
+        codes=PartitionSpec(*layers, *stack, outputs, inputs),
         scales=of_scales,
         zeros=None if weight.zeros is None else of_scales,
         table=None if weight.table is None else PartitionSpec(),
+        layer=None if weight.layer is None else PartitionSpec(),
     )
     sizes = dict(place.mesh.shape)
     n, k = weight.shape

@@ -119,7 +119,8 @@ def matmul(
 
     Args:
       x: ``(M, K)``, bf16 or f32.
-      weight: without stack axes; one that is not prepared is prepared here, on every call.
+      weight: without stack axes, perhaps one of several layers; one that is not prepared is
+        prepared here, on every call.
       bias: ``(N,)`` or None.
       options: what is fused.
       chip: whose arithmetic to use.
@@ -130,12 +131,13 @@ def matmul(
     Returns:
       ``(M, N)``.
     """
-    weight = layout.prepare(weight) if weight.layout == "stored" else weight
+    weight = layout.prepare(weight.sliced()) if weight.layout == "stored" else weight
     m, (n, k) = x.shape[0], weight.shape
     dense = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
     many = m > tpu_tiles.table(chip.name, "few")["rows"]
     if many and dense and options.activation_dtype is None and x.dtype == jnp.bfloat16:
-        return tpu_dense.matmul(x, weight, bias, options, chip, interpret, dense)
+        estimate = cost(m, weight, options)
+        return tpu_dense.matmul(x, weight, bias, options, chip, interpret, dense, estimate)
     how = arithmetic(chip, x.dtype, weight, options)
     pieces = how.pieces * how.copies
     tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)
@@ -155,10 +157,12 @@ def matmul(
         grid = (padded // tile.m, tiles_of_n, steps)
 
     def spec(shape, index):
-        """A block by its tile of rows, tile of outputs and step of inputs."""
+        """A block by its tile of rows, tile of outputs, step of inputs and scalars."""
         if not inside:
             return pl.BlockSpec(shape, index)
-        return pl.BlockSpec(shape, lambda i, core, j, step: index(i, core * each + j, step))
+        return pl.BlockSpec(
+            shape, lambda i, core, j, step, *layer: index(i, core * each + j, step, *layer)
+        )
 
     def body(refs, y_ref, *own):
         _kernel(
@@ -172,18 +176,25 @@ def matmul(
 
     scale_spec = spec(
         (None, per_step, tile.n),
-        lambda i, j, step: (jax.lax.div(step, steps_per_scale), 0, j),
+        lambda i, j, step, *layer: (jax.lax.div(step, steps_per_scale), 0, j),
     )
     fields = 4 if weight.format == "int2" else 1
+    scalars = weight.scalars
     operands = {
-        "w": (weight.codes, spec((tile.n, tile.k // fields), lambda i, j, step: (j, step))),
+        "w": (
+            weight.codes,
+            spec(
+                (*(None for _ in scalars), tile.n, tile.k // fields),
+                lambda i, j, step, *layer: (*(number[0] for number in layer), j, step),
+            ),
+        ),
         "scales": (by_group(weight.scales), scale_spec),
     }
     if weight.zeros is not None:
         operands["zeros"] = (by_group(weight.zeros), scale_spec)
-    by_row = spec((tile.m, 1), lambda i, j, step: (i, 0))
+    by_row = spec((tile.m, 1), lambda i, j, step, *layer: (i, 0))
     if inside:
-        operands["x"] = (x, spec((tile.m, k), lambda i, j, step: (i, 0)))
+        operands["x"] = (x, spec((tile.m, k), lambda i, j, step, *layer: (i, 0)))
         if x_scales is not None:
             operands["x_scales"] = (x_scales, by_row)
     else:
@@ -194,44 +205,71 @@ def matmul(
             jnp.pad(x, more), x_scales, weight, how, options, tile
         )
         operands["x"] = (
-            rows, spec((pieces * tile.m, tile.k), lambda i, j, step: (i, step))
+            rows, spec((pieces * tile.m, tile.k), lambda i, j, step, *layer: (i, step))
         )  # fmt: skip
         if row_scales is not None:
             operands["row_scales"] = (row_scales, by_row)
         if sums is not None:
             operands["sums"] = (
-                sums, spec((None, tile.m, per_step), lambda i, j, step: (step, i, 0))
+                sums, spec((None, tile.m, per_step), lambda i, j, step, *layer: (step, i, 0))
             )  # fmt: skip
     if bias is not None:
         operands["bias"] = (
-            bias.astype(jnp.float32)[None], spec((1, tile.n), lambda i, j, step: (0, j))
+            bias.astype(jnp.float32)[None], spec((1, tile.n), lambda i, j, step, *layer: (0, j))
         )  # fmt: skip
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = tuple(operands)
+
+    def kernel(*refs):
+        refs = refs[len(scalars) :]
+        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
+
     y = pl.pallas_call(
-        lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
-        grid=grid,
-        in_specs=[spec for _, spec in operands.values()],
-        out_specs=spec((tile.m, tile.n), lambda i, j, step: (i, j)),
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=spec((tile.m, tile.n), lambda i, j, step, *layer: (i, j)),
+            scratch_shapes=list(scratch.values()),
+        ),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
-        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None
             if interpret
             else ("parallel", "parallel", *("arbitrary" for _ in grid[2:])),
             vmem_limit_bytes=40 << 20,
         ),
+        cost_estimate=cost(m, weight, options),
         interpret=interpret,
         name=f"quantized_matmul_{weight.format}",
-    )(*(array for array, _ in operands.values()))
+    )(*scalars, *(array for array, _ in operands.values()))
     return y[:m]
+
+
+def cost(m: int, weight: Weight, options: Options, share: float = 1.0) -> pl.CostEstimate:
+    """What a product of so many rows costs, for XLA's scheduler and counts.
+
+    Args:
+      m: rows.
+      weight: of the product, or of all experts.
+      options: what is fused.
+      share: of the weight that is read.
+    """
+    n, k = weight.shape
+    rows = m * (2 * k + n * jnp.dtype(options.out_dtype).itemsize)
+    return pl.CostEstimate(
+        flops=2 * m * n * k,
+        transcendentals=0 if options.activation in (None, "relu") else m * n,
+        bytes_accessed=round(share * weight.nbytes) + rows,
+    )
 
 
 def static(weight: Weight) -> Weight:
     """A weight without its arrays."""
     return dataclasses.replace(
-        weight, codes=None, scales=None, zeros=weight.zeros is not None, table=None
+        weight, codes=None, scales=None, zeros=weight.zeros is not None, table=None, layer=None
     )
 
 

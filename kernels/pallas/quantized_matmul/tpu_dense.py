@@ -62,17 +62,19 @@ def matmul(
     chip: Chip,
     interpret,
     tile: Tile,
+    cost: pl.CostEstimate | None = None,
 ) -> jax.Array:
     """Multiplies: y = activation(x Wᵀ + bias) with W rounded to bf16.
 
     Args:
       x: bf16 ``(M, K)``.
-      weight: prepared, without stack axes.
+      weight: prepared, without stack axes, perhaps one of several layers.
       bias: ``(N,)`` or None.
       options: what is fused.
       chip: whose arithmetic to use.
       interpret: False, or ``pltpu.InterpretParams(..)``.
       tile: rows and outputs of a grid step, and outputs that are decoded at a time.
+      cost: of the product, for XLA.
 
     Returns:
       ``(M, N)``.
@@ -82,16 +84,24 @@ def matmul(
     padded = -(-m // tm) * tm
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
-    per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i: (j, 0))
+    scalars = weight.scalars
+    per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i, *layer: (j, 0))
+    by_row = pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))
     operands = {
-        "x": (jnp.pad(x, ((0, padded - m), (0, 0))), pl.BlockSpec((tm, k), lambda j, i: (i, 0))),
-        "w": (weight.codes, pl.BlockSpec((tn, k // fields), lambda j, i: (j, 0))),
+        "x": (jnp.pad(x, ((0, padded - m), (0, 0))), by_row),
+        "w": (
+            weight.codes,
+            pl.BlockSpec(
+                (*(None for _ in scalars), tn, k // fields),
+                lambda j, i, *layer: (*(number[0] for number in layer), j, 0),
+            ),
+        ),
         "scales": (spreadable(weight.scales).T, per_output),
     }
     if weight.zeros is not None:
         operands["zeros"] = (spreadable(weight.zeros).T, per_output)
     if bias is not None:
-        spec = pl.BlockSpec((1, tn), lambda j, i: (0, j))
+        spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -99,20 +109,29 @@ def matmul(
     body = functools.partial(
         _kernel, how=Decoding.of(weight, chip), options=options, columns=tile.columns
     )
+
+    def kernel(*refs):
+        refs = refs[len(scalars) :]
+        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
+
     y = pl.pallas_call(
-        lambda *refs: body(dict(zip(names, refs, strict=False)), *refs[len(names) :]),
-        grid=(-(-n // tn), rows),
-        in_specs=[spec for _, spec in operands.values()],
-        out_specs=pl.BlockSpec((tm, tn), lambda j, i: (i, j)),
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(-(-n // tn), rows),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
+            scratch_shapes=scratch(tile, k),
+        ),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
-        scratch_shapes=scratch(tile, k),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if interpret else ("parallel", "arbitrary"),
             vmem_limit_bytes=48 << 20,
         ),
+        cost_estimate=cost,
         interpret=interpret,
         name=f"quantized_matmul_dense_{weight.format}",
-    )(*(array for array, _ in operands.values()))
+    )(*scalars, *(array for array, _ in operands.values()))
     return y[:m]
 
 

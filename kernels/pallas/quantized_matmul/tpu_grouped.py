@@ -28,7 +28,7 @@ from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tile", "expert", "first", "last"],
+    data_fields=["tile", "expert", "first", "last", "layer"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Visits:
       expert: number of the expert.
       first: first row of the tile that is the expert's.
       last: row of the tile after the expert's last.
+      layer: of codes of several layers int32 ``(1,)``, whose experts these are; or nothing.
     """
 
     tile: jax.Array
     expert: jax.Array
     first: jax.Array
     last: jax.Array
+    layer: tuple[jax.Array, ...] = ()
 
 
 def visits(bounds: jax.Array, m: int, rows: int) -> tuple[Visits, jax.Array]:
@@ -116,7 +118,7 @@ def matmul(
     Returns:
       ``(M, N)``; rows of no expert are zeros.
     """
-    weight = layout.prepare(weight) if weight.layout == "stored" else weight
+    weight = layout.prepare(weight.sliced()) if weight.layout == "stored" else weight
     m, (n, k), experts = x.shape[0], weight.shape, weight.stack[0]
     dense = tpu_tiles.grouped_dense(chip.name, m, experts, n, k, chip.mxu)
     if tile is None and dense and options.activation_dtype is None and x.dtype == jnp.bfloat16:
@@ -165,8 +167,8 @@ def _few(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
         "w": (
             weight.codes,
             spec(
-                (None, tile.n, tile.k // fields),
-                lambda v, i, j, step: (v.expert[i], j, pinned(v, i, step)),
+                (*(None for _ in weight.scalars), None, tile.n, tile.k // fields),
+                lambda v, i, j, step: (*_layer(v), v.expert[i], j, pinned(v, i, step)),
             ),
         ),
         "scales": (by_group(weight.scales), scale_spec),
@@ -255,7 +257,10 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
         ),
         "w": (
             weight.codes,
-            spec((None, tile.n, k // fields), lambda v, i, j: (v.expert[i], j, 0)),
+            spec(
+                (*(None for _ in weight.scalars), None, tile.n, k // fields),
+                lambda v, i, j: (*_layer(v), v.expert[i], j, 0),
+            ),
         ),
         "scales": per_output(weight.scales),
     }
@@ -299,6 +304,11 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, how, options, columns):
     _nothing(v, visit, y_ref, jnp.logical_not(works))
 
 
+def _layer(v) -> tuple[jax.Array, ...]:
+    """The index of a block among several layers, if there are several."""
+    return tuple(number[0] for number in v.layer)
+
+
 def _keep(v, visit, y_ref, columns, y):
     """Stores the expert's rows; the first visit of a tile stores zeros in its other rows."""
     row = jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
@@ -324,6 +334,7 @@ def _call(
     """Runs a kernel over tiles of outputs, visits and steps of inputs."""
     (m, tile_m), (n, _) = rows, weight.shape
     plan, count = visits(bounds, m, tile_m)
+    plan = dataclasses.replace(plan, layer=weight.scalars)
     if bias is not None:
         operands["bias"] = (
             bias.astype(jnp.float32)[:, None],
@@ -352,6 +363,8 @@ def _call(
             else ("parallel", "arbitrary", *("arbitrary" for _ in steps)),
             vmem_limit_bytes=memory,
         ),
+        # As many experts as there can be have rows.
+        cost_estimate=tpu.cost(m, weight, options, min(1.0, m / weight.stack[0])),
         interpret=interpret,
         name=name,
     )(plan, *(array for array, _ in operands.values()))

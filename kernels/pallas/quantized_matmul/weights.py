@@ -62,7 +62,7 @@ FORMATS = {
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scales", "zeros", "table"],
+    data_fields=["codes", "scales", "zeros", "table", "layer"],
     meta_fields=["format", "group_size", "shape", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Weight:
       group_size: inputs that share a scale.
       shape: (N, K).
       layout: "stored", or the name and version of what ``prepare`` made.
+      layer: int32, whose codes these are among those of several layers, which then have an axis in
+        front of all others; or None. A kernel reads them where they lie, and no slice is made.
     """
 
     codes: jax.Array
@@ -88,11 +90,19 @@ class Weight:
     group_size: int
     shape: tuple[int, int]
     layout: str = "stored"
+    layer: jax.Array | None = None
 
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes."""
         return self.scales.shape[:-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros, of one layer."""
+        count = math.prod(self.stack) * math.prod(self.shape)
+        others = sum(a.size * a.dtype.itemsize for a in (self.scales, self.zeros) if a is not None)
+        return count * FORMATS[self.format].bits // 8 + others
 
     def map(self, function) -> "Weight":
         """The weight with a function applied to each array but the shared table."""
@@ -100,6 +110,45 @@ class Weight:
         return dataclasses.replace(
             self, codes=function(self.codes), scales=function(self.scales), zeros=zeros
         )
+
+    def sliced(self) -> "Weight":
+        """The weight with the codes of its own layer only."""
+        if self.layer is None:
+            return self
+        codes = jax.lax.dynamic_index_in_dim(self.codes, self.layer, 0, keepdims=False)
+        return dataclasses.replace(self, codes=codes, layer=None)
+
+    @property
+    def scalars(self) -> tuple[jax.Array, ...]:
+        """What a kernel must know before it loads codes: int32 ``(1,)`` of several layers."""
+        if self.layer is None:
+            return ()
+        return (jnp.clip(self.layer, 0, self.codes.shape[0] - 1).reshape(1),)
+
+
+def layer_of(weight: Weight, index: jax.Array | int) -> Weight:
+    """One of the weights that lie along the first stack axis, whose codes stay where they are.
+
+    Args:
+      weight: stored or prepared, ``(layers, *stack, N, K)``.
+      index: which layer.
+
+    Returns:
+      The weight ``(*stack, N, K)``. In a loop over layers a kernel for TPUs reads its codes from
+      those of all layers, where a slice would first be copied; scales and zeros are sliced.
+
+    Raises:
+      ValueError: the weight has no stack axes.
+    """
+    if not weight.stack:
+        raise ValueError(
+            f"the weight (N, K) = {weight.shape} has no stack axes, and so no layers to choose from"
+        )
+    index = jnp.asarray(index, jnp.int32)
+    each = weight.sliced().map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+    )
+    return dataclasses.replace(each, codes=weight.sliced().codes, layer=index)
 
 
 def stored(

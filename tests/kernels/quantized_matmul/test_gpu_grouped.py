@@ -25,6 +25,7 @@ class TestInterpreted(Reference):
     many = (70, 0, 30, 150), 260  # tiles of 128 rows
 
     # These need zero points beside quantized rows, or float32; gradients are XLA's on all chips.
+    prepared_for = "h100"
     test_quantized_activations = None
     test_prepared_and_gradients = None
 

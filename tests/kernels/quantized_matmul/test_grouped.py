@@ -1,5 +1,6 @@
 """Products with experts' quantized weights: XLA, and the TPU kernel interpreted and compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,12 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import chips
-from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, prepare, tpu_grouped
+from jaxcomp.kernels.quantized_matmul import (
+    grouped_quantized_matmul,
+    layer_of,
+    prepare,
+    tpu_grouped,
+)
 
 from tests.fuzz import fuzz
 from tests.kernels import aot
@@ -39,6 +45,7 @@ class TestXla:
     interpret: object = False
     shape = (72, 192, 32)  # N, K, group size
     widest = "float32"  # of x
+    prepared_for = "v5e"
     many = (70, 0, 100, 330), 800  # rows of experts, and of all
 
     def run(self, x, sizes, case, **options):
@@ -74,6 +81,22 @@ class TestXla:
         bias = jnp.asarray(rng.normal(size=(4, self.shape[0])), jnp.float32)
         y = self.run(x, sizes, case, bias=bias, out_dtype=jnp.float32)
         cases.assert_close(y, product(x, sizes, case, bias), "bfloat16")
+
+    @pytest.mark.parametrize("sizes", [(3, 0, 7), (80, 150)])
+    def test_one_of_several_layers(self, rng, sizes):
+        """As its slice, to the bit."""
+        n, k, group_size = self.shape
+        case = cases.make(rng, "int4", (n, k), group_size, stack=(2, len(sizes)))
+        x = cases.rows(rng, (sum(sizes), k), "bfloat16")
+        weight = prepare(*case.arguments(), **case.options, chip=self.prepared_for)
+        run = functools.partial(
+            grouped_quantized_matmul, x, jnp.array(sizes),
+            implementation=self.implementation, interpret=self.interpret,
+        )  # fmt: skip
+        y = jax.jit(lambda index: run(layer_of(weight, index)))(1)
+        np.testing.assert_array_equal(y, run(weight.map(lambda a: a[1])))
+        own = dataclasses.replace(case, dense=case.dense[1])
+        cases.assert_close(y, product(x, sizes, own), "bfloat16")
 
     def test_rows_do_not_see_each_other(self, rng):
         """Of other experts, of no expert, and of the same one."""

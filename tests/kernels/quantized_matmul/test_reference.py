@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, prepare, quantized_matmul
+from jaxcomp.kernels.quantized_matmul import (
+    grouped_quantized_matmul,
+    layer_of,
+    prepare,
+    quantized_matmul,
+)
 
 from tests.fuzz import fuzz
 from tests.kernels.quantized_matmul import cases
@@ -142,6 +148,35 @@ class TestXla:
         case = self.case(rng, "int4", zeros=True, stack=(2,))
         x = cases.rows(rng, (2, self.shape[0], self.shape[2]), "float32")
         cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
+
+    @pytest.mark.parametrize("rows", [5, 80])
+    def test_one_of_several_layers(self, rng, rows):
+        """As its slice, to the bit; scales of the others have no gradient."""
+        case = self.case(rng, "int4", zeros=True, stack=(3,), scale_dtype="bfloat16")
+        x = cases.rows(rng, (rows, self.shape[2]), "bfloat16")
+        weight = prepare(*case.arguments(), **case.options, chip="v5e")
+        run = functools.partial(
+            quantized_matmul, x, implementation=self.implementation, interpret=self.interpret
+        )
+
+        def loss(scales, of, index):
+            y = run(of(dataclasses.replace(weight, scales=scales), index))
+            return jnp.sum(y.astype(jnp.float32)), y
+
+        def copied(weight, index):
+            return weight.map(lambda a: a[index])
+
+        both = [
+            jax.jit(jax.value_and_grad(functools.partial(loss, of=of), has_aux=True))(
+                case.scales, index=jnp.int32(1)
+            )
+            for of in (layer_of, copied)
+        ]
+        ((_, y), gradient), ((_, expected), of_slice) = both
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(gradient, of_slice)
+        assert np.any(gradient[1]) and not np.any(gradient[jnp.array([0, 2])])
+        cases.assert_close(y, np.asarray(x, np.float64) @ case.dense[1].T, "bfloat16")
 
     @pytest.mark.parametrize("format", ["int4", "fp8"])
     def test_prepared(self, rng, format):
