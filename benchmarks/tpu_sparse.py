@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import tpu_tiles
 from jaxcomp.kernels.schedules import Bundles, Schedule
-from jaxcomp.kernels.sparse_matmul import nm, tpu, tpu_nm
+from jaxcomp.kernels.sparse_matmul import nm, tpu, tpu_many, tpu_nm
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.tune_compiled import dense_cycles
 
@@ -88,12 +88,18 @@ def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None) ->
 
 
 def _blocks(schedule: Schedule, chip: chips.Chip, m: int, count: int) -> float:
-    """Loops over outputs that clear and write sums around those over the blocks of a copy."""
-    del chip
+    """By the kernel that the rows have."""
     values = jax.ShapeDtypeStruct((count, BLOCK, BLOCK), jnp.bfloat16)
     listed = jax.ShapeDtypeStruct((count,), jnp.int32)
     weight = BlockSparse(values, listed, listed, None, (N, K))
     rows = tpu.product_rows(m, weight, 0, 2, 2)
+    if not rows:
+        return _many_rows(schedule, tpu_many.tile(m, weight, 0, 2, 2, chip), m, count)
+    return _few_rows(schedule, weight, rows, count) * -(-m // rows)
+
+
+def _few_rows(schedule: Schedule, weight: BlockSparse, rows: int, count: int) -> float:
+    """Loops over outputs that clear and write sums around those over the blocks of a copy."""
     copy = tpu.copy_size(weight)
     _, together = tpu.held_together(rows, BLOCK, copy)
     sizes = [min(copy, count - start) for start in range(0, count, copy)]
@@ -107,7 +113,28 @@ def _blocks(schedule: Schedule, chip: chips.Chip, m: int, count: int) -> float:
     if len(inner) != len(trips):
         return float("nan")
     looped = sum(loop.bundles * trip for loop, trip in zip(inner, trips, strict=True))
-    return (_step(schedule) * len(sizes) + looped) * -(-m // rows)
+    return _step(schedule) * len(sizes) + looped
+
+
+def _many_rows(schedule: Schedule, tile: tpu_many.Tile, m: int, count: int) -> float:
+    """A step for each row of blocks: a loop over some, and a branch for each number that is left.
+
+    The blocks are spread evenly over the rows. The first step of a tile fills the ring.
+    """
+    fill, *loops = schedule.inner()
+    looped = {loop.bundles for loop in schedule.inner()}
+    left = [part for part in schedule.regions if part.used.get("VSTORE", 0)]
+    left = [part.bundles for part in left if not _holds(part, looped)]
+    if len(loops) != 1 or len(left) != tile.together + 1:
+        return float("nan")
+    tiles, grid = -(-m // tile.rows), N // BLOCK
+    total = grid * (schedule.step().bundles - sum(left))
+    total += fill.bundles * (tile.slots - tile.together)
+    for row in range(grid):
+        blocks = count // grid + (row < count % grid)
+        whole = max(blocks - 1, 0) // tile.together
+        total += whole * loops[0].bundles + left[blocks - whole * tile.together]
+    return float(total * tiles)
 
 
 def _computes(part: Bundles) -> bool:
@@ -120,7 +147,11 @@ def _step(schedule: Schedule) -> int:
     copies = [
         region.bundles
         for region in schedule.regions
-        # A region may hold a loop, whose bundles are not the step's.
-        if not _computes(region) and not any(0 <= region.bundles - size < 16 for size in looped)
+        if not _computes(region) and not _holds(region, looped)
     ]
     return schedule.step().bundles - sum(copies)
+
+
+def _holds(region: Bundles, looped: set[int]) -> bool:
+    """Whether a region holds one of the loops, whose bundles are not the step's."""
+    return any(0 <= region.bundles - size < 16 for size in looped)

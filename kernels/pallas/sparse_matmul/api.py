@@ -231,8 +231,9 @@ def _run_blocks(implementation, interpret, x, weight, bias, options):
     chosen = _chosen(implementation, interpret, x, weight)
     if chosen == "xla":
         return reference.block_matmul(x, weight, bias, options)
-    kernels = gpu if chosen == "mosaic_gpu" else tpu
-    return kernels.matmul(x, weight, bias, options, interpret)
+    if chosen == "mosaic_gpu":
+        return gpu.matmul(x, weight, bias, options, interpret)
+    return tpu.matmul(x, weight, bias, options, _chip(x, interpret), interpret)
 
 
 def _run_nm(implementation, interpret, x, weight, bias, options):
@@ -286,11 +287,13 @@ def _block_backward(run, options, saved, dy):
     dz = _before_activation(options, z, dy)
     implementation, interpret = run.args
     chosen = _chosen(implementation, interpret, x, weight)
+    dz_of = dz.astype(x.dtype)
     if chosen == "xla":
-        dx, dvalues = reference.block_gradients(x, weight, dz.astype(x.dtype))
+        dx, dvalues = reference.block_gradients(x, weight, dz_of)
+    elif chosen == "mosaic_gpu":
+        dx, dvalues = gpu.gradients(x, weight, dz_of, interpret)
     else:
-        kernels = gpu if chosen == "mosaic_gpu" else tpu
-        dx, dvalues = kernels.gradients(x, weight, dz.astype(x.dtype), interpret)
+        dx, dvalues = tpu.gradients(x, weight, dz_of, _chip(x, interpret), interpret)
     dscales = None
     if weight.scales is not None:
         dscales = jnp.sum(dvalues * weight.values.astype(jnp.float32), axis=-1)

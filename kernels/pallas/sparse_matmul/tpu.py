@@ -1,11 +1,12 @@
 """Block-sparse matmuls on TPUs (Mosaic), and their gradients, over one list of blocks.
 
-A grid step takes some rows of x, all their inputs, and the next blocks of the list, which lie
-beside each other in memory: so the blocks stream through VMEM in large copies, however they are
-scattered over the weight. Where a block is, is read from the prefetched list; its product is added
-to f32 sums of all outputs, which stay in VMEM until the list ends. Outputs without a block stay
-zero, and the steps are as many as the blocks ask for. The gradient to x exchanges rows and columns
-of the list; the one to the values keeps the sums of some blocks, while the rows of x pass by.
+Of few rows, a grid step takes all inputs and the next blocks of the list, which lie beside each
+other in memory: so the blocks stream through VMEM in large copies, however they are scattered over
+the weight. Where a block is, is read from the prefetched list; its product is added to f32 sums of
+all outputs, which stay in VMEM until the list ends. Outputs without a block stay zero, and the
+steps are as many as the blocks ask for. Many rows are multiplied by ``tpu_many``. The gradient to x
+exchanges rows and columns of the list; the one to the values keeps the sums of some blocks, while
+the rows of x pass by.
 """
 
 import functools
@@ -15,13 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.sparse_matmul import reference
+from jaxcomp.kernels.sparse_matmul import reference, tpu_many
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
 _LANES = 128
 _LARGEST = 512
-# Both lists are held in the scalar memory.
+# Lists of them are held in the scalar memory.
 _MOST_BLOCKS = 1 << 15
 _VMEM = 48 << 20
 # Bytes of blocks in a copy: enough that starting a step costs little beside it.
@@ -50,8 +51,8 @@ def unfit(dtype: jax.typing.DTypeLike, weight: BlockSparse, chip: Chip | None) -
     if not 0 < len(weight.values) <= _MOST_BLOCKS:
         return f"it takes 1 to {_MOST_BLOCKS} blocks, not {len(weight.values)}"
     size = jnp.dtype(dtype).itemsize
-    rows = [product_rows(_LANES, weight, axis, size, 4) for axis in (0, 1)]
-    if not all((*rows, _gradient_rows(_LANES, weight, size))):
+    tiles = [tpu_many.tile(_LANES, weight, axis, size, 4, chip) for axis in (0, 1)]
+    if not all((*tiles, _gradient_rows(_LANES, weight, size))):
         return f"128 rows of the {sum(weight.shape)} inputs and outputs do not fit into VMEM"
     return None
 
@@ -61,6 +62,7 @@ def matmul(
     weight: BlockSparse,
     bias: jax.Array | None,
     options: Options,
+    chip: Chip,
     interpret=False,
 ) -> jax.Array:
     """Y = activation(x Wᵀ + bias).
@@ -70,16 +72,17 @@ def matmul(
       weight: that fits.
       bias: ``(N,)`` or None.
       options: what is fused.
+      chip: whose matrix unit to fill.
       interpret: False, or ``pltpu.InterpretParams(..)``.
 
     Returns:
       ``(M, N)``.
     """
-    return _product(x, weight, bias, options, 0, interpret)
+    return _product(x, weight, bias, options, 0, chip, interpret)
 
 
 def gradients(
-    x: jax.Array, weight: BlockSparse, dz: jax.Array, interpret=False
+    x: jax.Array, weight: BlockSparse, dz: jax.Array, chip: Chip, interpret=False
 ) -> tuple[jax.Array, jax.Array]:
     """Cotangents of z = x Wᵀ.
 
@@ -87,21 +90,25 @@ def gradients(
       x: ``(M, K)``, bf16 or f32.
       weight: that fits.
       dz: ``(M, N)``, of x's dtype.
+      chip: whose matrix unit to fill.
       interpret: False, or ``pltpu.InterpretParams(..)``.
 
     Returns:
       Cotangents of x, and of the blocks of W: in the dtype of float values, in f32 for int8 ones.
     """
-    dx = _product(dz, weight, None, Options(None, x.dtype.name), 1, interpret)
+    dx = _product(dz, weight, None, Options(None, x.dtype.name), 1, chip, interpret)
     return dx, _values_gradient(x, weight, dz, interpret)
 
 
-def _product(x, weight, bias, options, axis, interpret):
+def _product(x, weight, bias, options, axis, chip, interpret):
     """Sums over the list: of x Wᵀ, to outputs (axis 0), or of x W, to inputs (axis 1)."""
+    out_itemsize = jnp.dtype(options.out_dtype).itemsize
+    tm = product_rows(x.shape[0], weight, axis, x.dtype.itemsize, out_itemsize)
+    if not tm:
+        return tpu_many.matmul(x, weight, bias, options, axis, chip, interpret)
     lists = (weight.rows, weight.columns)
     m, blocks = x.shape[0], len(weight.values)
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
-    tm = product_rows(m, weight, axis, x.dtype.itemsize, jnp.dtype(options.out_dtype).itemsize)
     x = reference.pad_columns(_pad_rows(x, tm), k)
     copy = copy_size(weight)
     # The blocks lie in VMEM as they are stored; the matrix unit takes either order.
@@ -296,9 +303,13 @@ def _rows(m: int, row: int, room: int) -> int:
 
 
 def product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
-    """Rows of a tile of the product: two copies of x and y each, and the f32 sums."""
+    """Rows of the tile of the product; 0 where there are more, or those of a tile do not fit.
+
+    Held are two copies of x and y each, and the f32 sums.
+    """
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
-    return _rows(m, 2 * k * itemsize + n * (4 + 2 * out_itemsize), _VMEM - 4 * _COPY)
+    row = 2 * k * itemsize + n * (4 + 2 * out_itemsize)
+    return 0 if m > _LANES else _rows(m, row, _VMEM - 4 * _COPY)
 
 
 def _gradient_rows(m, weight, itemsize) -> int:

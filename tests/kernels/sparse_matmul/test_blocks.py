@@ -14,6 +14,8 @@ from jaxcomp.kernels.sparse_matmul import (
     block_list,
     block_sparse,
     block_sparse_matmul,
+    tpu,
+    tpu_many,
 )
 
 from tests.fuzz import fuzz
@@ -127,22 +129,40 @@ class TestInterpretedTpu(TestXla):
     block = (128, 128)
     activations = ("gelu",)
 
-    def test_many_tiles_and_copies(self, rng, monkeypatch):
-        from jaxcomp.kernels.sparse_matmul import tpu
-
+    def test_many_copies(self, rng, monkeypatch):
         # Two blocks a copy, of five, and gradients to two at a time.
         monkeypatch.setattr(tpu, "_COPY", 2 * 4 * 128 * 256)
         monkeypatch.setattr(tpu, "_SUMS", 2 * 4 * 128 * 256)
         self.block = (128, 256)
         w, dense = self.case(rng)
-        x = cases.rows(rng, (300, w.shape[1]), "float32")
-        dy = cases.rows(rng, (300, w.shape[0]), "float32")
+        self.check_gradients(rng, w, dense, MASK, 100)
+
+    def test_many_rows(self, rng, monkeypatch):
+        # Two tiles, each in two chunks, two blocks at a time, and slots for no more than four.
+        monkeypatch.setattr(tpu_many, "_TALLEST", 160)
+        monkeypatch.setattr(tpu_many, "_CHUNK", 48)
+        monkeypatch.setattr(tpu_many, "_TOGETHER", 2)
+        monkeypatch.setattr(tpu_many, "_RING", 1)
+        mask = [[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]]
+        w, dense = self.case(rng, mask)
+        self.check_gradients(rng, w, dense, mask, 140)
+        w, dense = self.case(rng, mask, dtype="int8", cut=0)
+        x = cases.rows(rng, (140, w.shape[1]), "bfloat16")
+        bias = jnp.asarray(100 * rng.normal(size=w.shape[0]), jnp.float32)
+        y, pullback = jax.vjp(lambda x: self.run(x, w, bias, "relu"), x)
+        cases.assert_close(y, cases.product(x, dense, bias, "relu"), "bfloat16")
+        dz = cases.double(x) * (cases.double(y) > 0)
+        cases.assert_close(pullback(x)[0], dz @ dense, "bfloat16")
+
+    def check_gradients(self, rng, w, dense, mask, rows):
+        x = cases.rows(rng, (rows, w.shape[1]), "float32")
+        dy = cases.rows(rng, (rows, w.shape[0]), "float32")
         y, pullback = jax.vjp(self.run, x, w)
         cases.assert_close(y, cases.product(x, dense), "float32")
         dx, dw = pullback(dy)
         cases.assert_close(dx, cases.double(dy) @ dense, "float32")
         got = block_sparse(
-            jnp.asarray(cases.double(dy).T @ cases.double(x), jnp.float32), MASK, self.block
+            jnp.asarray(cases.double(dy).T @ cases.double(x), jnp.float32), mask, self.block
         )
         np.testing.assert_allclose(
             dw.values, got.values, atol=2e-6 * np.abs(np.asarray(got.values)).max()
