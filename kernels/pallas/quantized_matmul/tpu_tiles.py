@@ -13,6 +13,8 @@ import pathlib
 from jaxcomp.kernels import tuning
 
 LANES = 128
+# Most bytes of VMEM for two tiles of bf16 rows.
+_ROW_BYTES = 28 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,14 @@ def dense(chip: str, m: int, n: int, k: int, columns: int) -> Tile | None:
     outputs = next((outputs for inputs, outputs in sizes["outputs"] if k <= inputs), None)
     if outputs is None:
         return None
-    # Rows of long inputs fill VMEM, twice: the next ones are loaded meanwhile.
-    most = sizes["rows"] // (1 if k <= 8192 else 2 if k <= 16384 else 4)
+    # Rows of long inputs fill VMEM, twice: the next ones are loaded meanwhile. As many as fit: what
+    # decodes a tile of weights works beside the matrix unit, which fewer keep busy for less long.
+    most = min(sizes["rows"], _ROW_BYTES // (4 * k)) if k <= 16384 else sizes["rows"] // 4
     # As many tiles as it takes, and no larger than they have to be.
     rows = -(-m // -(-m // most))
+    # Of one block of outputs, which is no loop, the compiler keeps too much in registers.
+    if outputs == columns and 2 * rows * 4 * k <= _ROW_BYTES:
+        outputs *= 2
     return Tile(-(-rows // 16) * 16, min(outputs, -(-n // columns) * columns), k, columns)
 
 
