@@ -1,5 +1,6 @@
 """Products on several devices: the same numbers, and no device asks for another's weight."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxcomp.kernels.quantized_matmul import Weight, quantized_matmul
+from jaxcomp.kernels.quantized_matmul import Weight, layer_of, prepare, quantized_matmul
 
 from tests.kernels import aot
 from tests.kernels.quantized_matmul import cases
@@ -66,6 +67,31 @@ def test_same_numbers_and_no_gathered_weight(kind, split, rng):
     cases.assert_close(compiled(*operands), expected, "float32")
     used = set(re.findall(COLLECTIVES, compiled.as_text()))
     assert used == ({"all-reduce"} if split[1] else set())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_one_of_several_layers(kind, rng):
+    """No device slices or asks for more than its own part of the layer's codes."""
+    mesh, (outputs, inputs) = mesh_of(kind), SPLITS["both"]
+    case = cases.make(rng, "int4", (24, 256), 32, stack=(3,))
+    weight = prepare(*case.arguments(), **case.options, chip="v5e")
+    weight = dataclasses.replace(
+        weight,
+        codes=put(mesh, weight.codes, P(None, outputs, inputs)),
+        scales=put(mesh, weight.scales, P(None, inputs, outputs)),
+    )
+    x = cases.rows(rng, (4, 256), "float32")
+    spec = SPLITS["both"] if kind is AxisType.Auto else None
+
+    def apply(x, weight, index):
+        return quantized_matmul(x, layer_of(weight, index), weight_spec=spec)
+
+    with jax.set_mesh(mesh):
+        operands = put(mesh, x, P(None, inputs)), weight, put(mesh, jnp.int32(2), P())
+        step = jax.jit(apply)
+        y, text = step(*operands), step.lower(*operands).compile().as_text()
+    cases.assert_close(y, np.asarray(x, np.float64) @ case.dense[2].T, "float32")
+    assert set(re.findall(COLLECTIVES, text)) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("split", SPLITS)
