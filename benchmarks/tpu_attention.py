@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.schedules import Bundles, Schedule
-from jaxcomp.kernels.sparse_attention import decode, tpu, tpu_walk
+from jaxcomp.kernels.sparse_attention import tpu, tpu_decode, tpu_walk
 from jaxcomp.kernels.sparse_attention import schedule as listed
 
 from benchmarks.tpu_cases import Case
@@ -120,18 +120,19 @@ def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: 
     return total(schedule, fullest * results * HEADS, results * HEADS, [steps.count * HEADS])
 
 
-def _decode(schedule: Schedule, chip: chips.Chip, block: int, quantized: bool) -> float:
-    """A full block's loops come first: those of a block's edge follow, and it copies values too."""
+def _decode(schedule: Schedule, chip: chips.Chip, block: int) -> float:
+    """All blocks are full: the code of one in which a cache ends has loops, and does not run."""
     del chip
-    columns = block * KV_HEADS
-    trips = [columns // decode.columns_at_once(KV_HEADS * GROUP, columns, quantized)]
-    trips = [block // 128, *trips] if quantized else trips
-    inner = schedule.inner()
-    if len(inner) != 2 * len(trips) + 1:
+    places = [schedule.regions.index(region) for region in blocks(schedule)]
+    parts = schedule.regions[places[0] - 1 : places[-1] + 2]
+    if len(places) != 2 or len(parts) != 4:
         return float("nan")
-    once = schedule.step().bundles
-    each = once + sum(loop.bundles * n for loop, n in zip(inner, trips, strict=False))
-    return each * (CAPACITY // block) * BATCH
+    first, _, edge, last = (region.bundles for region in parts)
+    loops = sum(loop.bundles for loop in schedule.inner())
+    if loops > edge:
+        return float("nan")
+    each = schedule.step().bundles - (first + edge - loops + last)
+    return each * (CAPACITY // block) * BATCH + (first + last) * BATCH
 
 
 def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case:
@@ -166,16 +167,17 @@ def cases() -> list[Case]:
             out.append(Case(basis, name, f"{_MODULE}:splash", options, count, inner=blocks))
             out.append(_case(mask, kernel, f"attention {of} {LENGTH}", basis, shapes))
     for cache, width in (("bfloat16", 2), ("int8", 1)):
-        block = decode.block_size(CAPACITY, KV_HEADS * DIM * width)
+        scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged
+        block = tpu_decode.block_size(CAPACITY, KV_HEADS * DIM * width, scores)
         out.append(
             Case(
                 f"decode {cache} cache of {BATCH}x{CAPACITY}",
                 "sparse_attention_decode",
                 f"{_MODULE}:decode",
                 {"capacity": CAPACITY, "batch": BATCH, "cache": cache if width == 1 else None},
-                functools.partial(_decode, block=block, quantized=width == 1),
+                functools.partial(_decode, block=block),
                 BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + (4 if width == 1 else 0)),
-                inner=lambda schedule: schedule.inner(),
+                inner=blocks,
             )
         )
     return out

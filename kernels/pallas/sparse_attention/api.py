@@ -19,6 +19,7 @@ from jaxcomp.kernels.sparse_attention import (
     rows,
     sharding,
     tpu,
+    tpu_decode,
     xla,
 )
 from jaxcomp.kernels.sparse_attention.masks import causal, full
@@ -328,7 +329,7 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     rule = rows.is_rule(mask, "segment_ids" in operands)
-    on_tpu = several or decode.unfit(q, k, v, chip, interpret, rule)
+    on_tpu = several or tpu_decode.unfit(q, k, v, chip, interpret, rule)
     on_gpu = several or gpu_decode.unfit(
         q, k, v, chips.H100 if interpret else chip, block_k, rule, "span" in operands
     )
@@ -346,7 +347,7 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
     elif chosen == "mosaic_tpu":
         options |= {"whole_capacity": capacity, "block_k": block_k, "interpret": interpret}
         options |= {"span_ramp": span_ramp, "layer": layer}
-        out, lse = decode.mosaic(**operands | held, **options)
+        out, lse = tpu_decode.attention(**operands | held, **options)
     else:
         out, lse = decode.plain(**operands, **options, span_ramp=span_ramp, finite=finite)
     return implementations.noted(out, "decode_attention", chosen, reasons), lse

@@ -26,6 +26,7 @@ LISTS = {
     "v5e": [
         ("attend", {"gradient": True, "queries": 16384, "mask": "window"}),
         ("decode", {"mask": "bigbird", "queries": 2, "segments": True, "span": True}),
+        ("decode", {"heads": 20, "kv_heads": 5, "queries": 2, "cache": "int8"}),
     ],
     "v5p": [
         ("attend", {"mask": "heads", "dim": 64, "dtype": "float32"}),

@@ -18,6 +18,7 @@ from jaxcomp.kernels.sparse_attention import (
     per_head,
     random,
     rows,
+    tpu_decode,
     window,
 )
 
@@ -27,11 +28,11 @@ LENGTHS = (300, 5, 2, 129)
 
 
 def check(
-    run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, kv_heads=2, dim=128,
-    **options,
+    run, mask=None, dtype="float32", code=None, lengths=LENGTHS, capacity=320, heads=4, kv_heads=2,
+    dim=128, **options,
 ):  # fmt: skip
     """Compares each sequence with attention over its own keys; the rest of the cache is NaN."""
-    sizes = {"queries": 3, "keys": capacity, "heads": 4, "kv_heads": kv_heads, "dim": dim}
+    sizes = {"queries": 3, "keys": capacity, "heads": heads, "kv_heads": kv_heads, "dim": dim}
     q, k, v = (x.astype(dtype) for x in cases.operands(1, batch=len(lengths), **sizes))
     scales = {}
     if code:
@@ -179,6 +180,19 @@ class TestInterpretedTpu(TestPlain):
         out = jitted(*args, **options)
         assert not interpreter.races.races_found
         return out
+
+    @pytest.mark.parametrize(
+        "heads, kv_heads, code",
+        [(16, 8, "int8"), (8, 4, None), (5, 5, "int8"), (3, 3, None), (16, 1, "float8_e4m3fn")],
+    )
+    @pytest.mark.parametrize("loops", [False, True])
+    def test_heads(self, monkeypatch, heads, kv_heads, code, loops):
+        """They share registers in other ways, and have loops where they are many."""
+        if loops:
+            monkeypatch.setattr(tpu_decode, "PRODUCTS", 1 << 11)
+            monkeypatch.setattr(tpu_decode, "WITHOUT_LOOP", 0)
+        sizes = {"heads": heads, "kv_heads": kv_heads, "lengths": (300, 2)}
+        check(self.run, None, "bfloat16" if code else "float32", code, **sizes)
 
 
 def test_listed_blocks_are_those_of_the_row():

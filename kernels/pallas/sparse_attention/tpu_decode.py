@@ -1,0 +1,794 @@
+"""Attention of the newest tokens to a long cache, on TPUs.
+
+The queries are few, so reading the cache is the work. The kernel goes over blocks of the cache as
+it lies in memory, all key heads of a position beside each other: a position and a head are a
+column. To pick out one head's keys the whole cache would have to be copied, so queries of all heads
+are multiplied with all columns, which the matrix unit has time for; of the products only those with
+a column's own head are kept, merged into as many rows as one head has (``Rows``), and all else is
+done with these. Of codes of eight bits, four heads' columns are read by themselves.
+
+Which blocks hold anything that a query may look at depends on the sequence's length; the others are
+neither read nor computed: where a distance bounds the mask, arithmetic finds them, else lists do
+(``rows``). A mask that is one rule on positions is computed in the kernel; of any other, and of
+segments, a word of bits is read with each key, less than a hundredth of its bytes.
+"""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.sparse_attention import rows as rows_of
+from jaxcomp.kernels.sparse_attention import tpu
+from jaxcomp.kernels.sparse_attention.rules import Mask
+from jaxcomp.kernels.sparse_attention.tpu_kernels import (
+    LOWEST,
+    MASKED,
+    dot,
+    folded,
+    lanes,
+    sums,
+    touch,
+)
+from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
+
+SUBLANES = 8
+# Codes of eight bits in a word, as memory is read.
+WORD = 4
+# Bytes of keys in a block: enough that starting a step costs little beside reading it.
+BLOCK_BYTES = 1 << 20
+# Scores of a block: they and what is masked are in vector memory beside keys and values.
+BLOCK_SCORES = 1 << 19
+# Products that are computed at once.
+PRODUCTS = 1 << 16
+# Products of a block that are computed without a loop: each of its iterations would wait for the
+# matrix unit to fill and to empty.
+WITHOUT_LOOP = 1 << 17
+
+
+def unfit(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    chip: Chip | None,
+    interpret: Any,
+    rule: bool = True,
+) -> str | None:
+    """Why the kernel does not take these operands, or None.
+
+    Args:
+      q: as for ``attention``, like k and v.
+      k: likewise.
+      v: likewise.
+      chip: that it would run on.
+      interpret: whether it is interpreted.
+      rule: whether the mask is one rule on positions.
+    """
+    reason = tpu.unfit(q, k, v, chip, interpret)
+    if reason:
+        return reason
+    if k.shape[-1] % LANES or v.shape[-1] % LANES:
+        return (
+            f"it takes heads of a multiple of {LANES}, not {k.shape[-1]} and {v.shape[-1]}: a "
+            "smaller one does not fill the lanes, and the cache would be copied"
+        )
+    each = q.shape[1] * (q.shape[2] // k.shape[2])
+    if not rule and each > rows_of.BITS:
+        return (
+            f"where the mask is no single rule on positions it takes up to {rows_of.BITS} queries "
+            f"and heads that share a key head, not {q.shape[1]} x {q.shape[2] // k.shape[2]}"
+        )
+    return None
+
+
+# -- rows and columns ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of queries, by the key head that they look at, and which of them share registers.
+
+    - A head's rows are its queries, and of each the query heads of its group; padded, they divide
+      the sublanes or fill them.
+    - Heads are in sets, which have rows and columns of their own. Codes of eight bits that share
+      words of memory are a set, which can be read by itself; else there is one set.
+    - Planes are as many rows as one head has, or as there are sublanes. Of a column, only rows of
+      its own head count, and they are in one plane: merged, planes have the rows of one.
+    - A merged row has a result in every lane, of the head of the lane's columns. Where heads do not
+      divide the lanes columns of a lane have different ones: all rows are then one plane.
+
+    Attributes:
+      queries: newest tokens of a sequence.
+      group: query heads of a key head.
+      heads: key heads of a set.
+      sets: their number.
+    """
+
+    queries: int
+    group: int
+    heads: int
+    sets: int
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> "Rows":
+        """Those of queries and a cache."""
+        kv_heads = k.shape[-2]
+        # Mosaic reads rows at a stride where they fill the lanes once.
+        apart = k.dtype.itemsize == 1 and kv_heads % WORD == 0
+        apart = apart and k.shape[-1] == v.shape[-1] == LANES
+        heads = WORD if apart else kv_heads
+        return cls(q.shape[1], q.shape[2] // kv_heads, heads, kv_heads // heads)
+
+    @property
+    def each(self) -> int:
+        """Rows of a key head, padded."""
+        rows = self.queries * self.group
+        return 1 << (rows - 1).bit_length() if rows <= SUBLANES else _up(rows, SUBLANES)
+
+    @property
+    def merges(self) -> bool:
+        """Whether a lane's columns are all of one head."""
+        return LANES % self.heads == 0
+
+    @property
+    def merged(self) -> int:
+        """Rows of a plane."""
+        if self.merges:
+            return max(self.each, SUBLANES)
+        return _up(self.each * self.heads, SUBLANES)
+
+    @property
+    def planes(self) -> int:
+        """Of a set."""
+        return -(-self.each * self.heads // self.merged)
+
+    @property
+    def count(self) -> int:
+        """All rows of a set."""
+        return self.merged * self.planes
+
+    def stacked(self, q: jax.Array) -> jax.Array:
+        """(batch, queries, heads, dim) as (batch, sets, rows, dim)."""
+        batch, dim = q.shape[0], q.shape[-1]
+        q = q.reshape(batch, self.queries, -1, self.group, dim)
+        q = jnp.swapaxes(q, 1, 2).reshape(batch, -1, self.queries * self.group, dim)
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, self.each - q.shape[2]), (0, 0)))
+        q = q.reshape(batch, self.sets, -1, dim)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, self.count - q.shape[2]), (0, 0)))
+
+    def apart(self, out: jax.Array) -> jax.Array:
+        """(batch, sets, rows, dim) as (batch, queries, heads, dim)."""
+        batch, dim = out.shape[0], out.shape[-1]
+        out = out[:, :, : self.heads * self.each].reshape(batch, -1, self.each, dim)
+        out = out[:, :, : self.queries * self.group]
+        out = out.reshape(batch, -1, self.queries, self.group, dim)
+        return jnp.swapaxes(out, 1, 2).reshape(batch, self.queries, -1, dim)
+
+    def within(self, shape: tuple[int, ...]) -> jax.Array:
+        """Of each row which of its head's: a query's number times ``group``, and a head's in it."""
+        return _divided(_iota(shape, len(shape) - 2), self.each)[1]
+
+    def query_heads(self) -> np.ndarray:
+        """Query heads of merged rows' lanes, int (sets, merged, 128); any where there is none."""
+        of, row, lane = np.indices((self.sets, self.merged, LANES))
+        head = lane % self.heads if self.merges else row // self.each % self.heads
+        return (of * self.heads + head) * self.group + row % self.each % self.group
+
+    def own(self, plane: int) -> jax.Array:
+        """Whether a lane's head is the row's, bool (merged, 128)."""
+        shape = self.merged, LANES
+        row_head = _divided(plane * self.merged + _iota(shape, 0), self.each)[0]
+        return row_head == _divided(_iota(shape, 1), self.heads)[1]
+
+    def merge(self, products: jax.Array) -> jax.Array:
+        """(rows, columns) as (merged, columns): of each column its head's plane."""
+        found, width = products[: self.merged], products.shape[1]
+        head = _divided(_iota((self.merged, LANES), 1), self.heads)[1]
+        for plane in range(1, self.planes):
+            first = plane * self.merged
+            later = lanes(head * self.each >= first, width)
+            found = jnp.where(later, products[first : first + self.merged], found)
+        return found
+
+    def split(self, weights: jax.Array) -> jax.Array:
+        """(merged, columns) as (rows, columns), with zeros for columns of other heads."""
+        if not self.merges or self.heads == 1:
+            return weights
+        width = weights.shape[1]
+        parts = [jnp.where(lanes(self.own(i), width), weights, 0.0) for i in range(self.planes)]
+        return jnp.concatenate(parts)
+
+    def across(self, x: jax.Array, join) -> jax.Array:
+        """(merged, 128): of all lanes of a head, joined by ``jnp.maximum`` or ``jnp.add``."""
+        shift = self.heads if self.merges else 1
+        while shift < LANES:
+            x = join(x, pltpu.roll(x, shift, 1))
+            shift *= 2
+        return x
+
+    def by_row(self, x: jax.Array) -> jax.Array:
+        """(merged, 128), equal for all lanes of a head, to (rows, 128) of equal lanes."""
+        if not self.merges or self.heads == 1:
+            return x
+        shape = self.merged, LANES
+        parts = []
+        for plane in range(self.planes):
+            head = _divided(plane * self.merged + _iota(shape, 0), self.each)[0] & (LANES - 1)
+            parts.append(_taken(x, head, 1))
+        return jnp.concatenate(parts)
+
+
+def _columns(heads: int, part: Any) -> tuple[jax.Array, jax.Array]:
+    """Positions of 128 columns, counted from a multiple of 128, and their key heads.
+
+    Args:
+      heads: of a set.
+      part: number of the columns, counted in 128 from that position's.
+
+    Returns:
+      int32 (1, 128) each.
+    """
+    shape = 1, LANES
+    if LANES % heads == 0:
+        position, head = _divided(_iota(shape, 1), heads)
+        return part * (LANES // heads) + position, head
+    return _divided(part * LANES + _iota(shape, 1), heads)
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _multiple(x, of: int):
+    return x if isinstance(x, int) else pl.multiple_of(x, of)
+
+
+def _taken(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
+def _up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def _divided(x, by: int):
+    """Quotient and remainder of numbers that are not negative."""
+    if isinstance(x, int):
+        return divmod(x, by)
+    if by & (by - 1) == 0:
+        return x >> (by.bit_length() - 1), x & (by - 1)
+    return jax.lax.div(x, by), jax.lax.rem(x, by)
+
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a kernel knows before it runs.
+
+    Attributes:
+      rows: of queries.
+      mask: bound to the whole cache's capacity.
+      rule: whether the mask is one rule on positions; else there are bits.
+      block: positions of a block.
+      steps: of a sequence.
+      factor: of the products; of the capped ones before the cap.
+      soft_cap: bound of the scores.
+      span_ramp: length of the spans' ramps.
+      interpreted: whether the kernel is.
+    """
+
+    rows: Rows
+    mask: Mask
+    rule: bool
+    block: int
+    steps: int
+    factor: float
+    soft_cap: float | None
+    span_ramp: float
+    interpreted: bool
+
+    @property
+    def columns(self) -> int:
+        """Of a block and a set."""
+        return self.block * self.rows.heads
+
+    def parts(self, edge: bool) -> tuple[int, bool]:
+        """Columns that are computed at once, and whether a loop goes over them.
+
+        Args:
+          edge: whether the cache ends in the block. A sequence has one such: its code may be slow,
+            and what is masked takes registers.
+        """
+        rows = self.rows
+        loop = edge or rows.sets * rows.count * self.columns > WITHOUT_LOOP
+        return columns_at_once(rows.count << edge, self.columns), loop
+
+
+def _kernel(config: Config, refs) -> None:
+    """One step: a block of one sequence.
+
+    Args:
+      config: of the kernel.
+      refs: scalars and operands by name, None where there are none; "out" and "lse"; and memory.
+        Of merged rows the "top" score so far, the "highest" with this block and the "total" of
+        weights, by lanes; the "sum" of weighted values and "sums" of parts; a block's "scores",
+        what is "allowed" of them, and scales that are "spread" over its columns.
+    """
+    sequence, step = pl.program_id(0), pl.program_id(1)
+    length, filled = refs.lengths[sequence], refs.filled[sequence]
+    if refs.listed is None:
+        index = refs.first[sequence] + step
+        some = index * config.block < filled
+    else:
+        index = refs.listed[sequence * config.steps + step]
+        some = step < refs.number[sequence]
+    here = index * config.block
+
+    @pl.when(step == 0)
+    def _():
+        refs.top[...] = jnp.full_like(refs.top, LOWEST)
+        refs.highest[...] = jnp.full_like(refs.highest, LOWEST)
+        refs.total[...] = jnp.zeros_like(refs.total)
+        refs.sum[...] = jnp.zeros_like(refs.sum)
+        touch(refs.scores, refs.spread, refs.allowed, refs.sums)
+
+    inside = here + config.block <= filled
+    where = {"length": length, "first": refs.start[0] + here}
+    add = functools.partial(_add, config, refs, **where)
+    pl.when(some & inside)(functools.partial(add, None))
+    pl.when(some & ~inside)(functools.partial(add, filled - here))
+
+    @pl.when(step == config.steps - 1)
+    def _():
+        _finish(config, refs, length)
+
+
+def _add(config: Config, refs, count, length, first) -> None:
+    """Adds a block.
+
+    Args:
+      config: of the kernel.
+      refs: of the kernel.
+      count: positions that are filled; None for all.
+      length: of the sequence.
+      first: position of the block's first.
+    """
+    rows = config.rows
+    width, loop = config.parts(edge=count is not None)
+
+    def score(of, start):
+        scores = _scores(config, refs, of, start, width)
+        scores = jnp.where(_allowed(config, refs, of, start, width, count), scores, MASKED)
+        refs.scores[of, :, pl.ds(start, width)] = scores
+        refs.highest[of] = jnp.maximum(refs.highest[of], _highest(scores))
+
+    def fade(of):
+        before, after = refs.top[of], rows.across(refs.highest[of], jnp.maximum)
+        refs.top[of], refs.highest[of] = after, after
+        faded = jnp.exp2(before - after)
+        refs.total[of] *= faded
+        refs.sum[of] *= lanes(rows.by_row(faded), refs.sum.shape[-1])
+
+    def add(of, start):
+        weights = jnp.exp2(refs.scores[of, :, pl.ds(start, width)] - lanes(refs.top[of], width))
+        if refs.span is not None:
+            weights *= _span_weights(config, refs, of, start, width, length, first)
+        refs.total[of] += folded(weights)
+        if refs.v_scale is not None:
+            weights *= _scales(config, refs, of, start, width, values=True)
+        shares = rows.split(weights).astype(refs.q.dtype)
+        values = _operand(config, refs.v, of, start, width, refs.q.dtype)
+        if count is not None and not jnp.issubdtype(refs.v.dtype, jnp.integer):
+            # What lies past the end may be anything, and not a number times zero is not zero.
+            filled = start + _iota((width, 1), 0) < count * rows.heads
+            values = jnp.where(filled, values, jnp.zeros_like(values))
+        # Sums of one set are few. Those of all heads at once wait for each other in memory.
+        parts = sums(width) if rows.sets == 1 else 1
+        for part in range(parts):
+            along = slice(part * width // parts, (part + 1) * width // parts)
+            refs.sums[part] = dot(shares[:, along], values[along], transposed=False)
+        refs.sum[of] += functools.reduce(jnp.add, [refs.sums[part] for part in range(parts)])
+
+    def allow(start):
+        _allow(config, refs, start, width, count, length, first)
+
+    each = functools.partial(_each, config.columns, width, loop)
+    if refs.k_scale is not None:
+        _spread(config, refs, count)
+    if config.rule:
+        each(allow)
+    for of in range(rows.sets):
+        each(functools.partial(score, of))
+    for of in range(rows.sets):
+        fade(of)
+    for of in range(rows.sets):
+        each(functools.partial(add, of))
+
+
+def _each(columns: int, width: int, loop: bool, body) -> None:
+    """Takes a body over parts of a set's columns, each from a first column on."""
+
+    def one(part, _):
+        body(pl.multiple_of(part * width, LANES))
+
+    if loop and columns > width:
+        jax.lax.fori_loop(0, columns // width, one, None)
+    else:
+        for start in range(0, columns, width):
+            body(start)
+
+
+def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
+    """Scores over log 2, (merged, width), of a set's columns from ``start``, before any mask."""
+    keys = _operand(config, refs.k, of, start, width, refs.q.dtype)
+    scores = config.rows.merge(dot(refs.q[of], keys, transposed=True))
+    if refs.k_scale is None:
+        scores *= config.factor
+    else:
+        scores *= _scales(config, refs, of, start, width, values=False)
+    if config.soft_cap:
+        scores = jnp.tanh(scores) * (config.soft_cap * LOG2_E)
+    return scores
+
+
+def _operand(config: Config, ref, of, start, width: int, dtype) -> jax.Array:
+    """Keys or values of a set's columns from ``start``, as the matrix unit takes them.
+
+    They are read in words: codes of eight bits would be put together from pieces of eight rows.
+    """
+    if ref.dtype.itemsize > 1:
+        return ref[0, pl.ds(start, width), :].astype(dtype)
+    words, sets = width // WORD, config.rows.sets
+    if config.interpreted:  # It knows no references of another type.
+        every = ref[0, pl.ds(_multiple(start * sets, LANES), width * sets), :]
+        own = every.reshape(words, sets, WORD, every.shape[1])[:, of]
+        return own.reshape(width, every.shape[1]).astype(dtype)
+    first = _multiple(_divided(start, WORD)[0] * sets, LANES // WORD)
+    every = ref.bitcast(jnp.int32).at[0, pl.ds(first, words * sets)]
+    own = every[pl.ds(of, words, stride=sets), :] if sets > 1 else every[...]
+    return pltpu.bitcast(own, ref.dtype).astype(dtype)
+
+
+def _highest(scores: jax.Array) -> jax.Array:
+    """(rows, width) to (rows, 128): the highest of what lies in the same lane."""
+    parts = [scores[:, i : i + LANES] for i in range(0, scores.shape[1], LANES)]
+    return functools.reduce(jnp.maximum, parts)
+
+
+def _by_tile(config: Config, make, start, width: int) -> jax.Array:
+    """(1, width) of what ``make`` gives for each 128 columns.
+
+    Args:
+      config: of the kernel.
+      make: (position, part) -> (1, 128): of columns ``part * 128`` on, counted from the first one
+        of a position, which is a multiple of 128.
+      start: first column.
+      width: columns.
+    """
+    heads = config.rows.heads
+    aligned = width % (LANES * heads) == 0
+    tiles = []
+    for number in range(width // LANES):
+        # All but the position is known where parts are those of whole positions.
+        group, part = divmod(number, heads)
+        if aligned:
+            group += _divided(start, LANES * heads)[0]
+        else:
+            group, part = _divided(_divided(start, LANES)[0] + number, heads)
+        tiles.append(make(group * LANES, part))
+    return jnp.concatenate(tiles, axis=1)
+
+
+def _k_position(config: Config, first, start, width: int) -> jax.Array:
+    """Positions of columns, int32 (1, width)."""
+
+    def position(group, part):
+        return _columns(config.rows.heads, part)[0] + (first + group)
+
+    return _by_tile(config, position, start, width)
+
+
+def _allow(config: Config, refs, start, width: int, count, length, first) -> None:
+    """Writes ``allowed``, of columns of every set: not 0 where a row looks at the position."""
+    rows = config.rows
+    k_position = _k_position(config, first, start, width)
+    query = _divided(rows.within((rows.merged, LANES)), rows.group)[0]
+    allowed = config.mask.allowed(lanes(length - rows.queries + query, width), k_position)
+    if count is not None:
+        allowed &= k_position < first + count
+    refs.allowed[:, pl.ds(start, width)] = jnp.where(allowed, 1.0, 0.0)
+
+
+def _allowed(config: Config, refs, of, start, width: int, count) -> jax.Array:
+    """Which scores count, bool (merged, width)."""
+    rows, place = config.rows, pl.ds(start, width)
+    if config.rule:
+        allowed = refs.allowed[:, place] != 0
+    else:
+        bit = jnp.left_shift(1, rows.within((rows.merged, LANES)) & (rows_of.BITS - 1))
+        allowed = (refs.bits[pl.ds(of, 1), place] & lanes(bit, width)) != 0
+        if count is not None:
+            allowed &= _k_position(config, 0, start, width) < count
+    if not rows.merges:
+        row_head = _divided(_iota((rows.merged, LANES), 0), rows.each)[0]
+        head = _by_tile(config, lambda group, part: _columns(rows.heads, part)[1], start, width)
+        allowed &= lanes(row_head, width) == head
+    return allowed
+
+
+def _span_weights(config: Config, refs, of, start, width: int, length, first) -> jax.Array:
+    """What adaptive spans leave of weights, (merged, width)."""
+    rows = config.rows
+    k_position = _k_position(config, first, start, width)
+    query = _divided(rows.within((rows.merged, LANES)), rows.group)[0]
+    q_position = lanes(length - rows.queries + query, width)
+    distance = jnp.abs(q_position - k_position).astype(jnp.float32)
+    soft = (config.span_ramp + lanes(refs.span[of], width) - distance) * (1 / config.span_ramp)
+    return jnp.clip(soft, 0.0, 1.0)
+
+
+def _spread(config: Config, refs, count) -> None:
+    """Writes the scales (heads, positions) in the order of columns.
+
+    XLA would do it by way of an array whose last axis, heads, is padded to whole lanes.
+
+    Args:
+      config: of the kernel.
+      refs: of the kernel; ``spread`` gets, of each set and each 128 positions, rows of 128 columns:
+        those of keys, times ``factor``, and those of values.
+      count: positions, if not all, past which they are zeros.
+    """
+    heads, shape = config.rows.heads, refs.spread.shape[2:]
+    row = _iota(shape, 0)
+    of_values = row >= heads
+    column = (row - jnp.where(of_values, heads, 0)) * LANES + _iota(shape, 1)
+    position, head = _divided(column, heads)
+    position &= LANES - 1
+    factor = jnp.where(of_values, 1.0, config.factor)
+
+    def one(of, group):
+        place = pl.ds(_multiple(group * LANES, LANES), LANES)
+        found = jnp.zeros(shape, jnp.float32)
+        for number in range(heads):
+            which = pl.ds(of * heads + number, 1)
+            held = jnp.where(of_values, refs.v_scale[which, place], refs.k_scale[which, place])
+            found = jnp.where(head == number, _taken(held, position, 1), found)
+        found *= factor
+        if count is not None:
+            found = jnp.where(position < count - group * LANES, found, 0.0)
+        refs.spread[of, group] = found
+
+    for group in range(config.block // LANES):
+        for of in range(config.rows.sets):
+            one(of, group)
+
+
+def _scales(config: Config, refs, of, start, width: int, values: bool) -> jax.Array:
+    """Scales of a set's columns from ``start``, (1, width), as ``_spread`` has written them."""
+    before = config.rows.heads if values else 0
+
+    def row(position, part):
+        return refs.spread[of, _divided(position, LANES)[0], pl.ds(before + part, 1)]
+
+    return _by_tile(config, row, start, width)
+
+
+def _finish(config: Config, refs, length) -> None:
+    """Writes a sequence's results."""
+    rows = config.rows
+    for of in range(rows.sets):
+        totals = rows.by_row(rows.across(refs.total[of], jnp.add))
+        # Queries before the sequence's start look at nothing, whatever the mask says.
+        query = _divided(rows.within(totals.shape), rows.group)[0]
+        some = (totals > 0) & (query >= rows.queries - length)
+        safe = jnp.where(some, totals, 1.0)
+        share = lanes(jnp.where(some, 1.0 / safe, 0.0), refs.sum.shape[-1])
+        refs.out[of] = (refs.sum[of] * share).astype(refs.out.dtype)
+        exponent = rows.by_row(refs.top[of]) * (1 / LOG2_E) + jnp.log(safe)
+        refs.lse[of] = jnp.where(some, exponent, -jnp.inf)
+
+
+# -- the call --------------------------------------------------------------------------------------
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    span: jax.Array | None = None,
+    span_ramp: float = 32.0,
+    start: int | jax.Array = 0,
+    whole_capacity: int | None = None,
+    layer: jax.Array | int | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    block_k: int | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel: arguments and results are those of ``decode.plain``.
+
+    Further ones: ``whole_capacity`` of a cache of which k is a part, ``block_k`` keys of a block,
+    ``layer`` of k and v, which then have an axis of layers in front.
+    """
+    batch, queries, heads, dim = q.shape
+    capacity, kv_heads, out_dim = k.shape[-3], k.shape[-2], v.shape[-1]
+    rows = Rows.of(q, k, v)
+    block = block_k or block_size(
+        capacity, kv_heads * dim * k.dtype.itemsize, kv_heads * rows.merged
+    )
+    merged = rows.sets, rows.merged, LANES
+    lengths, first = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
+    visits = _visits(mask, lengths, first, queries, capacity, whole_capacity or capacity, block)
+    config = Config(
+        rows, mask, rows_of.is_rule(mask, segment_ids is not None), block, visits.pop("steps"),
+        scale / soft_cap if soft_cap else scale * LOG2_E, soft_cap, span_ramp, bool(interpret),
+    )  # fmt: skip
+    # The first sequence of the layer.
+    sequences = jnp.asarray(0 if layer is None else batch * layer, jnp.int32).reshape(1)
+    scalars = {"lengths": lengths, "start": first, "sequences": sequences} | visits
+
+    def named(n):
+        return types.SimpleNamespace(**dict(zip(scalars, n, strict=True)))
+
+    def at(b, s, n):
+        # Past the last block it stays there, and nothing is fetched.
+        n = named(n)
+        if "listed" in scalars:
+            return n.listed[b * config.steps + s]
+        return jnp.minimum(n.first[b] + s, n.last[b])
+
+    def whole(width):
+        shape = None, rows.sets, rows.count, width
+        return pl.BlockSpec(shape, lambda b, s, *n: (b, 0, 0, 0))
+
+    def cached(width):
+        return pl.BlockSpec(
+            (1, block * kv_heads, width),
+            lambda b, s, *n: (named(n).sequences[0] + b, at(b, s, n), 0),
+        )
+
+    def beside(height, width):
+        return pl.BlockSpec((None, height, width), lambda b, s, *n: (b, 0, at(b, s, n)))
+
+    # Positions and heads side by side: the same bytes, in the tiles of every TPU.
+    flat = [x.reshape(-1, capacity * kv_heads, x.shape[-1]) for x in (k, v)]
+    operands = {
+        "q": (rows.stacked(q), whole(dim)),
+        "k": (flat[0], cached(dim)),
+        "v": (flat[1], cached(out_dim)),
+    }
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None:
+            x = jnp.moveaxis(x.astype(jnp.float32), 1, 2)
+            operands[name] = x, beside(kv_heads, block)
+    if not config.rule:
+        positions = lengths[:, None] - queries + jnp.arange(queries, dtype=jnp.int32)
+        bits = rows_of.allowed(
+            mask, positions, lengths, first[0], capacity, segment_ids, kv_segment_ids
+        )
+        bits = rows_of.words(bits, kv_heads, heads).reshape(batch, capacity, rows.sets, -1)
+        bits = jnp.swapaxes(bits, 1, 2).reshape(batch, rows.sets, -1)
+        operands["bits"] = bits, beside(rows.sets, config.columns)
+    if span is not None:
+        spans = span.astype(jnp.float32)[rows.query_heads()]
+        operands["span"] = spans, pl.BlockSpec(merged, lambda b, s, *n: (0, 0, 0))
+    results = {
+        "out": jax.ShapeDtypeStruct((batch, rows.sets, rows.count, out_dim), out_dtype or q.dtype),
+        "lse": jax.ShapeDtypeStruct((batch, rows.sets, rows.count, LANES), jnp.float32),
+    }
+    scratch = {
+        "top": pltpu.VMEM(merged, jnp.float32),
+        "highest": pltpu.VMEM(merged, jnp.float32),
+        "total": pltpu.VMEM(merged, jnp.float32),
+        "sum": pltpu.VMEM((rows.sets, rows.count, out_dim), jnp.float32),
+        "sums": pltpu.VMEM((sums(config.columns), rows.count, out_dim), jnp.float32),
+        "scores": pltpu.VMEM((rows.sets, rows.merged, config.columns), jnp.float32),
+    }
+    if config.rule:
+        scratch["allowed"] = pltpu.VMEM((rows.merged, config.columns), jnp.float32)
+    if k_scale is not None:
+        shape = rows.sets, block // LANES, _up(2 * rows.heads, SUBLANES), LANES
+        scratch["spread"] = pltpu.VMEM(shape, jnp.float32)
+    read = batch * config.steps * block * kv_heads
+    names = [*scalars, *operands, *results, *scratch]
+    lacking = dict.fromkeys(
+        ("k_scale", "v_scale", "bits", "span", "listed", "number", "spread", "allowed")
+    )
+
+    def body(*refs):
+        _kernel(config, types.SimpleNamespace(**lacking | dict(zip(names, refs, strict=True))))
+
+    out, lse = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, config.steps),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=[whole(out_dim), whole(LANES)],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=list(results.values()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * read * rows.count * (dim + out_dim),
+            transcendentals=read * rows.merged,
+            bytes_accessed=read * (dim + out_dim) * k.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name="sparse_attention_decode",
+    )(*scalars.values(), *(x for x, _ in operands.values()))
+    return rows.apart(out), jnp.moveaxis(rows.apart(lse)[..., 0], 1, 2)
+
+
+def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> dict:
+    """Which blocks are visited.
+
+    Returns:
+      "steps" of each sequence; int32 "filled" (batch,), the keys here that there are; "first" and
+      "last" (batch,), blocks that a query may look at, or "listed" (batch * steps,) blocks and
+      their "number" (batch,).
+    """
+    batch, count = lengths.shape[0], -(-capacity // block)
+    filled = jnp.clip(lengths - start, 0, capacity)
+    blocks = _divided(filled + (block - 1), block)[0]
+    found = rows_of.lists(mask, queries, whole_capacity, block)
+    if found and (whole_capacity == capacity or capacity % block == 0):
+        steps = min(count, found.longest)
+        if batch * steps <= rows_of.MOST_LISTED:
+            listed, number = found.at(lengths - queries, _divided(start, block)[0], blocks)
+            last = jnp.clip(number, 1, steps)[:, None] - 1
+            listed = jnp.take_along_axis(listed, jnp.minimum(jnp.arange(steps), last), axis=1)
+            listed = jnp.clip(listed, 0, count - 1)
+            return {
+                "steps": steps, "filled": filled, "listed": listed.reshape(-1), "number": number
+            }  # fmt: skip
+    last = jnp.maximum(blocks - 1, 0)
+    reach = mask.reach()
+    if reach is None:
+        return {"steps": count, "filled": filled, "first": jnp.zeros_like(last), "last": last}
+    nearest = jnp.maximum(lengths - queries - reach - start, 0)
+    first = _divided(nearest, block)[0]
+    steps = min(count, (max(reach, 0) + queries - 2) // block + 2)
+    return {"steps": steps, "filled": filled, "first": first, "last": last}
+
+
+def block_size(capacity: int, row_bytes: int, scores: int) -> int:
+    """Positions of a block of the cache.
+
+    Args:
+      capacity: positions of the cache.
+      row_bytes: that the keys of a position take.
+      scores: that are kept of a position.
+    """
+    wanted = min(BLOCK_BYTES // row_bytes, BLOCK_SCORES // scores)
+    wanted = max(wanted // LANES * LANES, LANES)
+    return min(wanted, 1024, _up(capacity, LANES))
+
+
+def columns_at_once(rows: int, columns: int) -> int:
+    """Columns whose products are computed at once: a divisor of all, of whole lanes.
+
+    Args:
+      rows: of queries.
+      columns: of a block.
+    """
+    width = columns
+    while width * rows > PRODUCTS and width % (2 * LANES) == 0:
+        width //= 2
+    return width
