@@ -346,7 +346,7 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
         out, lse = gpu_decode.attention(**operands, **options, interpret=interpret)
     elif chosen == "mosaic_tpu":
         options |= {"whole_capacity": capacity, "block_k": block_k, "interpret": interpret}
-        options |= {"span_ramp": span_ramp, "layer": layer}
+        options |= {"span_ramp": span_ramp, "layer": layer, "chip": chip}
         out, lse = tpu_decode.attention(**operands | held, **options)
     else:
         out, lse = decode.plain(**operands, **options, span_ramp=span_ramp, finite=finite)

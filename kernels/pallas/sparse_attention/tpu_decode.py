@@ -47,9 +47,9 @@ BLOCK_BYTES = 1 << 20
 BLOCK_SCORES = 1 << 19
 # Products that are computed at once.
 PRODUCTS = 1 << 16
-# Products of a block that are computed without a loop: each of its iterations would wait for the
-# matrix unit to fill and to empty.
-WITHOUT_LOOP = 1 << 17
+# Products of a block that are computed without a loop, each of whose iterations would wait for the
+# matrix unit to fill and to empty. Of more, all chips but one would spill.
+WITHOUT_LOOP, WITHOUT_LOOP_ON = 1 << 17, {"7x": 1 << 18}
 
 
 def unfit(
@@ -282,6 +282,7 @@ class Config:
       factor: of the products; of the capped ones before the cap.
       soft_cap: bound of the scores.
       span_ramp: length of the spans' ramps.
+      without_loop: products of a block that are computed without a loop.
       interpreted: whether the kernel is.
     """
 
@@ -293,6 +294,7 @@ class Config:
     factor: float
     soft_cap: float | None
     span_ramp: float
+    without_loop: int
     interpreted: bool
 
     @property
@@ -308,7 +310,7 @@ class Config:
             and what is masked takes registers.
         """
         rows = self.rows
-        loop = edge or rows.sets * rows.count * self.columns > WITHOUT_LOOP
+        loop = edge or rows.sets * rows.count * self.columns > self.without_loop
         return columns_at_once(rows.count << edge, self.columns), loop
 
 
@@ -325,7 +327,7 @@ def _kernel(config: Config, refs) -> None:
     sequence, step = pl.program_id(0), pl.program_id(1)
     length, filled = refs.lengths[sequence], refs.filled[sequence]
     if refs.listed is None:
-        index = refs.first[sequence] + step
+        index = step if refs.first is None else refs.first[sequence] + step
         some = index * config.block < filled
     else:
         index = refs.listed[sequence * config.steps + step]
@@ -619,12 +621,13 @@ def attention(
     layer: jax.Array | int | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
     block_k: int | None = None,
+    chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel: arguments and results are those of ``decode.plain``.
 
     Further ones: ``whole_capacity`` of a cache of which k is a part, ``block_k`` keys of a block,
-    ``layer`` of k and v, which then have an axis of layers in front.
+    ``layer`` of k and v, which then have an axis of layers in front, and the ``chip``.
     """
     batch, queries, heads, dim = q.shape
     capacity, kv_heads, out_dim = k.shape[-3], k.shape[-2], v.shape[-1]
@@ -637,11 +640,12 @@ def attention(
     visits = _visits(mask, lengths, first, queries, capacity, whole_capacity or capacity, block)
     config = Config(
         rows, mask, rows_of.is_rule(mask, segment_ids is not None), block, visits.pop("steps"),
-        scale / soft_cap if soft_cap else scale * LOG2_E, soft_cap, span_ramp, bool(interpret),
+        scale / soft_cap if soft_cap else scale * LOG2_E, soft_cap, span_ramp,
+        WITHOUT_LOOP_ON.get(chip.name if chip else "", WITHOUT_LOOP), bool(interpret),
     )  # fmt: skip
-    # The first sequence of the layer.
-    sequences = jnp.asarray(0 if layer is None else batch * layer, jnp.int32).reshape(1)
-    scalars = {"lengths": lengths, "start": first, "sequences": sequences} | visits
+    scalars = {"lengths": lengths, "start": first} | visits
+    if layer is not None:
+        scalars["before"] = jnp.asarray(batch * layer, jnp.int32).reshape(1)
 
     def named(n):
         return types.SimpleNamespace(**dict(zip(scalars, n, strict=True)))
@@ -651,17 +655,18 @@ def attention(
         n = named(n)
         if "listed" in scalars:
             return n.listed[b * config.steps + s]
-        return jnp.minimum(n.first[b] + s, n.last[b])
+        return jnp.minimum(n.first[b] + s if "first" in scalars else s, n.last[b])
 
     def whole(width):
         shape = None, rows.sets, rows.count, width
         return pl.BlockSpec(shape, lambda b, s, *n: (b, 0, 0, 0))
 
     def cached(width):
-        return pl.BlockSpec(
-            (1, block * kv_heads, width),
-            lambda b, s, *n: (named(n).sequences[0] + b, at(b, s, n), 0),
-        )
+        def place(b, s, *n):
+            # Sequences of the layers before come first.
+            return b if layer is None else named(n).before[0] + b, at(b, s, n), 0
+
+        return pl.BlockSpec((1, block * kv_heads, width), place)
 
     def beside(height, width):
         return pl.BlockSpec((None, height, width), lambda b, s, *n: (b, 0, at(b, s, n)))
@@ -708,7 +713,7 @@ def attention(
     read = batch * config.steps * block * kv_heads
     names = [*scalars, *operands, *results, *scratch]
     lacking = dict.fromkeys(
-        ("k_scale", "v_scale", "bits", "span", "listed", "number", "spread", "allowed")
+        ("k_scale", "v_scale", "bits", "span", "first", "listed", "number", "spread", "allowed")
     )
 
     def body(*refs):
@@ -740,9 +745,9 @@ def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> d
     """Which blocks are visited.
 
     Returns:
-      "steps" of each sequence; int32 "filled" (batch,), the keys here that there are; "first" and
-      "last" (batch,), blocks that a query may look at, or "listed" (batch * steps,) blocks and
-      their "number" (batch,).
+      "steps" of each sequence; int32 "filled" (batch,), the keys here that there are; "last"
+      (batch,), the last block that a query may look at, and "first", if it is another than 0; or
+      "listed" (batch * steps,) blocks and their "number" (batch,).
     """
     batch, count = lengths.shape[0], -(-capacity // block)
     filled = jnp.clip(lengths - start, 0, capacity)
@@ -761,7 +766,7 @@ def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> d
     last = jnp.maximum(blocks - 1, 0)
     reach = mask.reach()
     if reach is None:
-        return {"steps": count, "filled": filled, "first": jnp.zeros_like(last), "last": last}
+        return {"steps": count, "filled": filled, "last": last}
     nearest = jnp.maximum(lengths - queries - reach - start, 0)
     first = _divided(nearest, block)[0]
     steps = min(count, (max(reach, 0) + queries - 2) // block + 2)
