@@ -48,7 +48,8 @@ BLOCK_SCORES = 1 << 19
 # Products that are computed at once.
 PRODUCTS = 1 << 16
 # Products of a block that are computed without a loop, each of whose iterations would wait for the
-# matrix unit to fill and to empty. Of more, all chips but one would spill.
+# matrix unit to fill and to empty: on 7x, with 64 heads, 1300 bundles of a bf16 block, not 998, and
+# 1913 of an int8 one, not 1555. With as many v5e (and v5p, whose units are the same) and v6e spill.
 WITHOUT_LOOP, WITHOUT_LOOP_ON = 1 << 17, {"7x": 1 << 18}
 
 
