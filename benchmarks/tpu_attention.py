@@ -106,7 +106,7 @@ def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
     computed += [sum(limited)] if limited else []
     results = config.blocks.column_blocks if kernel == "dkv" else config.blocks.row_blocks
     pairs = walk.sizes[walk.by_rows] // walk.tile[1]
-    trips = (walk.results, pairs, pairs * walk.turns)
+    trips = (walk.results, pairs * walk.parts, pairs * walk.turns)
     return total(schedule, steps.count * turns, results * turns, computed, limited, trips)
 
 

@@ -42,6 +42,8 @@ STEP = 512 * 512 // 4
 # A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
 # ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
 SCALAR_BYTES = (1 << 20) - (1 << 14)
+# Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing.
+MAXIMA = {"v5e": 0, "v5p": 0, "v6e": 1, "7x": 2}
 # Heads that fit in a step's word.
 MOST_GROUP = 1 << 8
 
@@ -147,6 +149,7 @@ def attention(
         interpret=interpret,
         logsumexp=logsumexp,
         wide=chip is None or chip.platform != "tpu" or chip.mxu > LANES,
+        maxima=MAXIMA.get(chip.name if chip else "", 2),
     )
     extras = {
         "segments": None if segment_ids is None else jnp.where(segment_ids < 0, -1, segment_ids),
@@ -273,6 +276,14 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     if logsumexp:
         # One more array costs scalar arithmetic at every step, too.
         outputs["lse"] = jax.ShapeDtypeStruct(lse_shape, jnp.float32), walk.along_lanes(0)
+    passing = {
+        "products": ((rows, columns), jnp.float32),
+        "fade": ((rows, LANES), jnp.float32),
+        "weights": ((rows, columns), q.dtype),
+        "sums": ((sums(columns), rows, out_dim), jnp.float32),
+    }
+    if config.maxima:
+        passing["maxima"] = ((min(config.maxima, columns // LANES), rows, LANES), jnp.float32)
     out, *lse = run(
         forward_kernel,
         walk,
@@ -285,12 +296,7 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
             "total": ((rows, LANES), jnp.float32),
             "sum": ((rows, out_dim), jnp.float32),
         },
-        {
-            "products": ((rows, columns), jnp.float32),
-            "fade": ((rows, LANES), jnp.float32),
-            "weights": ((rows, columns), q.dtype),
-            "sums": ((sums(columns), rows, out_dim), jnp.float32),
-        },
+        passing,
         "sparse_attention_forward",
     )
     out = _restored(out, config.queries, config.heads, out_dim)

@@ -75,29 +75,55 @@ def _limits(refs, by_rows):
     return limit
 
 
-def _scores(config, refs, masked):
-    """Masked scores over log 2, of ``refs.products``: queries times keys times ``config.factor``.
+def _scores(config, refs):
+    """Memory of scores over log 2, not masked: of ``refs.products``, which have all but the cap.
 
     Args:
       config: of the kernel.
-      refs: of the kernel.
-      masked: whether by ``refs.limits``.
+      refs: of the kernel; products are those of queries, keys and ``config.factor``.
     """
+    if refs.scores is None:
+        return refs.products
     scores = refs.products[...]
-    if not (masked or config.soft_cap or refs.k_scale is not None):
-        return scores
     if refs.k_scale is not None:
         scores *= refs.k_scale[...]
     if config.soft_cap:
         scores = jnp.tanh(scores) * (config.soft_cap * LOG2_E)
-    kept = refs.products if refs.scores is None else refs.scores
-    kept[...] = jnp.minimum(scores, refs.limits[...]) if masked else scores
-    return kept[...]
+    refs.scores[...] = scores
+    return refs.scores
+
+
+def _masked(refs, scores, masked: bool):
+    """Scores, or what is left of them, by ``refs.limits``.
+
+    To mask again where they are needed again takes fewer registers than to keep the result.
+    """
+    return jnp.minimum(scores, refs.limits[...]) if masked else scores
+
+
+def _highest(refs, scores, masked: bool):
+    """Maxima of rows, (rows, 1), of those of each lane.
+
+    A wide matrix unit gives products faster than their maxima are taken, which then wait in memory.
+    What is masked is late enough as it is, and maxima of pairs wait least.
+    """
+    parts = [scores[:, i : i + LANES] for i in range(0, scores.shape[1], LANES)]
+    if masked:
+        while len(parts) > 1:
+            pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+            parts = [functools.reduce(jnp.maximum, pair) for pair in pairs]
+    elif refs.maxima is not None:
+        count, found = refs.maxima.shape[0], parts
+        for i in range(count):
+            some = found[len(found) * i // count : len(found) * (i + 1) // count]
+            refs.maxima[i] = functools.reduce(jnp.maximum, some)
+        parts = [refs.maxima[i] for i in range(count)]
+    return functools.reduce(jnp.maximum, parts).max(axis=1, keepdims=True)
 
 
 def _slope(config, scores):
-    """The cap's derivative, of scores that it has been applied to; 0 of masked ones."""
-    tanh = jnp.maximum(scores * (1 / (config.soft_cap * LOG2_E)), -1)
+    """The cap's derivative, of scores that it has been applied to."""
+    tanh = scores * (1 / (config.soft_cap * LOG2_E))
     return 1 - tanh * tanh
 
 
@@ -123,6 +149,18 @@ def folded(x):
 def _column(row):
     """(1, n) to (n, 128) of equal lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def _spread(ref, rows: int):
+    """(1, n) in memory to (rows, n), 128 at a time: a load can spread those, and keeps nothing."""
+    pieces = [ref[:, i : i + LANES] for i in range(0, ref.shape[1], LANES)]
+    return jnp.concatenate([jnp.broadcast_to(x, (rows, x.shape[1])) for x in pieces], axis=1)
+
+
+def _waiting(ref, x):
+    """What was stored to memory, to be read from there again where there is no register for it."""
+    ref[...] = x
+    return ref[...]
 
 
 def _operand(ref, like):
@@ -168,16 +206,16 @@ def forward_kernel(config, refs, by_rows):
         refs.top[...] = jnp.full_like(refs.top, LOWEST)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
-        touch(refs.scores, refs.products, refs.weights, refs.fade, refs.sums)
+        touch(refs.scores, refs.products, refs.maxima, refs.weights, refs.fade, refs.sums)
 
     def products():
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
 
     def add(masked):
-        scores = _scores(config, refs, masked)
-        before = refs.top[...]
-        top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+        scores, before = _scores(config, refs), refs.top[...]
+        top = jnp.maximum(before, _highest(refs, _masked(refs, scores[...], masked), masked))
+        above = scores[...] - lanes(top, scores.shape[1])
+        weights = jnp.exp2(_masked(refs, above, masked))
         if refs.span is not None:
             weights *= _span_weights(config, refs, scores.shape, by_rows)[0]
         refs.fade[...] = jnp.exp2(before - top)
@@ -221,8 +259,11 @@ def query_kernel(config, refs, by_rows):
         refs.d_shares[...] = dot(refs.d_out[...], _operand(refs.v, refs.q), transposed=True)
 
     def add(masked):
-        scores = _scores(config, refs, masked)
-        shares = jnp.exp2(scores - lanes(refs.lse_column[...], scores.shape[1]))
+        scores = _scores(config, refs)
+        lse = lanes(refs.lse_column[...], scores.shape[1])
+        shares = jnp.exp2(_masked(refs, scores[...], masked) - lse)
+        if config.wide:
+            shares = _waiting(refs.products, shares)
         d_shares = refs.d_shares[...]
         if refs.v_scale is not None:
             d_shares *= refs.v_scale[...]
@@ -232,9 +273,11 @@ def query_kernel(config, refs, by_rows):
             refs.span_sum[...] += folded(d_scores * slopes)
             d_scores *= weights
         if config.soft_cap:
-            d_scores *= _slope(config, scores)
+            d_scores *= _slope(config, scores[...])
         if refs.k_scale is not None:
             d_scores *= refs.k_scale[...]
+        if config.wide:
+            d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
         refs.sum[...] += _product(refs.sums, refs.d_scores, refs.k, refs.q)
 
@@ -268,19 +311,21 @@ def key_kernel(config, refs, by_rows):
         refs.products[...] = dot(refs.scaled[...], refs.q[...], transposed=True)
 
     def add(masked):
-        scores = _scores(config, refs, masked)
-        shares = jnp.exp2(scores - refs.lse[...])
+        scores = _scores(config, refs)
+        lse = _spread(refs.lse, scores.shape[0])
+        shares = jnp.exp2(_masked(refs, scores[...], masked) - lse)
         weights = shares
         if refs.span is not None:
             weights = shares * _span_weights(config, refs, scores.shape, by_rows)[0]
         refs.weights[...] = weights.astype(refs.q.dtype)
-        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
         refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
+        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
         # They wait for the products of values, where their own products were.
-        refs.products[...] = weights
-        d_scores = refs.products[...] * (refs.d_shares[...] - refs.delta[...])
+        weights = _waiting(refs.products, weights)
+        d_scores = weights * (refs.d_shares[...] - _spread(refs.delta, scores.shape[0]))
         if config.soft_cap:
-            d_scores *= _slope(config, scores)
+            d_scores *= _slope(config, scores[...])
+        d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
         refs.k_sum[...] += _product(refs.k_sums, refs.d_scores, refs.q, refs.q)
 

@@ -32,6 +32,7 @@ OPTIONAL = (
     "bitmap",
     "limits",
     "scores",
+    "maxima",
     "lse",
 )
 # Two heads share a step of blocks up to this size.
@@ -78,9 +79,11 @@ class Config:
     ramp: float
     interpret: Any
     logsumexp: bool = True
-    # A matrix unit wider than lanes gives products faster than they are masked or capped: they
-    # would be spilled, and have memory of their own. Where it is not, that only costs stores.
+    # A matrix unit wider than lanes gives products faster than a gradient is computed of them:
+    # what waits would be spilled, and has memory of its own. Where it is not, that costs stores.
     wide: bool = True
+    # Parts of a tile's scores whose maxima wait in memory, for the same reason; 0 for none.
+    maxima: int = 1
 
     @property
     def group(self) -> int:
@@ -219,14 +222,19 @@ class Walk:
 
     def tiles(self, turn: Any, minor: Any) -> list[Tile]:
         """Those of a turn, beside each other, from where the minor block has them."""
+        heads = [turn * self.together + number for number in range(self.together)]
+        pairs = [(head, part) for head in heads for part in range(self.parts)]
+        return [
+            Tile(head, part, place, self.place_of(part, minor))
+            for place, (head, part) in enumerate(pairs)
+        ]
+
+    def place_of(self, part: Any, minor: Any) -> tuple[pl.Slice, pl.Slice]:
+        """Where the queries and the keys of a part are within the block."""
         rows, columns = self.tile
-        tiles = []
-        for number in range(self.together):
-            for part in range(self.parts):
-                at = pl.ds(part * rows, rows), pl.ds(minor, columns)
-                head, at = turn * self.together + number, at if self.by_rows else at[::-1]
-                tiles.append(Tile(head, part, len(tiles), at))
-        return tiles
+        first = part * rows if isinstance(part, int) else pl.multiple_of(part * rows, rows)
+        at = pl.ds(first, rows), pl.ds(minor, columns)
+        return at if self.by_rows else at[::-1]
 
     # Which part of an array a step needs.
 
@@ -321,8 +329,9 @@ def gradient_walk(config: Config, by_rows: bool, row_bytes: int) -> Walk:
     most = max(min(MOST_HEADS, HEADS_BYTES // size), 1) if steps.lists == 1 else 1
     of = config.heads if config.group == 1 else config.group
     heads = max(n for n in range(1, most + 1) if of % n == 0)
-    # Four products of two halves load the matrix unit twice as often as those of two heads.
-    together = 2 if not by_rows and heads % 2 == 0 and config.block_k <= TILE else 1
+    # Products of two halves load the matrix unit twice as often as those of two heads.
+    major = config.block_q if by_rows else config.block_k
+    together = 2 if heads % 2 == 0 and major <= TILE else 1
     return Walk(config, steps, by_rows, together, heads // together)
 
 
@@ -361,7 +370,7 @@ def run(
     codes = sorted(set(walk.steps.code.reshape(-1).tolist()))
     segmented = "segments" in inputs
     limits = max(codes) > FULL or segmented
-    if config.wide and (limits or config.soft_cap or "k_scale" in inputs):
+    if config.soft_cap or "k_scale" in inputs:
         passing = {**passing, "scores": (walk.tile, jnp.float32)}
     names = [*inputs, *outputs, *kept, *passing]
     parts = [part.of_tile for _, part in (*inputs.values(), *outputs.values())]
@@ -388,29 +397,33 @@ def run(
             last &= ids[3] == walk.grid[2] - 1
         q_block, k_block = walk.blocks(ids, where)
 
+        def of(tile) -> Kernel:
+            refs = types.SimpleNamespace(**dict.fromkeys(OPTIONAL))
+            of_tile = [part(ref, tile) for part, ref in zip(parts, operands, strict=True)]
+            vars(refs).update(zip(names, of_tile, strict=True))
+            refs.q_start = q_block * config.block_q + tile.at[0].start
+            refs.k_start = k_block * config.block_k + tile.at[1].start
+            if refs.span is not None:
+                refs.z = refs.span[walk.heads(ids, what)[0] * walk.wide(0) + tile.head]
+            return kernel(config, refs, walk.by_rows)
+
+        def minor(trip):
+            return trip if isinstance(trip, int) else pl.multiple_of(trip * walk.tile[1], LANES)
+
         def beside(turn, trip) -> list[Kernel]:
-            found = []
-            minor = trip if isinstance(trip, int) else pl.multiple_of(trip * walk.tile[1], LANES)
-            for tile in walk.tiles(turn, minor):
-                refs = types.SimpleNamespace(**dict.fromkeys(OPTIONAL))
-                of_tile = [part(ref, tile) for part, ref in zip(parts, operands, strict=True)]
-                vars(refs).update(zip(names, of_tile, strict=True))
-                refs.q_start = q_block * config.block_q + tile.at[0].start
-                refs.k_start = k_block * config.block_k + tile.at[1].start
-                if refs.span is not None:
-                    refs.z = refs.span[walk.heads(ids, what)[0] * walk.wide(0) + tile.head]
-                found.append(kernel(config, refs, walk.by_rows))
-            return found
+            return [of(tile) for tile in walk.tiles(turn, minor(trip))]
 
         def limit(rule):
-            # Heads share what is masked.
-            _repeat(trips, lambda trip: [t.limit(rule) for t in beside(0, trip)[: walk.parts]])
+            def work(number):
+                part, trip = _split(number, walk.parts, trips)
+                of(Tile(0, part, 0, walk.place_of(part, minor(trip)))).limit(rule)
+
+            # Heads share what is masked. Parts beside each other would share positions: too many.
+            _repeat(walk.parts * trips, work)
 
         def add(masked):
             def work(number):
-                turn, trip = (number, 0) if trips == 1 else (0, number)
-                if trips > 1 and walk.turns > 1:
-                    turn, trip = jax.lax.div(number, trips), jax.lax.rem(number, trips)
+                turn, trip = _split(number, walk.turns, trips)
                 tiles = beside(turn, trip)
                 # No tile's products wait for the other's weights.
                 for tile in tiles:
@@ -465,3 +478,10 @@ def _repeat(count: int, work: Callable[[Any], Any]) -> None:
         work(0)
     else:
         jax.lax.fori_loop(0, count, lambda number, _: (work(number), None)[1], None)
+
+
+def _split(number: Any, outer: int, inner: int) -> tuple[Any, Any]:
+    """Numbers in an outer and in an inner loop, of a number in both together."""
+    if inner == 1 or outer == 1:
+        return (number, 0) if inner == 1 else (0, number)
+    return jax.lax.div(number, inner), jax.lax.rem(number, inner)
