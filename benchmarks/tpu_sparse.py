@@ -72,19 +72,20 @@ def _dense(schedule: Schedule, chip: chips.Chip, m: int) -> float:
 
 
 def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None) -> float:
-    """Two loops over outputs: one writes the dense tile, once, the other multiplies."""
+    """Many rows have a loop that writes the dense tile, once, before the one that multiplies."""
     values = jax.ShapeDtypeStruct((2, N, K // 4), jnp.int4 if group_size else jnp.bfloat16)
     scales = jax.ShapeDtypeStruct((N, K // group_size), jnp.float32) if group_size else None
     weight = nm.NMSparse(values, values, scales, 2, 4, group_size, (N, K), nm.LAYOUT)
     rows, outputs = tpu_nm.tiles(m, weight, 2)
+    few = tpu_nm.few_rows(m, weight, 2)
     inner = [loop for loop in schedule.inner() if _computes(loop)]
-    if len(inner) != 2:
+    # Scales of codes are spread before.
+    if len(inner) != (1 if few else 3 if group_size else 2):
         return float("nan")
-    fill, multiply = (loop.bundles for loop in inner)
-    fill *= outputs // tpu_nm.FILLED
-    multiply *= outputs // (chip.mxu if outputs % chip.mxu == 0 else tpu_nm.LANES)
-    each = (_step(schedule) + multiply) * -(-m // rows)
-    return (fill + each) * -(-N // outputs)
+    blocks = outputs // tpu_nm.columns(outputs, chip, few)
+    each = (_step(schedule) + inner[-1].bundles * blocks) * -(-m // rows)
+    fill = sum(loop.bundles for loop in inner[:-1]) * (outputs // tpu_nm.FILLED)
+    return float((fill + each) * -(-N // outputs))
 
 
 def _blocks(schedule: Schedule, chip: chips.Chip, m: int, count: int) -> float:
@@ -138,7 +139,7 @@ def _many_rows(schedule: Schedule, tile: tpu_many.Tile, m: int, count: int) -> f
 
 
 def _computes(part: Bundles) -> bool:
-    return bool(part.used.get("MXU", 0) or part.used.get("VALU", 0))
+    return any(part.used.get(unit, 0) for unit in ("MXU", "XLU", "VALU"))
 
 
 def _step(schedule: Schedule) -> int:

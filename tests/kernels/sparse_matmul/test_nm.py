@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.implementations import Unsupported
-from jaxcomp.kernels.sparse_matmul import nm_matmul, nm_sparse, nm_stored, prepare_nm
+from jaxcomp.kernels.sparse_matmul import nm_matmul, nm_sparse, nm_stored, prepare_nm, tpu_nm
+from jaxcomp.kernels.sparse_matmul.reference import Options
 
 from tests.fuzz import fuzz
 from tests.kernels.sparse_matmul import cases
@@ -106,6 +108,14 @@ class TestInterpretedTpu(TestXla):
         w, dense = cases.nm(rng, (1100, 512))
         x = cases.rows(rng, (300, 512), "float32")
         cases.assert_close(self.run(x, w), cases.product(x, dense), "float32")
+
+    def test_codes_in_float8(self, rng):
+        w, dense = cases.nm(rng, (72, 1024), dtype="int4", group_size=256)
+        x = cases.rows(rng, (5, 1024), "bfloat16")
+        options = Options(None, "float32")
+        y = tpu_nm.matmul(x, w, None, options, chips.BY_NAME["7x"], self.interpret)
+        cases.assert_close(y, cases.product(x, dense), "bfloat16")
+        cases.assert_no_races()
 
     def test_what_does_not_fit_is_told(self, rng):
         def reason(words, *args, **options):
