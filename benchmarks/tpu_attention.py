@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.schedules import Bundles, Schedule
-from jaxcomp.kernels.sparse_attention import tpu, tpu_decode, tpu_walk
 from jaxcomp.kernels.sparse_attention import schedule as listed
+from jaxcomp.kernels.sparse_attention import tpu, tpu_decode, tpu_walk
 
 from benchmarks.tpu_cases import Case
 from tests.kernels.sparse_attention import programs
