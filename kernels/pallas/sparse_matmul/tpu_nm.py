@@ -30,6 +30,8 @@ _VMEM = 48 << 20
 _FEW = 128
 # Outputs that are written out at a time: an int4 register holds so many.
 FILLED = 64
+# What int4 values are multiplied with where they become int8.
+_UNIT = 16
 # Integers as wide as numbers of so many bytes.
 _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}
 
@@ -223,7 +225,8 @@ def _few_rows(
     number = refs["values"].dtype
     if coded:
         number = _codes(x_ref.dtype, chip)
-        scales_ref[...] = refs["scales"][...].T
+        unit = _UNIT if number == jnp.int8 else 1
+        scales_ref[...] = refs["scales"][...].T * (1 / unit)
         _keep_in_memory(products_ref.at[0])
 
     def written(block, start):
@@ -303,7 +306,7 @@ def _many_rows(
     @pl.when(pl.program_id(1) == 0)
     def _():
         if coded:
-            own_ref[:, : k // group_size] = refs["scales"][...]
+            own_ref[:, : k // group_size] = refs["scales"][...] * (1 / _UNIT)
             _blocks(y_ref.shape[1], FILLED, spread)
         _blocks(y_ref.shape[1], FILLED, fill)
 
@@ -381,20 +384,20 @@ def _decompress(refs, block, start, dtype):
       dtype: of the values' numbers: theirs, or one that holds int4.
 
     Returns:
-      Four arrays.
+      Four arrays; int8 ones are ``_UNIT`` times the values.
     """
     columns = pl.ds(start, LANES)
-    first, second = (refs["values"][i, block, columns].astype(dtype) for i in (0, 1))
-    code = refs["positions"][block, columns].astype(_INTEGERS[first.dtype.itemsize])
-    bits = 8 * first.dtype.itemsize
-    first, second, code = (pltpu.bitcast(a, jnp.int32) for a in (first, second, code))
-    ones = jnp.int32(sum(1 << at for at in range(0, 31, bits)))
-
-    def where(bit):
-        """All bits of the numbers whose code has this one."""
-        one = (jax.lax.shift_right_logical(code, bit) if bit else code) & ones
-        return (one << bits) - one if bits < 32 else -one
-
+    first, second = (
+        pltpu.bitcast(refs["values"][i, block, columns].astype(dtype), jnp.int32) for i in (0, 1)
+    )
+    codes = refs["positions"][block, columns]
+    if dtype == jnp.int8:
+        first, second = (_upper_halves(a) for a in (first, second))
+        where = functools.partial(_signs, pltpu.bitcast(codes, jnp.int32))
+    else:
+        size = jnp.dtype(dtype).itemsize
+        codes = pltpu.bitcast(codes.astype(_INTEGERS[size]), jnp.int32)
+        where = functools.partial(_masks, codes, 8 * size)
     # Positions are in order: the first is 0, 1 or 2, and the second 1, 2 or 3.
     first_1, first_2 = first & where(0), first & where(1)
     second_2_3 = second & where(3)
@@ -406,6 +409,24 @@ def _decompress(refs, block, start, dtype):
         second_3,
     )
     return [pltpu.bitcast(part, dtype) for part in parts]
+
+
+def _masks(codes, bits, bit):
+    """All bits of those of a word's numbers whose code has a bit."""
+    ones = jnp.int32(sum(1 << at for at in range(0, 31, bits)))
+    one = (jax.lax.shift_right_logical(codes, bit) if bit else codes) & ones
+    return (one << bits) - one if bits < 32 else -one
+
+
+def _signs(codes, bit):
+    """The same of bytes, by the sign of an int4 code; their lower three bits may be any."""
+    top = pltpu.bitcast(codes << (3 - bit) if bit < 3 else codes, jnp.int4)
+    return pltpu.bitcast(top.astype(jnp.int8), jnp.int32)
+
+
+def _upper_halves(words):
+    """Bytes that hold int4 values, times ``_UNIT``: a mask's lower bits then do not matter."""
+    return (words << 4) & jnp.int32(-0x0F0F0F10)
 
 
 def _spread(ref, block, start, width):
