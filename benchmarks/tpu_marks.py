@@ -19,6 +19,7 @@ TENTH = 0.15
 KINDS = {
     "few": "few rows",
     "many": "many rows",
+    "format": "other formats and groups",
     "experts": "experts",
     "2:4": "2:4 weights",
     "blocks": "block-sparse weights",

@@ -15,6 +15,7 @@ table can be made in parts; the requirements are then checked on all rows of the
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import pathlib
@@ -83,6 +84,64 @@ def quantized_matmul() -> list[Case]:
     return cases
 
 
+# Weights that are not W4A16 in groups of 128 with bf16 scales.
+OTHERS = {
+    "int8 g128": {"format": "int8"},
+    "int2 g128": {"format": "int2"},
+    "fp8 g128": {"format": "fp8"},
+    "NF4 g128": {"format": "codebook"},
+    "int4 g32": {"group_size": 32},
+    "int4 g128 with zero points": {"zeros": True},
+    "int4 by channel": {"group_size": 4096, "scale_dtype": "float32"},
+    "W4A8 g128": {"activation_dtype": "native"},
+}
+
+
+def other_formats() -> list[Case]:
+    """Other weights of 4096x4096: of 16 rows against their bytes, of 2048 against bf16."""
+    from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
+    from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
+
+    cases, n, k = [], 4096, 4096
+    for name, options in OTHERS.items():
+        format, group = options.get("format", "int4"), options.get("group_size", 128)
+        arrays = 1 + options.get("zeros", False)
+        width = 4 if options.get("scale_dtype") == "float32" else 2
+        size = n * k * FORMATS[format].bits / 8 + arrays * n * (k // group) * width
+        for m in (16, 2048):
+            quantized = "activation_dtype" in options
+
+            def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
+                """By the loop that multiplies: up to 16 rows are quantized once, before."""
+                dtype = "int8" if chip.multiplies("int8") else "float8_e4m3fn"
+                how = tpu.arithmetic(
+                    chip, "bfloat16", Weight(None, None, None, None, format, group, (n, k)),
+                    reference.Options(None, dtype if quantized else None, "bfloat16"),
+                )  # fmt: skip
+                pieces = how.pieces * how.copies
+                tile = tpu_tiles.few(chip.name, m, n, k, group, how.depth, pieces)
+                loops = [max(schedule.loops, key=lambda loop: loop.bundles)]
+                whole = dataclasses.replace(schedule, loops=loops)
+                return tune_compiled.few_cycles(whole, tile, n, k) * -(-m // tile.m)
+
+            def dense(schedule, chip, m=m):
+                tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
+                times = [1, -(-m // tile.m) - 1]
+                return tune_compiled.dense_cycles(schedule, tile, n, times)
+
+            scaled = m > 16 and not quantized
+            kernel = f"quantized_matmul_{'dense_' if scaled else ''}{format}"
+            cases.append(
+                Case(
+                    f"format {name} M={m} 4096x4096", kernel, f"{_MODULE}:quantized",
+                    {"m": m, "n": n, "k": k, **options}, dense if scaled else sums,
+                    size if m == 16 else 0.0,
+                    against="" if m == 16 else "many W4A16 g128 M=2048 4096x4096 in bf16",
+                )
+            )  # fmt: skip
+    return cases
+
+
 def _against_bf16(name, kernel, target, options, cycles) -> list[Case]:
     """A product of many rows after the bf16 one in its tiling."""
     dense = f"{name} in bf16"
@@ -134,6 +193,7 @@ def grouped_matmul() -> list[Case]:
 
 CASES = {
     "quantized_matmul": quantized_matmul,
+    "other_formats": other_formats,
     "grouped_matmul": grouped_matmul,
     "sparse_matmul": tpu_sparse.cases,
     "sparse_attention": tpu_attention.cases,

@@ -24,7 +24,13 @@ def quantized(
     x_dtype: str = "bfloat16",
     activation_dtype: str | None = None,
 ):
-    """The TPU kernel on one device, with a prepared weight."""
+    """The TPU kernel on one device, with a prepared weight.
+
+    ``activation_dtype`` "native" is the one of eight bits that the chip multiplies.
+    """
+    if activation_dtype == "native":
+        integers = chips.BY_NAME[chip].multiplies("int8")
+        activation_dtype = "int8" if integers else "float8_e4m3fn"
     struct = functools.partial(whole, mesh)
     weight = prepared(mesh, (), n, k, format, group_size, zeros, scale_dtype)
     options = reference.Options(None, activation_dtype, x_dtype)
