@@ -165,16 +165,22 @@ def compare(found, expected) -> dict:
     """The share of codes that differ, and the largest relative difference of scales.
 
     A code that lies at a tie may fall to either side, and GPTQ corrects the later columns of its
-    row for it, their scales too; such rows are counted as codes, and left out of the scales.
+    row for it, their scales too; such rows are counted as codes, and left out of the scales. So are
+    all matrices after the first such row: they see other inputs. Their codes hold what remains.
     """
-    codes, scales, count = 0, 0.0, 0
+    codes, count, scales, moved = 0, 0, 0.0, False
     for name, (code, scale) in expected.items():
         other, theirs = found[name]
         assert other.shape == code.shape and other.dtype == code.dtype
         assert theirs.shape == scale.shape and theirs.dtype == scale.dtype == np.float32
-        same = (code == other).all(-1)[:, None]  # (layers, 1, out)
         codes, count = codes + int((code != other).sum()), count + code.size
-        scales = max(scales, float((np.abs(theirs / scale - 1) * same).max()))
+    for layer in range(LAYERS):
+        for name, (code, scale) in expected.items():  # In the order in which they are compressed.
+            other, theirs = (array[layer] for array in found[name])
+            same = (code[layer] == other).all(-1)  # (out,)
+            if not moved:
+                scales = max(scales, float((np.abs(theirs / scale[layer] - 1) * same).max()))
+            moved = moved or not same.all()
     return {"codes": codes / count, "scales": scales}
 
 
