@@ -267,7 +267,20 @@ def decode(refs, outputs, start, size, format, exact=True):
     codes = refs["w"][outputs, pl.ds(start, size)]
     if format == "codebook":
         index = codes.astype(jnp.int32) & 15
-        codes = jnp.full(index.shape, refs["table"][0], jnp.float32)
+        shape = (index.shape[0], _LANES)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+        values = jnp.full((1, _LANES), refs["table"][0], jnp.float32)
         for code in range(1, 16):
-            codes = jnp.where(index == code, refs["table"][code], codes)
+            values = jnp.where(lane == code, refs["table"][code], values)
+        # One permutation of lanes looks up 1024 codes.
+        codes = jnp.concatenate(
+            [
+                jnp.take_along_axis(
+                    jnp.broadcast_to(values, shape), index[:, at : at + _LANES], axis=1,
+                    mode="promise_in_bounds",
+                )
+                for at in range(0, size, _LANES)
+            ],
+            axis=1,
+        )  # fmt: skip
     return codes
