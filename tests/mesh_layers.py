@@ -162,13 +162,13 @@ def codes_and_scales(result) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def compare(found, expected) -> dict:
-    """The share of codes that differ, and the largest relative difference of scales.
+    """The share of codes that differ, the largest relative difference of scales, rows that moved.
 
     A code that lies at a tie may fall to either side, and GPTQ corrects the later columns of its
     row for it, their scales too; such rows are counted as codes, and left out of the scales. So are
-    all matrices after the first such row: they see other inputs. Their codes hold what remains.
+    all matrices after the first with such rows, of which it has few: they see other inputs.
     """
-    codes, count, scales, moved = 0, 0, 0.0, False
+    codes, count, scales, moved = 0, 0, 0.0, 0
     for name, (code, scale) in expected.items():
         other, theirs = found[name]
         assert other.shape == code.shape and other.dtype == code.dtype
@@ -180,8 +180,8 @@ def compare(found, expected) -> dict:
             same = (code[layer] == other).all(-1)  # (out,)
             if not moved:
                 scales = max(scales, float((np.abs(theirs / scale[layer] - 1) * same).max()))
-            moved = moved or not same.all()
-    return {"codes": codes / count, "scales": scales}
+            moved = moved or int((~same).sum())
+    return {"codes": codes / count, "scales": scales, "moved": moved}
 
 
 if __name__ == "__main__":
