@@ -15,6 +15,7 @@ from jaxcomp.kernels import chips
 import jaxcomp as jc
 from jaxcomp import formats, packed
 from jaxcomp.formats import Codebook, Float, Int
+from jaxcomp.graph import _compat
 from jaxcomp.quantization import RTN
 from jaxcomp.recipe import Recipe
 from tests.kernels import aot
@@ -101,8 +102,9 @@ def test_loops_over_layers_slice_no_codes(monkeypatch):
         """How many arrays of codes the loop slices."""
         program = jax.make_jaxpr(lambda *a: fast(*a))(ready, x)
         (loop,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
-        first = loop.params["num_consts"] + loop.params["num_carry"]
-        return sum(v.aval.dtype == jnp.int4 for v in loop.invars[first:])
+        parts = _compat.scan_of(loop.params)
+        sliced = loop.invars[parts.num_consts + parts.num_carry :]
+        return sum(v.aval.dtype == jnp.int4 for v in sliced)
 
     results = []
     for chip, expected in ((chips.CPU, 3), (chips.V5E, 0)):
