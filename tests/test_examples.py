@@ -157,7 +157,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, again["trained"], run("distill")["trained"])
 
 
-@pytest.mark.parametrize(("name", "snippets"), [("training", 80), ("scale", 25), ("attention", 40)])
+GUIDES = {"training": 80, "scale": 25, "attention": 40, "serving": 35}
+
+
+@pytest.mark.parametrize(("name", "snippets"), GUIDES.items())
 def test_a_guide(name, snippets):
     failed, tried = doctest.testfile(str(ROOT / "docs" / f"{name}.md"), module_relative=False)
     assert failed == 0 and tried > snippets
