@@ -38,12 +38,14 @@ def quantized_matmul(
 
     With ``activation_dtype`` rows of x are first quantized, by ``x_scales`` or their largest entry,
     and the product is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. Gradients
-    go to x (straight through that quantization), scales, zeros, bias and table.
+    go to x (straight through that quantization, but not where ``x_scales`` clip), scales, zeros,
+    bias and table.
 
     On a mesh of several devices each multiplies its own part of the weight (and quantizes its own
     part of a row, where K is split and no ``x_scales`` are given by that part's largest entry):
     sums are exchanged where K is split, weights never. Axes of Explicit type say how arrays are
-    split; on Auto axes ``weight_spec`` has to, and without it XLA does the product.
+    split; on Auto axes ``weight_spec`` has to. Without it XLA does the product as it sees fit: of
+    quantized rows it brings a weight whose K is split to every device.
 
     Args:
       x: ``(*stack, .., K)``, bf16 or f32.
@@ -309,7 +311,7 @@ def _forward(run, options, x, weight, bias, x_scales):
 def _backward(run, options, saved, dy):
     x, weight, bias, x_scales, z = saved
     dz = gradients.before_activation(options, z, dy)
-    dx, *dparts = reference.gradients(x, restored(weight), dz)
+    dx, *dparts = reference.gradients(x, restored(weight), dz, options, x_scales)
     dweight = gradients.of_weight(weight, *dparts)
     dbias = None if bias is None else jnp.sum(dz, axis=0).astype(bias.dtype)
     return dx, dweight, dbias, None if x_scales is None else jnp.zeros_like(x_scales)

@@ -45,7 +45,7 @@ def grouped_quantized_matmul(
 
     On a mesh each device multiplies the rows of its own experts with its own part of their
     weights; rows are summed over devices, weights never sent. Axes of Explicit type say how arrays
-    are split; on Auto axes ``weight_spec`` has to.
+    are split; on Auto axes ``weight_spec`` has to. Without it XLA brings experts to every device.
 
     Args:
       x: ``(tokens, K)``, bf16 or f32, sorted by expert.
@@ -173,7 +173,8 @@ def _backward(run, options, saved, dy):
     dz = gradients.before_activation(options, z, dy)
     stored = api.restored(weight)
     dx = grouped_reference.input_gradient(x, bounds, stored, dz)
-    dparts = grouped_reference.weight_gradients(x, bounds, stored, dz)
+    rows, _ = reference.multiplied(x, options)
+    dparts = grouped_reference.weight_gradients(rows, bounds, stored, dz)
     dweight = gradients.of_weight(weight, *dparts)
     dbias = None
     if bias is not None:

@@ -151,23 +151,54 @@ def _quantized_product(xq: jax.Array, weight: Weight) -> jax.Array:
     return jax.lax.scan(step, y, (xq, codes, scales, zeros))[0]
 
 
+def multiplied(
+    x: jax.Array, options: Options, x_scales: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """What a weight is multiplied with, for its cotangents: x, or what quantizing leaves of it.
+
+    Args:
+      x: ``(M, K)``.
+      options: what is fused.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
+
+    Returns:
+      ``(M, K)`` of x's dtype; and bool ``(M, K)``, which entries given scales do not clip, or None
+      for all: a row's own largest entry is one of the dtype.
+    """
+    dtype = options.activation_dtype
+    if dtype is None:
+        return x, None
+    codes, scales = quantize_rows(x, dtype, x_scales)
+    inside = None if x_scales is None else jnp.abs(scaled(x, scales)) <= _TOP[dtype]
+    return (codes.astype(jnp.float32) * scales).astype(x.dtype), inside
+
+
 def gradients(
-    x: jax.Array, weight: Weight, dz: jax.Array
+    x: jax.Array,
+    weight: Weight,
+    dz: jax.Array,
+    options: Options,
+    x_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """Cotangents of z = x Wᵀ; quantizing x passes them on as they are (straight through).
+    """Cotangents of z = x Wᵀ; quantizing x passes them straight through where it does not clip.
 
     Args:
       x: ``(M, K)``.
       weight: stored, without stack axes.
       dz: f32 ``(M, N)``.
+      options: what is fused.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       Cotangents of x, and of the scales, zeros and table of the weight.
     """
     w = weights.dequantize(weight).astype(x.dtype)
+    rows, inside = multiplied(x, options, x_scales)
     dx = dot(dz.astype(x.dtype), w, ((1,), (0,))).astype(x.dtype)
+    if inside is not None:
+        dx = jnp.where(inside, dx, jnp.zeros((), dx.dtype))
     # Two bf16 operands give the sums of W's cotangent that a dense layer's would have.
-    return dx, *part_gradients(weight, dot(dz.astype(x.dtype), x, ((0,), (0,))))
+    return dx, *part_gradients(weight, dot(dz.astype(x.dtype), rows, ((0,), (0,))))
 
 
 def part_gradients(

@@ -195,7 +195,50 @@ class TestXla:
         assert grads.scales.shape == case.scales.shape
 
 
+@pytest.mark.parametrize("x_scales", [None, 0.02])
+def test_gradients_of_quantized_rows(rng, x_scales):
+    """Scales and zeros meet rows as they were quantized; what given scales clip has no gradient."""
+    case = cases.make(rng, "int4", (8, 64), 32, zeros=True)
+    x = cases.rows(rng, (5, 64), "float32")
+    dy = rng.normal(size=(5, 8))
+
+    def loss(x, scales, zeros):
+        y = quantized_matmul(
+            x, case.codes, scales, zeros, activation_dtype="int8", x_scales=x_scales, **case.options
+        )
+        return jnp.sum(y * dy.astype(np.float32))
+
+    dx, dscales, dzeros = jax.grad(loss, (0, 1, 2))(x, case.scales, case.zeros)
+    rounded, clipped = cases.quantized_rows(x, "int8"), np.zeros(x.shape, bool)
+    if x_scales is not None:
+        codes = np.asarray(x) / np.float32(x_scales)
+        rounded, clipped = np.round(codes).clip(-127, 127) * x_scales, np.abs(codes) > 127
+        assert 0 < clipped.sum() < x.size / 2
+    np.testing.assert_allclose(dx, np.where(clipped, 0, dy @ case.dense), rtol=2e-4, atol=2e-3)
+
+    def by_group(dw):
+        return dw.reshape(8, 2, 32).sum(-1).T
+
+    scales = np.repeat(np.asarray(case.scales, np.float64).T, 32, 1)
+    each = case.dense / scales
+    np.testing.assert_allclose(dscales, by_group(dy.T @ rounded * each), rtol=2e-4, atol=2e-3)
+    np.testing.assert_allclose(dzeros, by_group(-dy.T @ rounded * scales), rtol=2e-4, atol=2e-3)
+
+
 class TestGrouped:
+    def test_gradients_of_quantized_rows(self, rng):
+        """Of one expert those of ``quantized_matmul``."""
+        case = cases.make(rng, "int4", (8, 64), 32, stack=(1,))
+        x = cases.rows(rng, (5, 64), "float32")
+
+        def loss(scales, product, *arguments):
+            y = product(*arguments, scales, activation_dtype="int8", **case.options)
+            return jnp.sum(jnp.sin(y))
+
+        ours = jax.grad(loss)(case.scales, grouped_quantized_matmul, x, jnp.array([5]), case.codes)
+        alone = jax.grad(loss)(case.scales[0], quantized_matmul, x, case.codes[0])
+        np.testing.assert_allclose(ours[0], alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+
     def test_gradients_reach_each_expert(self, rng):
         case = cases.make(rng, "int4", (8, 32), 32, stack=(2,))
         x = cases.rows(rng, (5, 32), "float32")
