@@ -167,18 +167,22 @@ def on_tpus(mesh, name, rules, apply, prepare):
     return fast, (placed, rows)
 
 
+SCANNED = {"name": "int4", "apply": "scanned", "prepare": True}
+ON_CHIPS = {
+    "v5e": [{"rules": "TENSOR", **SCANNED}, {"rules": "BOTH", **SCANNED}],
+    "v5p": [{"rules": "TENSOR", "name": "nf4", "apply": "unrolled", "prepare": False}],
+    "v6e": [{"rules": "BOTH", **SCANNED}],
+    "7x": [{"rules": "TENSOR", **SCANNED}],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler is not installed")
-def test_kernels_on_eight_tpus():
-    make, case = "tests.test_dispatch_sharded:on_tpus", {"mesh": (2, 4), "rules": "TENSOR"}
-    cases = [
-        case | {"name": "int4", "apply": "scanned", "prepare": True},
-        case | {"name": "nf4", "apply": "unrolled", "prepare": False},
-        case | {"name": "int4", "apply": "scanned", "prepare": True, "rules": "BOTH"},
-    ]
-    for case, result in zip(
-        cases, aot.compile_cases("v5e", [(make, c) for c in cases]), strict=True
-    ):
+@pytest.mark.parametrize("chip", ON_CHIPS)
+def test_kernels_on_eight_tpus(chip):
+    make, cases = "tests.test_dispatch_sharded:on_tpus", ON_CHIPS[chip]
+    results = aot.compile_cases(chip, [(make, {"mesh": (2, 4), **case}) for case in cases])
+    for case, result in zip(cases, results, strict=True):
         assert result["error"] is None, (case, result["error"])
         assert len(re.findall("tpu_custom_call", result["hlo"])) >= 3, case
         assert all(size < 1024 * 2048 // 16 for size in moved(result["hlo"])), case

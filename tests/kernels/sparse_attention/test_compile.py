@@ -49,15 +49,26 @@ def test_compiles(chip):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
-def test_a_ring_of_kernels_compiles():
-    """32k tokens over four devices, heads over two: kernels inside, keys and values passed on."""
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_compiles_on_eight_devices(chip):
+    """A ring: 32k tokens over four, heads over two; on v6e also sequences and heads that are split.
+
+    Kernels are inside; keys and values are passed on in the ring, and nothing is sent without it.
+    """
     ring = {
         "mesh": [2, 4], "queries": 1 << 15, "gradient": True, "block_q": 256, "block_k": 256,
+        "mask": "causal" if chip in ("v5e", "v6e") else "window",
         "specs": [[None, "model", "data"], [None, "model", "data"]],
     }  # fmt: skip
-    (result,) = aot.compile_cases("v5e", [(PROGRAMS + "attend", ring)])
-    assert result["error"] is None
-    used = set(re.findall(COLLECTIVES, result["hlo"]))
-    assert used == {"collective-permute"} and "tpu_custom_call" in result["hlo"]
-    for kernel in ("forward", "dq", "dkv"):
-        assert f"sparse_attention_{kernel}" in result["hlo"]
+    split = {
+        "mesh": [2, 4], "batch": 2, "queries": 4096, "gradient": True, "mask": "bigbird",
+        "specs": [["data", None, "model"], ["data", None, "model"]],
+    }  # fmt: skip
+    sent = [(ring, {"collective-permute"}), *([(split, set())] if chip == "v6e" else [])]
+    results = aot.compile_cases(chip, [(PROGRAMS + "attend", options) for options, _ in sent])
+    assert [r["error"] for r in results] == [None] * len(sent)
+    for (_, collectives), result in zip(sent, results, strict=True):
+        assert set(re.findall(COLLECTIVES, result["hlo"])) == collectives
+        for kernel in ("forward", "dq", "dkv"):
+            assert f"sparse_attention_{kernel}" in result["hlo"]
+        assert "tpu_custom_call" in result["hlo"]
