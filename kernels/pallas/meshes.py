@@ -1,4 +1,4 @@
-"""Mesh axes as specs name them: none, one, or several."""
+"""Mesh axes as specs name them: none, one, or several; and those over which values vary."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +67,77 @@ def split_as(operands: Any, specs: Any, mesh: jax.sharding.AbstractMesh) -> Any:
         return jax.tree.map(lambda a: jax.reshard(a, NamedSharding(mesh, spec)), part)
 
     return jax.tree.map(one, specs, operands, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def varying(*operands: Any) -> frozenset[str]:
+    """Mesh axes over which any array varies, inside a shard_map that keeps account of it.
+
+    Args:
+      *operands: pytrees of arrays.
+
+    Returns:
+      Names of axes; none outside of a shard_map, or in one with ``check_vma=False``.
+    """
+    types = [jax.typeof(array).manual_axis_type for array in jax.tree.leaves(operands)]
+    return frozenset().union(*(each.varying for each in types))
+
+
+def vary_alike(*operands: Any) -> tuple[Any, ...]:
+    """Operands that all vary over the mesh axes over which any of them does.
+
+    What has a derivative of its own takes such operands only: the cotangent of each then varies as
+    it does. Of one that was the same on several devices, the cotangents are summed over them.
+
+    Args:
+      *operands: pytrees of arrays; None for one that there is not.
+
+    Returns:
+      The operands.
+    """
+    axes = varying(operands)
+    if not axes:
+        return operands
+    return vary_over(operands, axes)
+
+
+def vary_over(operands: Any, axes: frozenset[str]) -> Any:
+    """A pytree of arrays, each of which varies over mesh axes of a shard_map, as all do or not."""
+
+    def cast(array):
+        missing = tuple(sorted(axes - varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(cast, operands)
+
+
+def varied(results: Any, *operands: Any) -> Any:
+    """Results of operands, from a kernel that does not know how they vary.
+
+    Args:
+      results: pytree of arrays.
+      *operands: pytrees of arrays.
+
+    Returns:
+      The results, which vary as the operands do.
+    """
+    return vary_over(results, varying(operands))
+
+
+def blank(
+    shape: Sequence[int], dtype: jax.typing.DTypeLike, *operands: Any
+) -> jax.ShapeDtypeStruct:
+    """The shape of what a kernel makes of operands: it varies as they do.
+
+    Args:
+      shape: of the result.
+      dtype: of the result.
+      *operands: pytrees of arrays.
+
+    Returns:
+      What ``pallas_call`` takes as ``out_shape``, also inside a shard_map with ``check_vma=True``.
+    """
+    varies = jax.sharding.ManualAxisType(varying=varying(operands))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
 
 
 def _named(axes: Axes, name: str, spec: PartitionSpec) -> Sequence[str]:

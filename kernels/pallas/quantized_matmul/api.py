@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels import chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul import gradients, layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -93,6 +93,7 @@ def quantized_matmul(
     _check_rows(x, weight)
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     x_scales = _row_scales(x, x_scales, options)
+    x, weight, bias, x_scales = meshes.vary_alike(x, weight, bias, x_scales)
     place = sharding.placement(x, weight, weight_spec, x_spec)
     if place is None:
         return _stacked(run, options, x, weight, bias, x_scales)

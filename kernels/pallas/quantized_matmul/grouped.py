@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels import chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul import (
     api,
     gradients,
@@ -94,6 +94,7 @@ def grouped_quantized_matmul(
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.minimum(jnp.pad(ends, (1, 0)), x.shape[0])
+    x, bounds, weight, bias = meshes.vary_alike(x, bounds, weight, bias)
     place = sharding.placement(x, weight, weight_spec, x_spec, by_expert=True)
     if place is None:
         return _differentiable(run, options, x, bounds, weight, bias)

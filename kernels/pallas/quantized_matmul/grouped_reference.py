@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxcomp.kernels.meshes import varied
 from jaxcomp.kernels.quantized_matmul import reference, weights
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -103,7 +104,8 @@ def weight_gradients(
             return dw + reference.dot(rows, of_x, ((0,), (0,)))
 
         steps = (end - start + size - 1) // size
-        dw = jax.lax.fori_loop(0, steps, add, jnp.zeros(weight.shape, jnp.float32))
+        dw = varied(jnp.zeros(weight.shape, jnp.float32), dz)
+        dw = jax.lax.fori_loop(0, steps, add, dw)
         dscales, dzeros, more = reference.part_gradients(weight, dw)
         return None if more is None else dtable + more, (dscales, dzeros)
 
@@ -145,7 +147,7 @@ def _by_expert(
     """Writes ``multiply(rows, dense(weight, bias))`` of each expert and its rows to y."""
     m = x.shape[0]
     size = _rows_of_a_step(m, weight.stack[0])
-    x, y = _padded(x, size), _padded(y, size)
+    x, y = _padded(x, size), varied(_padded(y, size), x)
 
     def expert(y, part):
         weight, bias, start, end = part

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels.meshes import varied
 from jaxcomp.kernels.quantized_matmul import weights
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
@@ -147,7 +148,7 @@ def _quantized_product(xq: jax.Array, weight: Weight) -> jax.Array:
             product = product - total * zero[None]
         return y + product * scale[None], None
 
-    y = jnp.zeros((xq.shape[1], weight.shape[0]), jnp.float32)
+    y = varied(jnp.zeros((xq.shape[1], weight.shape[0]), jnp.float32), xq)
     return jax.lax.scan(step, y, (xq, codes, scales, zeros))[0]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import layout, reference, tpu_dense, tpu_rows, tpu_tiles
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_dense import decode
@@ -234,7 +235,7 @@ def matmul(
             out_specs=spec((tile.m, tile.n), lambda i, j, step, *layer: (i, j)),
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        out_shape=blank((padded, n), options.out_dtype, operands["x"][0]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None
             if interpret

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import reference
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
@@ -123,7 +124,7 @@ def matmul(
             out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
             scratch_shapes=scratch(tile, k),
         ),
-        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        out_shape=blank((padded, n), options.out_dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if interpret else ("parallel", "arbitrary"),
             vmem_limit_bytes=48 << 20,

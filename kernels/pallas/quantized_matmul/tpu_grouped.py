@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import layout, tpu, tpu_dense, tpu_rows, tpu_tiles
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
@@ -356,7 +357,7 @@ def _call(
             out_specs=pl.BlockSpec((tile_m, outputs), lambda j, i, *rest: (rest[-1].tile[i], j)),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((-(-m // tile_m) * tile_m, n), options.out_dtype),
+        out_shape=blank((-(-m // tile_m) * tile_m, n), options.out_dtype, operands["x"][0]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None
             if interpret

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels import chips, implementations, meshes
 from jaxcomp.kernels.sparse_attention import (
     cache_sharding,
     checks,
@@ -131,7 +131,7 @@ def attention(
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    operands = {name: x for name, x in operands.items() if x is not None}
+    (operands,) = meshes.vary_alike({n: x for n, x in operands.items() if x is not None})
     place = sharding.placement(q, k, mask, span, q_spec, kv_spec)
     run = functools.partial(
         _run,
@@ -312,6 +312,7 @@ def decode_attention(
     if layers is not None and cache_sharding.reads_layers(q, place):
         operands |= {name: layers[name] for name in ("k", "v")}
         operands["layer"] = jnp.asarray(layer, jnp.int32)
+    (operands,) = meshes.vary_alike(operands)
     if place is None:
         out, lse = run(operands, mask, 0, q.dtype)
     else:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxcomp.kernels.meshes import varied
 from jaxcomp.kernels.sparse_attention.gpu_kernel import (
     LOG2_E,
     LOWEST,
@@ -110,7 +111,7 @@ def decode(
         )
 
     parts = problem.splits * WORKERS
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, parts, rows, dim), jnp.float32),
@@ -126,7 +127,8 @@ def decode(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )(*operands.values())
+    )
+    return varied(kernel(*operands.values()), operands)
 
 
 def stage_count(dim: int, dtype: jax.typing.DTypeLike, cache: jax.typing.DTypeLike) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
@@ -729,7 +730,7 @@ def attention(
             out_specs=[whole(out_dim), whole(LANES)],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=list(results.values()),
+        out_shape=[blank(a.shape, a.dtype, q) for a in results.values()],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * read * rows.count * (dim + out_dim),

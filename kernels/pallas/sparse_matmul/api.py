@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations
+from jaxcomp.kernels import chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 from jaxcomp.kernels.sparse_matmul import (
     blocks,
@@ -185,6 +185,7 @@ def _options(x, shape, bias, activation, out_dtype) -> Options:
 
 def _placed(product, options, x, w, bias, place) -> jax.Array:
     """The product on one device, or each device's part of it."""
+    x, w, bias = meshes.vary_alike(x, w, bias)
     if place is None:
         return _rows(functools.partial(product, options), x, w, bias)
     # What is fused needs the sum over devices.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxcomp.kernels.meshes import varied
 
 ROWS = 64  # outputs of a warpgroup
 WORKERS = 2
@@ -87,7 +88,7 @@ def product(
             functools.partial(_multiply, *arguments, span, worker),
         )
 
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((split, n, m_blocks * tokens), jnp.float32),
         grid=(n // (ROWS * WORKERS), m_blocks, split),
@@ -97,7 +98,8 @@ def product(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )(*inputs.values())
+    )
+    return varied(kernel(*inputs.values()), inputs)
 
 
 def _outputs(worker) -> pl.Slice:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import reference, tpu_many
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -140,7 +141,7 @@ def _product(x, weight, bias, options, axis, chip, interpret):
             out_specs=pl.BlockSpec((tm, n), lambda i, step, *_: (i, 0)),
             scratch_shapes=[pltpu.VMEM((tm, n), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
+        out_shape=blank((x.shape[0], n), options.out_dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -235,7 +236,7 @@ def _values_gradient(x, weight, dz, interpret):
             out_specs=pl.BlockSpec((copy, bn, bk), lambda step, i, *_: (step, 0, 0)),
             scratch_shapes=[pltpu.VMEM((copy, bn, bk), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct(weight.values.shape, reference.gradient_dtype(weight)),
+        out_shape=blank(weight.values.shape, reference.gradient_dtype(weight), x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import reference
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -144,7 +145,7 @@ def matmul(
                 *(pltpu.VMEM((sizes.slots, *a.shape[1:]), a.dtype) for a in listed),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
+        out_shape=blank((x.shape[0], n), options.out_dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),

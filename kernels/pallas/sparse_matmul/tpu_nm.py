@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -133,7 +134,7 @@ def matmul(
         grid=(-(-n // tn), rows // tm),
         in_specs=[spec for _, spec in operands.values()],
         out_specs=pl.BlockSpec((tm, tn), lambda j, i: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((rows, n), options.out_dtype),
+        out_shape=blank((rows, n), options.out_dtype, x),
         scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
