@@ -1,6 +1,7 @@
 """Reference models in Flax NNX, with loaders for local folders in Hugging Face layout."""
 
 from jaxcomp.io.stacked import densified
+from jaxcomp.models.attention import Attending
 from jaxcomp.models.bert import Bert, BertConfig
 from jaxcomp.models.generate import generate
 from jaxcomp.models.gpt2 import GPT2, GPT2Config
@@ -21,6 +22,7 @@ from jaxcomp.models.sizes import config_of
 
 __all__ = [
     "GPT2",
+    "Attending",
     "Bert",
     "BertConfig",
     "GPT2Config",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcomp.models import layers as blocks
+from jaxcomp.models.attention import DEFAULT, Attending, attention
 from jaxcomp.models.config import Fields
 from jaxcomp.models.gpt2 import ACTIVATIONS
 from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
@@ -113,11 +114,12 @@ class Layer(nnx.Module):
         )
         self.head_dim, self.activation = c.head_dim, c.hidden_act
 
-    def __call__(self, x, mask):
+    def __call__(self, x, attending):
         """Maps ``(batch, tokens, hidden)`` to the same shape."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = blocks.named(*(p(x).reshape(shape) for p in (self.query, self.key, self.value)))
-        x = self.attention_norm(x + self.attention_output(blocks.attention(q, k, v, mask)))
+        attended = attending(q, {"k": k, "v": v})
+        x = self.attention_norm(x + self.attention_output(attended))
         return self.output_norm(x + self.output(ACTIVATIONS[self.activation](self.intermediate(x))))
 
 
@@ -132,6 +134,7 @@ class Bert(nnx.Module):
         param_dtype: Any = jnp.float32,
         scan: bool = False,
         remat: bool = False,
+        attention: Attending = DEFAULT,
         rngs: nnx.Rngs,
     ):
         """Makes a model with random weights; arguments as of ``Llama``."""
@@ -156,6 +159,7 @@ class Bert(nnx.Module):
             self.head_norm = blocks.LayerNorm(c.hidden_size, c.layer_norm_eps, **norm)
             self.head_bias = nnx.Param(jnp.zeros((c.vocab_size,), param_dtype))
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
+        self.attention = attention
 
     def __call__(self, tokens, attention_mask=None, token_types=None):
         """Hidden states, or with the head the logits, at every position.
@@ -174,11 +178,15 @@ class Bert(nnx.Module):
         x = self.word_embeddings(tokens, self.dtype)
         x = x + self.position_embeddings(positions, self.dtype)
         x = self.embeddings_norm(x + self.token_type_embeddings(types, self.dtype))
-        mask = None if attention_mask is None else (attention_mask != 0)[:, None, :]
+        real = None if attention_mask is None else attention_mask != 0
+        mask = None if real is None else real[:, None, :]
+        attending = functools.partial(
+            attention, mask=mask, how=self.attention, causal=False, real=real
+        )
 
         def body(layer, x, item, cache):
             del item, cache
-            return layer(x, mask), None
+            return layer(x, attending), None
 
         x, _ = blocks.run_layers(self.layers, body, x, None, remat=self.remat)
         if self.config.masked_lm_head:

@@ -12,8 +12,10 @@ so ``init_cache(.., spec=)`` notes it in the cache.
 """
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +46,24 @@ class Split:
     spec: PartitionSpec
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Empty:
+    """Says of a cache, among its arrays, that it holds nothing: its length is not known to a trace.
+
+    What reads a prompt into such a cache reads the prompt alone. No cache with tokens says so.
+    """
+
+
 def init_cache(
     shape: tuple[int, int, int],
     batch: int,
     length: int,
     dtype: Dtype = jnp.float32,
     spec: PartitionSpec | None = None,
-) -> dict[str, jax.Array | Split]:
+    *,
+    empty: bool = False,
+) -> dict[str, jax.Array | Split | Empty]:
     """An empty key-value cache.
 
     Args:
@@ -60,12 +73,14 @@ def init_cache(
       dtype: of keys and values: a float, which the model's own reads fastest; or int8,
         float8_e4m3fn or float8_e5m2, which are scaled for each token and head.
       spec: mesh axes of (batch, positions, kv_heads) on the mesh in use (``jax.set_mesh``). On one
-        of Auto axes, decoding runs on the kernel only where this is given.
+        of Auto axes, attention runs on kernels only where this is given.
+      empty: note that it is empty, so that the first call reads a prompt as without a cache, on the
+        kernel where there is one. What that call returns lacks the note: a loop cannot carry both.
 
     Returns:
       ``{"k", "v": (layers, batch, length, kv_heads, head_dim), "length": int32 scalar}``; of int8
       and fp8 also ``"k_scale", "v_scale": (layers, batch, length, kv_heads)`` float32; of a spec
-      also ``"split"``, which is no array.
+      and ``empty`` also ``"split"`` and ``"empty"``, which are no arrays.
 
     Raises:
       JaxcompError: the dtype is none of these, or the mesh in use cannot split the cache so.
@@ -78,14 +93,14 @@ def init_cache(
     layers, kv_heads, head_dim = shape
     full = (layers, batch, length, kv_heads, head_dim)
 
-    def empty():
+    def zeros():
         cache = {name_: jnp.zeros(full, dtype) for name_ in ("k", "v")}
         if name in CODES:
             cache |= {name_: jnp.ones(full[:-1], jnp.float32) for name_ in ("k_scale", "v_scale")}
         return cache
 
     if spec is None:
-        cache = empty()
+        cache = zeros()
     else:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -93,8 +108,9 @@ def init_cache(
         held = PartitionSpec(None, *spec)
         sharding.check_spec(held, full[:-1], dict(mesh.shape), "a key-value cache")
         # No device ever has all of it.
-        cache = jax.jit(empty, out_shardings=held)() | {"split": Split(spec)}
-    return cache | {"length": jnp.zeros((), jnp.int32)}
+        cache = jax.jit(zeros, out_shardings=held)() | {"split": Split(spec)}
+    noted = {"empty": Empty()} if empty else {}
+    return cache | {"length": jnp.zeros((), jnp.int32)} | noted
 
 
 def check_dtype(dtype: Dtype) -> str:
@@ -136,6 +152,56 @@ def encoded(x: jax.Array, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(codes) if integer else codes).astype(dtype), scale
 
 
+def multiplied(entries: dict[str, jax.Array], dtype: Dtype) -> tuple[jax.Array, jax.Array]:
+    """Keys and values in a dtype, of what a cache holds.
+
+    Args:
+      entries: as of ``LayerCache.entries``.
+      dtype: a float.
+
+    Returns:
+      k, v: ``(batch, length, heads, head_dim)``.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def one(name):
+        scale = entries.get(f"{name}_scale")
+        if scale is None:
+            return entries[name].astype(dtype)
+        return (entries[name].astype(wide) * scale[..., None].astype(wide)).astype(dtype)
+
+    return one("k"), one("v")
+
+
+def by_window(
+    run: Callable[[Any], jax.Array], window: jax.Array | int | None, windows: tuple[int, ...]
+) -> jax.Array:
+    """Runs a kernel with the causal mask of a window.
+
+    Args:
+      run: takes a mask of ``jc.attention``.
+      window: a query looks at its own and the ``window - 1`` positions before it; None is no
+        limit. It may be traced.
+      windows: all values that a traced window can have, ascending.
+
+    Returns:
+      What ``run`` returns.
+    """
+    # Pallas takes a while to import.
+    from jaxcomp.kernels.sparse_attention import masks
+
+    def limited(window: int | None) -> jax.Array:
+        if window is None or window >= NO_LIMIT:
+            return run(masks.causal())
+        return run(masks.window(window, causal=True))
+
+    if isinstance(window, jax.core.Tracer):
+        # A kernel is made for one mask: where layers that a loop runs differ, for each of them.
+        which = jnp.searchsorted(jnp.asarray(windows, jnp.int32), window)
+        return jax.lax.switch(which, [functools.partial(limited, w) for w in windows])
+    return limited(None if window is None else int(window))
+
+
 class LayerCache(NamedTuple):
     """A key-value cache as one layer gets it: whole, so that it can be written in place.
 
@@ -144,33 +210,34 @@ class LayerCache(NamedTuple):
       length: positions that are filled.
       layer: which layer's it is.
       split: how it lies on a mesh, where that is noted.
+      empty: whether it is known to hold nothing.
     """
 
     arrays: dict[str, jax.Array]
     length: jax.Array
     layer: jax.Array | int
     split: Split | None = None
+    empty: bool = False
 
-    def append(self, k: jax.Array, v: jax.Array) -> "LayerCache":
-        """The cache with new keys and values ``(batch, tokens, heads, head_dim)`` at its end."""
+    def entries(self, k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
+        """New keys and values ``(batch, tokens, heads, head_dim)`` as the cache holds them."""
         new = {"k": k, "v": v}
-        if "k_scale" in self.arrays:
-            for name in ("k", "v"):
-                new[name], new[f"{name}_scale"] = encoded(new[name], self.arrays[name].dtype)
+        for name, x in (("k", k), ("v", v)):
+            dtype = self.arrays[name].dtype
+            if "k_scale" in self.arrays:
+                new[name], new[f"{name}_scale"] = encoded(x, dtype)
+            else:
+                new[name] = x.astype(dtype)
+        return new
+
+    def append(self, new: dict[str, jax.Array]) -> "LayerCache":
+        """The cache with ``entries`` at its end."""
         written = {name: self._write(self.arrays[name], x) for name, x in new.items()}
         return self._replace(arrays=written)
 
-    def read(self, heads: int, dtype: Dtype) -> tuple[jax.Array, jax.Array]:
-        """All keys and values of the layer, ``(batch, length, heads, head_dim)`` in a dtype."""
-        own, wide = self._own(heads), jnp.promote_types(dtype, jnp.float32)
-
-        def one(name):
-            scale = own.get(f"{name}_scale")
-            if scale is None:
-                return own[name].astype(dtype)
-            return (own[name].astype(wide) * scale[..., None].astype(wide)).astype(dtype)
-
-        return one("k"), one("v")
+    def read(self, heads: int) -> dict[str, jax.Array]:
+        """Everything that the layer holds, ``(batch, length, heads, ..)``, as ``entries``."""
+        return self._own(heads)
 
     def attend(
         self,
@@ -178,6 +245,7 @@ class LayerCache(NamedTuple):
         heads: int,
         window: jax.Array | int | None = None,
         windows: tuple[int, ...] = (),
+        implementation: str | None = None,
     ) -> jax.Array:
         """Attention of the newest tokens to what the cache holds, their own keys among it.
 
@@ -189,6 +257,7 @@ class LayerCache(NamedTuple):
           window: a query looks at its own and the ``window - 1`` positions before it; None is no
             limit. It may be traced.
           windows: all values that a traced window can have, ascending.
+          implementation: of ``decode_attention``; None for the best that fits.
 
         Returns:
           ``(batch, queries, heads, head_dim)`` in q's dtype.
@@ -204,19 +273,20 @@ class LayerCache(NamedTuple):
         lengths = jnp.full(q.shape[:1], self.length + q.shape[1], jnp.int32)
         kv_spec = self._spec(heads)
 
-        def run(window: int | None) -> jax.Array:
-            limited = window is not None and window < NO_LIMIT
-            mask = kernels.window(window, causal=True) if limited else kernels.causal()
+        def run(mask: Any) -> jax.Array:
             # The cache began as zeros.
             return kernels.decode_attention(
-                q, lengths=lengths, mask=mask, layer=layer, finite=True, kv_spec=kv_spec, **held
+                q,
+                lengths=lengths,
+                mask=mask,
+                layer=layer,
+                finite=True,
+                kv_spec=kv_spec,
+                implementation=implementation,
+                **held,
             )
 
-        if isinstance(window, jax.core.Tracer):
-            # A kernel is made for one mask: where layers that a loop runs differ, for each of them.
-            which = jnp.searchsorted(jnp.asarray(windows, jnp.int32), window)
-            return jax.lax.switch(which, [lambda w=w: run(w) for w in windows])
-        return run(None if window is None else int(window))
+        return by_window(run, window, windows)
 
     def _spec(self, heads: int) -> PartitionSpec | None:
         """How the keys of this layer are split, if that must be said and each device has some."""

@@ -1,7 +1,7 @@
 """Text generation with a key-value cache: one prefill, then one jitted scan over new tokens.
 
-The prompt is read by plain attention, each new token by ``jc.attention.decode_attention``: on a TPU
-its kernel, elsewhere XLA.
+The prompt is read by ``jc.attention.attention``, each new token by ``decode_attention``: on a TPU
+their kernels, elsewhere XLA (``jaxcomp.models.attention``).
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def generate(
         lies; "int8", "float8_e4m3fn" and "float8_e5m2" keep a scale for each token and head, and
         halve a bfloat16 cache.
       cache_spec: mesh axes of the cache's (batch, positions, kv_heads), for weights on a mesh of
-        Auto axes: without it XLA splits the cache as it sees fit, and no kernel decodes.
+        Auto axes: without it XLA splits the cache as it sees fit, and no kernel reads or decodes.
 
     Returns:
       ``(batch, length + max_new_tokens)`` int32.
@@ -102,7 +102,7 @@ def _generate(
         sizes = jax.sharding.get_abstract_mesh().shape
         parts = math.prod(sizes.get(name, 1) for name in names_of(spec[1]))
         room = -(-room // parts) * parts
-    cache = init_cache(shape, batch, room, dtype, spec)
+    cache = init_cache(shape, batch, room, dtype, spec, empty=True)
     keys = jax.random.split(key, new)
     logits, cache = apply(params, tokens, None, cache)
     first = sample(logits[:, -1], keys[0], temperature, top_k, top_p)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxcomp.models import layers as blocks
+from jaxcomp.models.attention import DEFAULT, Attending, attend
 from jaxcomp.models.cache import init_cache
 from jaxcomp.models.config import Fields
 from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
@@ -171,6 +172,7 @@ class GPT2(nnx.Module):
         param_dtype: Any = jnp.float32,
         scan: bool = False,
         remat: bool = False,
+        attention: Attending = DEFAULT,
         rngs: nnx.Rngs,
     ):
         """Makes a model with random weights; arguments as of ``Llama``."""
@@ -191,12 +193,20 @@ class GPT2(nnx.Module):
         if not c.tie_word_embeddings:
             self.lm_head = blocks.Linear(c.n_embd, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
+        self.attention = attention
 
     def init_cache(
-        self, batch: int, length: int, dtype: Any = None, spec: PartitionSpec | None = None
+        self,
+        batch: int,
+        length: int,
+        dtype: Any = None,
+        spec: PartitionSpec | None = None,
+        *,
+        empty: bool = False,
     ) -> dict[str, Any]:
         """An empty key-value cache; arguments as of ``Llama.init_cache``."""
-        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype, spec)
+        dtype = dtype or self.dtype
+        return init_cache(self.config.cache_shape, batch, length, dtype, spec, empty=empty)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position; arguments and results as of ``Llama``."""
@@ -205,11 +215,11 @@ class GPT2(nnx.Module):
         positions = order if positions is None else positions
         keys = tokens.shape[1] if cache is None else cache["k"].shape[2]
         blocks.check_length(keys, self.config.n_positions)
-        attend = functools.partial(blocks.attend, order=order)
+        attending = functools.partial(attend, order=order, how=self.attention)
 
         def body(layer, x, item, cache):
             del item
-            return layer(x, attend, cache)
+            return layer(x, attending, cache)
 
         x = self.wte(tokens, self.dtype) + self.wpe(positions, self.dtype)
         x, cache = blocks.run_layers(self.h, body, x, None, cache, remat=self.remat)

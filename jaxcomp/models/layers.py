@@ -110,89 +110,6 @@ def named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Arra
     return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Grouped-query attention, softmax in float32.
-
-    Args:
-      q: ``(batch, queries, heads, head_dim)``.
-      k: ``(batch, keys, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``.
-      v: as ``k``.
-      mask: bool, broadcastable to ``(batch, queries, keys)``, True where a query may look; or None.
-
-    Returns:
-      ``(batch, queries, heads * head_dim)`` in the dtype of ``q``.
-    """
-    batch, queries, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1:3]
-    groups = heads // kv_heads
-    # All queries of a key head are rows of one matrix: one plain batched product, no transposed
-    # scores.
-    q = q.reshape(batch, queries, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, kv_heads, groups * queries, head_dim)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bkmd,bskd->bkms", q, k, preferred_element_type=wide) * head_dim**-0.5
-    scores = scores.reshape(batch, kv_heads, groups, queries, keys)
-    if mask is not None:
-        # Added, not selected: XLA then works in place on this largest array of the model.
-        scores = scores + jnp.where(mask[:, None, None], 0, jnp.finfo(wide).min).astype(wide)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    weights = weights.reshape(batch, kv_heads, groups * queries, keys)
-    out = jnp.einsum("bkms,bskd->bkmd", weights, v)
-    out = out.reshape(batch, kv_heads, groups, queries, head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, queries, heads * head_dim)
-
-
-def causal_mask(
-    positions: jax.Array, keys: int, window: jax.Array | int | None = None
-) -> jax.Array:
-    """Which of the first ``keys`` positions each query may look at.
-
-    Args:
-      positions: ``(batch, queries)`` int32 positions of the queries.
-      keys: number of key positions, counted from zero.
-      window: a query looks at its own and the ``window - 1`` positions before it; None is no limit.
-
-    Returns:
-      Bool ``(batch, queries, keys)``.
-    """
-    distance = positions[:, :, None] - jnp.arange(keys, dtype=jnp.int32)
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: LayerCache | None,
-    *,
-    order: jax.Array,
-    window: jax.Array | int | None = None,
-    windows: tuple[int, ...] = (),
-) -> tuple[jax.Array, LayerCache | None]:
-    """Causal attention of new tokens to themselves and to those that a cache holds.
-
-    Args:
-      q: queries of the new tokens, as for ``attention``.
-      k: their keys.
-      v: their values.
-      cache: of this layer, or None.
-      order: ``(1, tokens)`` int32, how many tokens come before each.
-      window: as for ``causal_mask``; a loop's layers may bring it as a traced number.
-      windows: the values that such a number can have, ascending.
-
-    Returns:
-      ``(batch, tokens, heads * head_dim)``, and the cache with the new keys and values.
-    """
-    if cache is not None:
-        heads, cache = k.shape[2], cache.append(k, v)
-        if q.shape[1] == 1:
-            out = cache.attend(q, heads, window, windows)
-            return out.reshape(*q.shape[:2], -1), cache
-        k, v = cache.read(heads, q.dtype)
-    return attention(q, k, v, causal_mask(order, k.shape[1], window)), cache
-
-
 def rotary(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of rotary position embedding.
 
@@ -269,7 +186,7 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
 
     def run(layer, x, item, kv, index):
         if kv is not None:
-            kv = LayerCache(kv, cache["length"], index, cache.get("split"))
+            kv = LayerCache(kv, cache["length"], index, cache.get("split"), "empty" in cache)
         x, kv = body(layer, x, item, kv)
         return checkpoint_name(x, "hidden"), None if kv is None else kv.arrays
 
@@ -277,7 +194,8 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
     # there twice.
     kv = None
     if cache is not None:
-        kv = {name: array for name, array in cache.items() if name not in ("length", "split")}
+        notes = ("length", "split", "empty")
+        kv = {name: array for name, array in cache.items() if name not in notes}
     if isinstance(layers, nnx.List):
         for i, layer in enumerate(layers):
             item = jax.tree.map(lambda a, i=i: a[i], inputs)
@@ -302,4 +220,6 @@ def run_layers(layers, body, x: jax.Array, inputs, cache=None, *, remat: bool = 
             scanned = jax.checkpoint(scanned, prevent_cse=False)
         index = None if cache is None else jnp.arange(count, dtype=jnp.int32)
         (x, kv), _ = jax.lax.scan(scanned, (x, kv), (state, inputs, index))
-    return x, None if kv is None else cache | kv
+    if kv is None:
+        return x, None
+    return x, {name: value for name, value in cache.items() if name != "empty"} | kv

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxcomp.models import layers as blocks
+from jaxcomp.models.attention import DEFAULT, Attending, attend
 from jaxcomp.models.cache import NO_LIMIT, init_cache
 from jaxcomp.models.config import Fields
 from jaxcomp.models.sizes import LayerSize, common_sizes, layer_sizes
@@ -234,6 +235,7 @@ class Llama(nnx.Module):
         param_dtype: Any = jnp.float32,
         scan: bool = False,
         remat: bool = False,
+        attention: Attending = DEFAULT,
         rngs: nnx.Rngs,
     ):
         """Makes a model with random weights.
@@ -244,6 +246,7 @@ class Llama(nnx.Module):
           param_dtype: dtype of the parameters.
           scan: stack the layers' parameters on a leading axis and run them under ``lax.scan``.
           remat: recompute each layer in the backward pass.
+          attention: how attention is computed, and split on a mesh of Auto axes.
           rngs: key of the initial weights.
         """
         c = config
@@ -262,9 +265,16 @@ class Llama(nnx.Module):
         if not c.tie_word_embeddings:
             self.lm_head = blocks.Linear(c.hidden_size, c.vocab_size, **kw)
         self.config, self.dtype, self.remat = c, jnp.dtype(dtype), remat
+        self.attention = attention
 
     def init_cache(
-        self, batch: int, length: int, dtype: Any = None, spec: PartitionSpec | None = None
+        self,
+        batch: int,
+        length: int,
+        dtype: Any = None,
+        spec: PartitionSpec | None = None,
+        *,
+        empty: bool = False,
     ) -> dict[str, Any]:
         """An empty key-value cache for ``batch`` sequences of up to ``length`` positions.
 
@@ -273,11 +283,13 @@ class Llama(nnx.Module):
           length: positions.
           dtype: of keys and values, also "int8" and fp8; that of the activations if None.
           spec: mesh axes of (batch, positions, kv_heads) on the mesh in use.
+          empty: note that it is, for the call that reads a prompt.
 
         Returns:
           What ``jaxcomp.models.cache.init_cache`` says.
         """
-        return init_cache(self.config.cache_shape, batch, length, dtype or self.dtype, spec)
+        dtype = dtype or self.dtype
+        return init_cache(self.config.cache_shape, batch, length, dtype, spec, empty=empty)
 
     def __call__(self, tokens, positions=None, cache=None):
         """Logits of the next token at every position.
@@ -307,8 +319,10 @@ class Llama(nnx.Module):
 
         def body(layer, x, item, cache):
             window = item.get("window", one)
-            attend = functools.partial(blocks.attend, order=order, window=window, windows=windows)
-            return layer(x, rope, attend, cache)
+            attending = functools.partial(
+                attend, order=order, window=window, windows=windows, how=self.attention
+            )
+            return layer(x, rope, attending, cache)
 
         x = self.embed_tokens(tokens, self.dtype)
         x, cache = blocks.run_layers(self.layers, body, x, inputs, cache, remat=self.remat)

@@ -17,6 +17,7 @@ from jaxcomp.functional import functional, path_names
 from jaxcomp.io import safetensors
 from jaxcomp.io.stacked import Stacked
 from jaxcomp.models import bert, gpt2, llama, mixtral
+from jaxcomp.models.attention import DEFAULT, Attending
 from jaxcomp.models.config import Fields, read_json
 from jaxcomp.models.sizes import config_fields
 
@@ -66,7 +67,11 @@ class Model:
 
 
 def load(
-    folder: str | os.PathLike, scan: bool = False, dtype: Any = None, lazy: bool = False
+    folder: str | os.PathLike,
+    scan: bool = False,
+    dtype: Any = None,
+    lazy: bool = False,
+    attention: Attending = DEFAULT,
 ) -> Model:
     """Loads a model from a local folder with ``config.json`` and safetensors weights.
 
@@ -82,6 +87,7 @@ def load(
       lazy: stacks are ``jaxcomp.io.stacked.Stacked``: of the right shape, and read when a layer is
         needed. ``jc.compress`` and NumPy take them; JAX does not, ``models.densified`` makes
         arrays of them.
+      attention: how attention is computed, and split on a mesh of Auto axes.
 
     Returns:
       The model.
@@ -91,7 +97,7 @@ def load(
         configuration is not supported, or tensors are missing, left over or of the wrong shape.
     """
     folder = pathlib.Path(folder)
-    model = load_architecture(folder, scan, dtype)
+    model = load_architecture(folder, scan, dtype, attention)
     config = model.config
     tensors = safetensors.read_folder(folder)
     values = from_hf(tensors, config, str(folder), lazy)
@@ -108,13 +114,19 @@ def load(
     return dataclasses.replace(model, params=_nest(values))
 
 
-def load_architecture(folder: str | os.PathLike, scan: bool = False, dtype: Any = None) -> Model:
+def load_architecture(
+    folder: str | os.PathLike,
+    scan: bool = False,
+    dtype: Any = None,
+    attention: Attending = DEFAULT,
+) -> Model:
     """The model of a folder without its weights: only ``config.json`` and the tokenizer are read.
 
     Args:
       folder: the model folder.
       scan: as of ``load``.
       dtype: as of ``load``.
+      attention: as of ``load``.
 
     Returns:
       The model; ``params`` holds ``jax.ShapeDtypeStruct`` (float32).
@@ -124,24 +136,33 @@ def load_architecture(folder: str | os.PathLike, scan: bool = False, dtype: Any 
     """
     folder = pathlib.Path(folder)
     config, name = read_config(folder)
-    module = build(config, scan=scan, dtype=jnp.float32 if dtype is None else dtype)
+    dtype = jnp.float32 if dtype is None else dtype
+    module = build(config, scan=scan, dtype=dtype, attention=attention)
     apply, params = functional(module)
     return Model(name, config, apply, params, _tokenizer(folder), folder)
 
 
-def build(config: Any, *, scan: bool = False, dtype: Any = jnp.float32) -> nnx.Module:
+def build(
+    config: Any,
+    *,
+    scan: bool = False,
+    dtype: Any = jnp.float32,
+    attention: Attending = DEFAULT,
+) -> nnx.Module:
     """The model of a configuration with abstract weights (shapes and dtypes only).
 
     Args:
       config: a ``LlamaConfig``, ``MixtralConfig``, ``GPT2Config`` or ``BertConfig``.
       scan: stack the layers on a leading axis.
       dtype: dtype of the activations.
+      attention: how attention is computed, and split on a mesh of Auto axes.
 
     Returns:
       A module whose parameters hold ``jax.ShapeDtypeStruct``; give it to ``jc.functional``.
     """
     _, make = FAMILIES[type(config)]
-    return nnx.eval_shape(lambda: make(config, dtype=dtype, scan=scan, rngs=nnx.Rngs(0)))
+    options = {"dtype": dtype, "scan": scan, "attention": attention}
+    return nnx.eval_shape(lambda: make(config, **options, rngs=nnx.Rngs(0)))
 
 
 def read_config(folder: str | os.PathLike) -> tuple[Any, str]:

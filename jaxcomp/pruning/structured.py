@@ -27,6 +27,7 @@ from jaxcomp.formats import is_compressed
 from jaxcomp.graph.scopes import Scope
 from jaxcomp.graph.trace import Graph, leaf_paths, trace
 from jaxcomp.graph.units import Member, UnitGroup, coupled_units, layer_unit, leaf_units
+from jaxcomp.kernels.implementations import only_xla
 from jaxcomp.pruning import masks as selection
 from jaxcomp.pruning import paths
 
@@ -82,7 +83,9 @@ def units(
         )
     if kind not in ("head", "neuron") and size is not None:
         raise JaxcompError(f"kind {kind!r} takes no size; leave it out")
-    return find_units(trace(apply, params, *inputs), include, kind, size)
+    with only_xla():  # Units are followed through equations, not through a kernel.
+        graph = trace(apply, params, *inputs)
+    return find_units(graph, include, kind, size)
 
 
 def find_units(

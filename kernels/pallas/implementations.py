@@ -1,7 +1,8 @@
 """Choosing among the implementations of an operation, with the reasons of those that do not fit."""
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,10 +10,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 # Begins the names of values that say what made them, and no name that a model gives.
 MARK = "jaxcomp.made_by:"
+# Among what JAX keeps traces by: a function is traced again where this differs.
+_ONLY_XLA = jax.make_user_context(False)
 
 
 class Unsupported(NotImplementedError):
     """No implementation of an operation takes these operands on this chip."""
+
+
+@contextlib.contextmanager
+def only_xla() -> Iterator[None]:
+    """No operation takes a kernel that it is not told to take.
+
+    For what reads a traced function: the equations of a kernel say nothing of heads and features.
+    """
+    with _ONLY_XLA(True):
+        yield
 
 
 def choose(
@@ -40,6 +53,8 @@ def choose(
             f"of {', '.join(reasons)}"
         )
     fitting = [name for name, reason in reasons.items() if not reason]
+    if forced is None and _ONLY_XLA.value and "xla" in fitting:
+        return "xla"
     if forced in fitting or (forced is None and fitting):
         return forced or fitting[0]
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)

@@ -50,7 +50,8 @@ def test_attention_is_off_by_what_the_codes_lose(dtype):
     with x64():
         cache = init_cache((2, 2, 8), 1, 9, dtype)
         length = cache.pop("length")
-        filled = LayerCache(cache, length, 1).append(jnp.asarray(k), jnp.asarray(v))
+        filled = LayerCache(cache, length, 1)
+        filled = filled.append(filled.entries(jnp.asarray(k), jnp.asarray(v)))
         scales = {name: filled.arrays[f"{name}_scale"][1, :, :6] for name in "kv"}
         got = np.asarray(filled._replace(length=jnp.int32(5)).attend(jnp.asarray(q), 2))
     lost_k, lost_v = (errors(x, scales[name], dtype) for name, x in (("k", k), ("v", v)))

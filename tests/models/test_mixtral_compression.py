@@ -12,7 +12,7 @@ from flax import nnx
 import jaxcomp as jc
 from jaxcomp.formats import CompressedArray, Int
 from jaxcomp.functional import path_names
-from jaxcomp.models import Mixtral, MixtralConfig, layers
+from jaxcomp.models import Mixtral, MixtralConfig, attention, layers
 from jaxcomp.models.llama import rope_frequencies
 from jaxcomp.quantization import GPTQ, RTN, gptq, rtn
 from jaxcomp.recipe import Recipe
@@ -37,7 +37,7 @@ def experts_inputs(module, tokens):
     layer, order = module.layers[0], jnp.arange(tokens.shape[1])[None]
     x = module.embed_tokens(tokens, jnp.float32)
     rope = layers.rotary(jnp.broadcast_to(order, tokens.shape), rope_frequencies(CONFIG))
-    attend = functools.partial(layers.attend, order=order)
+    attend = functools.partial(attention.attend, order=order)
     x = x + layer.self_attn(layer.input_layernorm(x), rope, attend)[0]
     x = layer.post_attention_layernorm(x).reshape(-1, CONFIG.hidden_size)
     chosen = np.argsort(-np.asarray(x @ layer.mlp.router.kernel[...]), -1)[:, :2]

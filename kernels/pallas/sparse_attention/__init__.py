@@ -1,6 +1,11 @@
 """Attention that computes only the blocks a mask leaves: masks, and the operation on them."""
 
-from jaxcomp.kernels.sparse_attention.api import attention, attention_fn, decode_attention
+from jaxcomp.kernels.sparse_attention.api import (
+    attention,
+    attention_fn,
+    decode_attention,
+    problems,
+)
 from jaxcomp.kernels.sparse_attention.masks import (
     blocks,
     causal,
@@ -28,6 +33,7 @@ __all__ = [
     "full",
     "global_",
     "per_head",
+    "problems",
     "random",
     "strided",
     "window",

@@ -153,13 +153,11 @@ def attention(
 def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **options):
     """Outputs and log-sum-exps from operands that are at hand, by what fits them best."""
     q, k, v = (operands[name] for name in "qkv")
-    chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
-    on_tpu, tiles = several or tpu.unfit(q, k, v, chip, interpret), None
+    several = chips.shared_by_many(q, k, v)
+    on_tpu, tiles = several or tpu.unfit(q, k, v, chips.chip_of(q, k, v), interpret), None
     if not on_tpu and implementation not in ("xla", "mosaic_gpu"):
         tiles, on_tpu = tpu.fitting_blocks(q, k, mask, *blocks)
-    on_gpu = several or gpu.unfit(q, k, v, chips.H100 if interpret else chip, blocks)
-    if implementation is None:
-        on_gpu = on_gpu or _BY_NAME
+    on_gpu = several or _not_on_gpu(q, k, v, blocks, implementation, interpret)
     reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
@@ -174,6 +172,47 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     else:
         out, lse = _xla(operands, mask, blocks, several is not None, options)
     return implementations.noted(out, "attention", chosen, reasons), lse
+
+
+def _not_on_gpu(q, k, v, blocks, implementation, interpret) -> str | None:
+    reason = gpu.unfit(q, k, v, chips.H100 if interpret else chips.chip_of(q, k, v), blocks)
+    return reason or (None if implementation else _BY_NAME)
+
+
+def problems(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    q_spec: PartitionSpec | None = None,
+    kv_spec: PartitionSpec | None = None,
+) -> dict[str, str | None]:
+    """Why ``attention`` would leave out each of its implementations, before it is called.
+
+    Args:
+      q: as for ``attention``, like all others.
+      k: likewise.
+      v: likewise.
+      mask: likewise.
+      q_spec: likewise.
+      kv_spec: likewise.
+
+    Returns:
+      Name -> reason, None where it would take it; best first, "xla" among them.
+    """
+    try:
+        place = sharding.placement(q, k, mask, None, q_spec, kv_spec)
+    except ValueError as error:
+        reason = str(error)
+        return {"mosaic_tpu": reason, "mosaic_gpu": reason, "xla": None}
+    chip = chips.chip_of(q, k, v)
+    several = chips.shared_by_many(q, k, v) if place is None else None
+    if place is not None:
+        q, k, v, mask = sharding.one_device(q, k, v, mask, place)
+    on_tpu = several or tpu.unfit(q, k, v, chip, False) or tpu.fitting_blocks(q, k, mask)[1]
+    on_gpu = several or gpu.unfit(q, k, v, chip, (None, None)) or _BY_NAME
+    return {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
 
 
 def _xla(operands, mask, blocks, at_once, options):
@@ -434,4 +473,4 @@ def _padding(mask, lead, query_shape, key_shape) -> dict[str, jax.Array]:
     }
 
 
-__all__ = ["attention", "attention_fn", "decode_attention"]
+__all__ = ["attention", "attention_fn", "decode_attention", "problems"]

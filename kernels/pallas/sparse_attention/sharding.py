@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded
 from jaxcomp.kernels.sparse_attention import ring
-from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead
+from jaxcomp.kernels.sparse_attention.rules import Mask, PerHead, full
 
 # Which axes of the operands are (batch, positions, heads), of queries or of keys.
 OF_QUERIES = {"segment_ids": "bs", "span": "h"}
@@ -171,6 +171,31 @@ def check_masks(told: str, mask: Mask, parts: int) -> None:
 def own_masks(mask: Mask, parts: int) -> Mask:
     """The masks of one part of the heads."""
     return PerHead(mask.masks[: len(mask.masks) // parts]) if isinstance(mask, PerHead) else mask
+
+
+def one_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, place: Placement
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Mask]:
+    """Shapes of what one device has at a time, and the densest mask that it may have of them.
+
+    Args:
+      q: of all devices, like all others.
+      k: likewise.
+      v: likewise.
+      mask: which query looks at which key.
+      place: from ``placement``.
+    """
+    sizes = dict(place.mesh.shape)
+    parts = count(place.heads, sizes)
+
+    def shape(x, heads):
+        cut = count(place.batch, sizes), count(place.sequence, sizes), heads
+        one = (max(n // p, 1) for n, p in zip(x.shape[:3], cut, strict=True))
+        return jax.ShapeDtypeStruct((*one, x.shape[3]), x.dtype)
+
+    # Of two parts of the positions, the later may look at all of the earlier one.
+    mask = full() if place.sequence else own_masks(mask, parts)
+    return shape(q, parts), shape(k, parts), shape(v, parts), mask
 
 
 def attention(
