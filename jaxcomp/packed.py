@@ -22,7 +22,7 @@ _ACTIVATION_DTYPES = {"int8": "int8", "e4m3": "float8_e4m3fn"}
 class Prepared(base.Part):
     """A part as the kernels of a chip read it, for running and not for storing.
 
-    Of the same size, but for zero points, which become float32.
+    Of the same size, but for zero points, which become bfloat16.
 
     Attributes:
       weight: from ``prepare`` of the kernels, without its table.

@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.quantized_matmul import layout, reference, tpu_dense, tpu_rows, tpu_tiles
+from jaxcomp.kernels.quantized_matmul import layout, tpu_dense, tpu_rows, tpu_tiles
 from jaxcomp.kernels.quantized_matmul.reference import Options
-from jaxcomp.kernels.quantized_matmul.tpu_dense import decode
+from jaxcomp.kernels.quantized_matmul.tpu_dense import decode, finish
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
 _LANES = 128
@@ -339,14 +339,6 @@ def _kernel(
             @pl.when(k == steps - 1)
             def _(columns=columns):
                 y_ref[:, columns] = finish(refs, acc_ref[:, columns], columns, options)
-
-
-def finish(refs, y, columns, options) -> jax.Array:
-    """Sums of some outputs with what follows them: scales of rows, bias, activation, dtype."""
-    if "row_scales" in refs:
-        y = y * refs["row_scales"][...]
-    bias = refs["bias"][:, columns] if "bias" in refs else None
-    return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
 
 
 def sums_of(refs, columns, weight, how, tile, products_ref=None):

@@ -23,6 +23,9 @@ from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
+# Chips whose registers do not hold what else waits there. On v6e, where they do, it costs 2%.
+_STAGED = ("7x",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -33,25 +36,30 @@ class Decoding:
       group_size: inputs that share a scale.
       dtype: that codes are multiplied with scales in.
       slab: inputs whose products are summed before the sums go to VMEM.
+      staged: whether bf16 weights less their zero points wait in VMEM for their scales.
     """
 
     format: str
     group_size: int
     dtype: str
     slab: int
+    staged: bool
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip) -> "Decoding":
         """The one of a weight on a chip."""
         wide = chip.mxu > _LANES
-        # Codes of 8 bits times bf16 scales round once where the cores multiply bf16: on v6e and 7x.
-        once = weight.zeros is None and weight.table is None
-        once = once and weight.scales.dtype == jnp.bfloat16 and wide
+        factors = [] if by_channel(weight) else [weight.scales]
+        factors += [] if weight.zeros is None else [weight.zeros]
+        # Codes of 8 bits times bf16 scales round once where the cores compute in bf16: on v6e and
+        # 7x. Without scales they are what they are.
+        once = all(array.dtype == jnp.bfloat16 for array in factors) and weight.table is None
+        once = once and (wide or not factors)
         # The four matrix units of v5 take 512 inputs at a time. Of two wide ones each takes 256,
         # and with sums of both the compiler runs out of registers.
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32",
-            chip.mxu if wide else 4 * chip.mxu,
+            chip.mxu if wide else 4 * chip.mxu, chip.name in _STAGED,
         )  # fmt: skip
 
 
@@ -86,7 +94,11 @@ def matmul(
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
-    per_output = pl.BlockSpec((tn, k // weight.group_size), lambda j, i, *layer: (j, 0))
+
+    def per_output(array):
+        array = spreadable(array)
+        return array, pl.BlockSpec((tn, array.shape[1]), lambda j, i, *layer: (j, 0))
+
     by_row = pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))
     operands = {
         "x": (jnp.pad(x, ((0, padded - m), (0, 0))), by_row),
@@ -97,13 +109,16 @@ def matmul(
                 lambda j, i, *layer: (*(number[0] for number in layer), j, 0),
             ),
         ),
-        "scales": (spreadable(weight.scales).T, per_output),
     }
+    by_column = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
+    if by_channel(weight):
+        operands["output_scales"] = (weight.scales.astype(jnp.float32), by_column)
+    else:
+        operands["scales"] = per_output(weight.scales)
     if weight.zeros is not None:
-        operands["zeros"] = (spreadable(weight.zeros).T, per_output)
+        operands["zeros"] = per_output(weight.zeros)
     if bias is not None:
-        spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
-        operands["bias"] = (bias.astype(jnp.float32)[None], spec)
+        operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = tuple(operands)
@@ -171,9 +186,24 @@ def keep_in_memory(acc_ref) -> None:
         acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
 
 
+def by_channel(weight: Weight) -> bool:
+    """Whether each output has one scale, which then scales its sums and no weights."""
+    return weight.group_size == weight.shape[1]
+
+
 def spreadable(array: jax.Array) -> jax.Array:
-    """Scales or zero points as lanes are moved: bf16 ones two at a time, others in f32."""
-    return array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
+    """Scales or zero points as their lanes are moved.
+
+    Args:
+      array: ``(.., groups, outputs)``.
+
+    Returns:
+      ``(.., outputs, groups)``, whose groups fill whole registers of 128 lanes: in bf16, of which
+      two outputs' are moved at a time, if the array is, else in f32.
+    """
+    array = array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
+    array = jnp.swapaxes(array, -1, -2)
+    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % _LANES)])
 
 
 def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None:
@@ -206,7 +236,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
         inputs = pl.ds(start, min(how.slab, k - start))
         if not decoded:
             for first in range(start, start + inputs.size, _LANES):
-                w_ref[block, pl.ds(first, _LANES)] = _scaled(refs, block, first, how)
+                _decode(refs, w_ref, block, first, how)
         y = jax.lax.dot_general(
             refs["x"][:, inputs],
             w_ref[block, inputs],
@@ -214,33 +244,58 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
             preferred_element_type=jnp.float32,
         )
         y = acc_ref[...] + y if start else y
-        if start + how.slab < k:
+        if start + how.slab < k or not decoded:
             acc_ref[...] = y
-    bias = jnp.broadcast_to(refs["bias"][:, block], y.shape) if "bias" in refs else None
-    return reference.finish(y, bias, options)
+    # Registers that decode would be too few for what follows, too.
+    return finish(refs, y if decoded else acc_ref[...], block, options)
 
 
-def _scaled(refs, block, start, how):
-    """bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
-    dtype = jnp.dtype(how.dtype)
+def finish(refs, y, outputs, options) -> jax.Array:
+    """Sums of some outputs with what follows them.
+
+    Args:
+      refs: perhaps with "output_scales", "row_scales" and "bias".
+      y: f32 ``(rows, outputs)``.
+      outputs: a slice.
+      options: what is fused.
+    """
+    if "output_scales" in refs:
+        y = y * refs["output_scales"][:, outputs]
+    if "row_scales" in refs:
+        y = y * refs["row_scales"][...]
+    bias = refs["bias"][:, outputs] if "bias" in refs else None
+    return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
+
+
+def _decode(refs, w_ref, block, start, how) -> None:
+    """Stores bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
+    dtype, here = jnp.dtype(how.dtype), (block, pl.ds(start, _LANES))
     w = decode(refs, block, start, _LANES, how.format).astype(dtype)
     if "zeros" in refs:
         w = w - _spread(refs["zeros"], block, start, how.group_size).astype(dtype)
-    w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
-    return w.astype(jnp.bfloat16)
+        if how.staged and dtype == jnp.bfloat16:
+            w_ref[here] = w
+            w = w_ref[here]
+    if "scales" in refs:
+        w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
+    w_ref[here] = w.astype(jnp.bfloat16)
 
 
 def _spread(ref, block, start, group_size):
-    """``(outputs, 128)``: each input's entry of ``(outputs, groups)``."""
-    first, width = start // group_size, min(group_size, _LANES)
-    entries = ref[block, first : first + _LANES // width]
+    """``(outputs, 128)``: each input's entry of what ``spreadable`` made."""
+    group = start // group_size
+    entries = ref[block, pl.ds(group // _LANES * _LANES, _LANES)]
     # Lanes are moved 32 bits at a time: two outputs' bf16 at once.
     words = pltpu.bitcast(entries, jnp.int32)
-    shape = (words.shape[0], _LANES)
-    spread = jnp.broadcast_to(words[:, :1], shape)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    for i in range(1, words.shape[1]):
-        spread = jnp.where(lane >= i * width, jnp.broadcast_to(words[:, i : i + 1], shape), spread)
+    first = group % _LANES
+    if group_size >= _LANES:
+        spread = jnp.broadcast_to(words[:, first : first + 1], words.shape)
+    else:
+        # One permutation, whichever the number of groups.
+        lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
+        spread = jnp.take_along_axis(
+            words, first + jax.lax.div(lane, group_size), axis=1, mode="promise_in_bounds"
+        )
     return pltpu.bitcast(spread, ref.dtype)
 
 

@@ -241,15 +241,15 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     """Rows times weights that are scaled once for the visits of an expert."""
     m, (_, k) = x.shape[0], weight.shape
     fields = 4 if weight.format == "int2" else 1
-    groups = k // weight.group_size
 
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda j, visit, v: index(v, visit, j))
 
     def per_output(array):
         """(E, groups, N) with the outputs along rows."""
-        array = jnp.swapaxes(tpu_dense.spreadable(array), 1, 2)
-        return array, spec((None, tile.n, groups), lambda v, i, j: (v.expert[i], j, 0))
+        array = tpu_dense.spreadable(array)
+        shape = (None, tile.n, array.shape[-1])
+        return array, spec(shape, lambda v, i, j: (v.expert[i], j, 0))
 
     operands = {
         "x": (
@@ -263,8 +263,14 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
                 lambda v, i, j: (*_layer(v), v.expert[i], j, 0),
             ),
         ),
-        "scales": per_output(weight.scales),
     }
+    if tpu_dense.by_channel(weight):
+        operands["output_scales"] = (
+            weight.scales.astype(jnp.float32),
+            spec((None, 1, tile.n), lambda v, i, j: (v.expert[i], 0, j)),
+        )
+    else:
+        operands["scales"] = per_output(weight.scales)
     if weight.zeros is not None:
         operands["zeros"] = per_output(weight.zeros)
     body = functools.partial(
@@ -289,10 +295,6 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, how, options, columns):
 
     def multiply(decoded, block):
         y = tpu_dense.product(refs, w_ref, acc_ref, block, options, how, decoded)
-        if not decoded:
-            # Registers that decode would be too few to merge it with other experts' rows, too.
-            acc_ref[...] = y.astype(acc_ref.dtype)
-            y = acc_ref[...]
         _keep(v, visit, y_ref, block, y)
 
     tpu_dense.keep_in_memory(acc_ref)

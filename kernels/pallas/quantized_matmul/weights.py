@@ -164,7 +164,7 @@ def stored(
     Args:
       codes: uint8 ``(*stack, N, K * bits / 8)``.
       scales: bf16 or f32 ``(*stack, K / group_size, N)``.
-      zeros: like scales (integers too), or None.
+      zeros: like scales (integers too, which become floats), or None.
       table: ``(16,)`` for the format "codebook", None for NF4's.
       format: a key of ``FORMATS``.
       group_size: inputs that share a scale; None for one group a row.
@@ -207,7 +207,9 @@ def stored(
     if scales.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(f"scales {scales.shape} are {scales.dtype}; use bfloat16 or float32")
     if zeros is not None and not jnp.issubdtype(zeros.dtype, jnp.floating):
-        zeros = zeros.astype(jnp.float32)
+        # Integers of eight bits are exact in bf16.
+        narrow = jnp.iinfo(zeros.dtype).bits <= 8
+        zeros = zeros.astype(jnp.bfloat16 if narrow else jnp.float32)
     if FORMATS[format].kind == "codebook":
         table = jnp.asarray(NF4 if table is None else table, jnp.float32)
         if table.shape != (16,):

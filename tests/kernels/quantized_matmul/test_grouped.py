@@ -73,10 +73,13 @@ class TestXla:
         assert y.dtype == dtype
         cases.assert_close(y, product(x, sizes, case), dtype)
 
-    def test_many_rows(self, rng):
+    @pytest.mark.parametrize("by_channel", [False, True])
+    def test_many_rows(self, rng, by_channel):
         """More rows than a tile has, for most experts; the last tiles are no one's."""
         sizes, rows = self.many
-        case = self.case(rng, "int4", 4, zeros=True)
+        n, k, group_size = self.shape
+        group_size = k if by_channel else group_size
+        case = cases.make(rng, "int4", (n, k), group_size, zeros=not by_channel, stack=(4,))
         x = cases.rows(rng, (rows, self.shape[1]), "bfloat16")
         bias = jnp.asarray(rng.normal(size=(4, self.shape[0])), jnp.float32)
         y = self.run(x, sizes, case, bias=bias, out_dtype=jnp.float32)

@@ -275,6 +275,14 @@ def test_any_shape(format, m, n, groups, group_size):
     cases.assert_close(y, cases.product(x, case), "float32")
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [("int8", "bfloat16"), ("int16", "float32")])
+def test_whole_zero_points_stay_exact(dtype, kept):
+    zeros = jnp.asarray([[np.iinfo(dtype).min, np.iinfo(dtype).max]], dtype)
+    weight = prepare(jnp.zeros((2, 128), jnp.uint8), jnp.ones((1, 2)), zeros, format="int8")
+    assert weight.zeros.dtype == kept
+    np.testing.assert_array_equal(weight.zeros, zeros)
+
+
 class TestErrors:
     codes = jnp.zeros((8, 32), jnp.uint8)
     scales = jnp.ones((2, 8))

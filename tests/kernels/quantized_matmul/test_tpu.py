@@ -70,7 +70,12 @@ class TestMosaicTpu(test_reference.TestXla):
     def test_many_rows(self, rng, format):
         # Two tiles of rows, of which one decodes, and more inputs than are multiplied at a time.
         k = 1024 if format == "int2" else 640
-        case = cases.make(rng, format, (136, k), 64, zeros=format == "int8")
+        # Scales of 128 inputs, of fewer, and of all: those scale sums.
+        group_size = {"int8": 64, "int4": 32, "int2": k, "fp8": k}.get(format, 128)
+        case = cases.make(
+            rng, format, (136, k), group_size, zeros=format.startswith("int"),
+            scale_dtype="bfloat16" if format == "int4" else "float32",
+        )  # fmt: skip
         x = cases.rows(rng, (520, k), "bfloat16")
         bias = jnp.asarray(rng.normal(size=136), jnp.float32)
         y = self.run(x, case, bias=bias, activation="relu")
