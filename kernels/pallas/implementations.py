@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -102,3 +102,22 @@ def note_of(name: str) -> Note | None:
     if not name.startswith(MARK):
         return None
     return Note(*name.removeprefix(MARK).split(":", 2))
+
+
+def without_gradient(function: Callable, told: str) -> Callable:
+    """A function of arrays that a kernel computes, and that says so where it is differentiated.
+
+    Args:
+      function: of pytrees of arrays.
+      told: what has no gradient, and what to use instead.
+
+    Returns:
+      The function; to differentiate it raises ``Unsupported``.
+    """
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _(primals, tangents):
+        raise Unsupported(told)
+
+    return wrapped

@@ -9,6 +9,7 @@ from jaxcomp.kernels.sparse_attention.api import (
 from jaxcomp.kernels.sparse_attention.masks import (
     blocks,
     causal,
+    chunked,
     dilated,
     fixed,
     full,
@@ -27,6 +28,7 @@ __all__ = [
     "attention_fn",
     "blocks",
     "causal",
+    "chunked",
     "decode_attention",
     "dilated",
     "fixed",

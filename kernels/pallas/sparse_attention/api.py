@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxcomp.kernels import chips, implementations, meshes
 from jaxcomp.kernels.sparse_attention import (
@@ -112,15 +113,14 @@ def attention(
         k,
         v,
         mask,
-        soft_cap=soft_cap,
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
         span=span,
-        span_ramp=span_ramp,
         k_scale=k_scale,
         v_scale=v_scale,
         blocks={"block_q": block_q, "block_k": block_k},
     )
+    numbers = checks.numbers(q, scale, soft_cap, span_ramp, span)
     operands = {
         "q": q,
         "k": k,
@@ -136,12 +136,10 @@ def attention(
     run = functools.partial(
         _run,
         logsumexp=return_logsumexp or place is not None,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        soft_cap=soft_cap,
-        span_ramp=span_ramp,
         blocks=(block_q, block_k),
         implementation=implementation,
         interpret=interpret,
+        **numbers,
     )
     if place is None:
         out, lse = run(operands, mask)
@@ -154,10 +152,13 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     """Outputs and log-sum-exps from operands that are at hand, by what fits them best."""
     q, k, v = (operands[name] for name in "qkv")
     several = chips.shared_by_many(q, k, v)
-    on_tpu, tiles = several or tpu.unfit(q, k, v, chips.chip_of(q, k, v), interpret), None
+    numbers = {name: options[name] for name in ("soft_cap", "span_ramp")}
+    on_tpu = several or tpu.unfit(q, k, v, chips.chip_of(q, k, v), interpret)
+    on_tpu, tiles = on_tpu or checks.constants(**numbers), None
     if not on_tpu and implementation not in ("xla", "mosaic_gpu"):
         tiles, on_tpu = tpu.fitting_blocks(q, k, mask, *blocks)
     on_gpu = several or _not_on_gpu(q, k, v, blocks, implementation, interpret)
+    on_gpu = on_gpu or checks.constants(**numbers, scale=options["scale"])
     reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
     chosen = implementations.choose(
         f"attention of q {jnp.dtype(q.dtype)}{q.shape} and k {jnp.dtype(k.dtype)}{k.shape}",
@@ -309,6 +310,7 @@ def decode_attention(
     mask = causal() if mask is None else mask
     layers = None
     if layer is not None:
+        layer = checks.layer_index(layer, k)
         layers = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
         k, v, k_scale, v_scale = checks.one_layer(layers, layer)
     small = {
@@ -324,12 +326,11 @@ def decode_attention(
         k,
         v,
         mask,
-        soft_cap=soft_cap,
-        span_ramp=span_ramp,
         **small,
         positions=capacity,
         blocks={"block_k": block_k},
     )
+    numbers = checks.numbers(q, scale, soft_cap, span_ramp, span)
     if segment_ids is not None and kv_segment_ids is None:
         raise ValueError("segment_ids are given without kv_segment_ids, those of the cache")
     checks.check_lengths(lengths, q)
@@ -338,19 +339,17 @@ def decode_attention(
     run = functools.partial(
         _decode,
         capacity=capacity,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        soft_cap=soft_cap,
-        span_ramp=span_ramp,
         block_k=block_k,
         implementation=implementation,
         interpret=interpret,
         finite=finite,
+        **numbers,
     )
     mask = mask.bind(capacity, capacity)
     place = cache_sharding.placement(q, k, mask, q_spec, kv_spec)
     if layers is not None and cache_sharding.reads_layers(q, place):
         operands |= {name: layers[name] for name in ("k", "v")}
-        operands["layer"] = jnp.asarray(layer, jnp.int32)
+        operands["layer"] = layer
     (operands,) = meshes.vary_alike(operands)
     if place is None:
         out, lse = run(operands, mask, 0, q.dtype)
@@ -369,10 +368,14 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
     q, k, v = (operands[name] for name in "qkv")
     chip, several = chips.chip_of(q, k, v), chips.shared_by_many(q, k, v)
     rule = rows.is_rule(mask, "segment_ids" in operands)
-    on_tpu = several or tpu_decode.unfit(q, k, v, chip, interpret, rule)
+    traced = checks.constants(
+        scale=options["scale"], soft_cap=options["soft_cap"], span_ramp=span_ramp
+    )
+    on_tpu = several or tpu_decode.unfit(q, k, v, chip, interpret, rule) or traced
     on_gpu = several or gpu_decode.unfit(
         q, k, v, chips.H100 if interpret else chip, block_k, rule, "span" in operands
     )
+    on_gpu = on_gpu or traced
     if implementation is None:
         on_gpu = on_gpu or _BY_NAME
     reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
@@ -381,16 +384,28 @@ def _decode(operands, mask, start, out_dtype, *, capacity, block_k, implementati
         reasons,
         implementation,
     )
-    options |= {"mask": mask, "start": start, "out_dtype": out_dtype}
+    options |= {"mask": mask, "out_dtype": out_dtype}
+    operands["start"] = start
     if chosen == "mosaic_gpu":
-        out, lse = gpu_decode.attention(**operands, **options, interpret=interpret)
+        kernel = functools.partial(gpu_decode.attention, **options, interpret=interpret)
+        out, lse = _without_gradient(chosen, kernel, operands)
     elif chosen == "mosaic_tpu":
         options |= {"whole_capacity": capacity, "block_k": block_k, "interpret": interpret}
-        options |= {"span_ramp": span_ramp, "layer": layer, "chip": chip}
-        out, lse = tpu_decode.attention(**operands | held, **options)
+        options |= {"span_ramp": span_ramp, "chip": chip}
+        kernel = functools.partial(tpu_decode.attention, **options)
+        out, lse = _without_gradient(chosen, kernel, operands | held | {"layer": layer})
     else:
         out, lse = decode.plain(**operands, **options, span_ramp=span_ramp, finite=finite)
     return implementations.noted(out, "decode_attention", chosen, reasons), lse
+
+
+def _without_gradient(name, kernel, operands):
+    """Runs a kernel for decoding on operands by name."""
+    told = (
+        f"decode_attention by {name} has no gradient: train with attention(), or use "
+        'decode_attention(.., implementation="xla")'
+    )
+    return implementations.without_gradient(lambda operands: kernel(**operands), told)(operands)
 
 
 def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.Array]:
@@ -402,9 +417,12 @@ def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.
 
     Returns:
       A function of query, key and value (.., length, heads, head_dim), with Flax's keywords. A
-      boolean ``mask`` of Flax is taken where it is the same for all queries and heads, (.., 1, 1,
-      keys), as the padding of keys; ``is_causal`` adds ``causal()``. What it cannot honour (another
-      mask array, a bias, dropout, weights to be recorded) is a ValueError.
+      ``mask`` of Flax, bool or of zeros and ones, is taken where it is the same for all queries and
+      heads, (.., 1, 1, keys), as the padding of keys; ``is_causal`` adds ``causal()``. One query
+      with such a mask is taken for a step of Flax's ``decode=True``: its position is that of the
+      last key that the mask allows, later keys are not looked at, and ``decode_attention`` runs.
+      What it cannot honour (another mask array, a bias, dropout, weights to be recorded) is a
+      ValueError.
 
     Example:
       >>> from flax import nnx
@@ -414,9 +432,10 @@ def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.
       ... )
     """
     own = full() if mask is None else mask
-    unknown = options.keys() - inspect.signature(attention).parameters.keys()
+    known = inspect.signature(attention).parameters.keys() - {"return_logsumexp"}
+    unknown = options.keys() - known
     if unknown:
-        raise TypeError(f"attention has no option {', '.join(sorted(unknown))}")
+        raise TypeError(f"attention_fn has no option {', '.join(sorted(unknown))}")
 
     # Flax passes the keywords that it finds in the signature, and only those.
     def apply(
@@ -449,28 +468,52 @@ def attention_fn(mask: Mask | None = None, **options: Any) -> Callable[..., jax.
         query, key, value = (
             x.reshape(-1, *x.shape[-3:]).astype(dtype or x.dtype) for x in (query, key, value)
         )
-        segments = {}
-        if mask is not None:
-            segments = _padding(mask, lead, query.shape, key.shape)
         rule = own & causal() if is_causal else own
-        out = attention(query, key, value, rule, **segments, **options)
+        if mask is None:
+            out = attention(query, key, value, rule, **options)
+        else:
+            real = _real_keys(mask, lead, query.shape[1], key.shape[1])
+            padded = {
+                "segment_ids": jnp.zeros(query.shape[:2], jnp.int32),
+                "kv_segment_ids": jnp.where(real, 0, -1),
+            }
+            call = _flax_step if query.shape[1] == 1 else attention
+            out = call(query, key, value, rule, **padded, **options)
         return out.reshape(*lead, *out.shape[1:])
 
     return apply
 
 
-def _padding(mask, lead, query_shape, key_shape) -> dict[str, jax.Array]:
-    keys = key_shape[1]
-    if mask.ndim != len(lead) + 3 or mask.shape[-3:] != (1, 1, keys) or mask.dtype != bool:
+def _flax_step(q, k, v, mask, *, kv_segment_ids, block_q=None, **options):
+    """Attention of one query, whose position is that of the last key that is no padding."""
+    del block_q
+    lengths = jnp.max(jnp.where(kv_segment_ids < 0, 0, jnp.arange(1, k.shape[1] + 1)), axis=1)
+    return decode_attention(q, k, v, lengths, mask, kv_segment_ids=kv_segment_ids, **options)
+
+
+def _real_keys(mask, lead, queries, keys) -> jax.Array:
+    """Which keys are no padding, bool (batch, keys), from a mask of Flax."""
+    whole = (
+        "sparse attention takes the mask given to attention_fn(), and an array only as padding of "
+        f"keys, (.., 1, 1, {keys}); "
+    )
+    if mask.ndim != len(lead) + 3 or mask.shape[-3:] != (1, 1, keys):
+        what = f"this one is {mask.dtype}{mask.shape}"
+        if mask.shape[-2:] == (queries, keys):
+            what += (
+                ", of queries by keys. If it is causal, give the rule, attention_fn(causal()); if "
+                "it is padding, give that of the keys alone, such as "
+                "make_attention_mask(jnp.ones((batch, 1)), real)"
+            )
+        raise ValueError(whole + what)
+    signed = mask.dtype != bool and not isinstance(mask, jax.core.Tracer)
+    if signed and np.min(mask, initial=0) < 0:
         raise ValueError(
-            "sparse attention takes the mask given to attention_fn(), and an array only as padding "
-            f"of keys, bool (.., 1, 1, {keys}); this one is {mask.dtype}{mask.shape}"
+            f"{whole}this one is {mask.dtype}{mask.shape} with negative entries, as what is added "
+            "to scores has: it must hold True or 1 for keys that are looked at, False or 0 for "
+            "others"
         )
-    real = jnp.broadcast_to(mask, (*lead, 1, 1, keys)).reshape(-1, keys)
-    return {
-        "segment_ids": jnp.zeros(query_shape[:2], jnp.int32),
-        "kv_segment_ids": jnp.where(real, 0, -1),
-    }
+    return jnp.broadcast_to(mask != 0, (*lead, 1, 1, keys)).reshape(-1, keys)
 
 
 __all__ = ["attention", "attention_fn", "decode_attention", "problems"]

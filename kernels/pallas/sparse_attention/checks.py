@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import arguments
 from jaxcomp.kernels.sparse_attention.rules import Blocks, Mask, PerHead
 
 QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -15,14 +16,12 @@ def check(
     v: jax.Array,
     mask: Mask,
     *,
-    soft_cap: float | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
     blocks: dict[str, int | None],
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     span: jax.Array | None = None,
-    span_ramp: float = 1.0,
     positions: int | None = None,
 ) -> None:
     """Refuses operands that do not fit together; ``blocks`` are block sizes by their names.
@@ -33,8 +32,8 @@ def check(
       ValueError: shapes, or numbers out of range.
       TypeError: dtypes, or what is no array or mask.
     """
-    _check_mask(mask)
     _check_arrays(q, k, v, k_scale, v_scale)
+    _check_mask(mask)
     _check_lengths_of_blocks(mask, positions or q.shape[1], k.shape[1])
     if isinstance(mask, PerHead) and len(mask.masks) != q.shape[2]:
         raise ValueError(
@@ -46,18 +45,43 @@ def check(
         if ids is not None:
             _check_integers(name, ids, of.shape[:2], "(batch, length)")
     if span is not None:
+        arguments.array("span", span)
         if span.shape != (q.shape[2],):
             raise ValueError(
-                f"span {span.shape} must be one number for each of the {q.shape[2]} heads"
+                f"span {span.shape} must be one number for each of the {q.shape[2]} heads of q "
+                f"{q.shape}: ({q.shape[2]},)"
             )
         if not jnp.issubdtype(span.dtype, jnp.floating):
             raise TypeError(f"span is {span.dtype}; it is learned, and must be a float")
-    for name, number in (("soft_cap", soft_cap), ("span_ramp", span_ramp)):
-        if isinstance(number, int | float) and not number > 0:
-            raise ValueError(f"{name} is {number}; it must be more than 0")
     for name, block in blocks.items():
         if block is not None and (not isinstance(block, int) or block < 128 or block % 128):
             raise ValueError(f"{name} is {block!r}; it must be a multiple of 128")
+
+
+def numbers(
+    q: jax.Array, scale: Any, soft_cap: Any, span_ramp: Any, span: jax.Array | None
+) -> dict[str, float | jax.Array | None]:
+    """The options that are numbers, by name: floats, and as they are where they are traced.
+
+    Raises:
+      ValueError: one is several, or out of range.
+      TypeError: one is no number.
+    """
+    found = {"scale": q.shape[-1] ** -0.5 if scale is None else arguments.number("scale", scale)}
+    for name, x in (("soft_cap", soft_cap), ("span_ramp", span_ramp)):
+        found[name] = x = None if x is None else arguments.number(name, x)
+        if isinstance(x, float) and not x > 0:
+            raise ValueError(f"{name} is {x}; it must be more than 0")
+    # Without a span nothing has a ramp, and none need be known.
+    return found if span is not None else found | {"span_ramp": 32.0}
+
+
+def constants(**numbers: float | jax.Array | None) -> str | None:
+    """Why a kernel does not take numbers: they are traced, and its code is made for others."""
+    traced = [name for name, x in numbers.items() if arguments.is_traced(x)]
+    if not traced:
+        return None
+    return f"{' and '.join(traced)} must be a constant of its code, but is traced: give a float"
 
 
 def check_lengths(lengths: jax.Array, q: jax.Array) -> None:
@@ -86,13 +110,36 @@ def one_layer(
     return found
 
 
+def layer_index(layer: jax.Array | int, k: jax.Array) -> jax.Array:
+    """Which layer of a cache (layers, batch, capacity, kv_heads, head_dim), as int32.
+
+    Raises:
+      ValueError: the cache has no such layer, as far as that is known before it runs.
+      TypeError: layer is no integer.
+    """
+    arguments.array("k", k)
+    if k.ndim != 5:
+        return jnp.int32(0)  # That is said of all arrays together (``one_layer``).
+    of = f"the cache k {k.shape} has {k.shape[0]} layers"
+    return arguments.index("layer", layer, k.shape[0], of)
+
+
 def _check_mask(mask: Any) -> None:
     if isinstance(mask, Mask):
         return
-    raise TypeError(
-        f"mask is a {type(mask).__name__}; use causal(), window() and the like, or "
-        "blocks(array, block_size) for an array of blocks"
-    )
+    what, hint = f"a {type(mask).__name__}", "use causal(), window() and the like"
+    if hasattr(mask, "shape"):
+        what = f"an array {mask.shape}"
+        hint = (
+            "it takes a rule on positions: causal(), window() and the like, or blocks(array, "
+            "block_size) for an array of blocks; padding and packed sequences are segment_ids"
+        )
+    elif isinstance(mask, list | tuple):
+        hint = "use per_head(masks) for a mask of each head"
+    elif callable(mask):
+        what = f"the function {getattr(mask, '__name__', mask)}"
+        hint = "call it for a mask"
+    raise TypeError(f"mask is {what}; {hint}")
 
 
 def _check_lengths_of_blocks(mask: Mask, queries: int, keys: int) -> None:
@@ -109,6 +156,7 @@ def _check_lengths_of_blocks(mask: Mask, queries: int, keys: int) -> None:
 
 
 def _check_integers(name: str, x: jax.Array, shape: tuple[int, ...], of: str) -> None:
+    arguments.array(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} {x.shape} must be {of} = {shape}")
     if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -117,8 +165,7 @@ def _check_integers(name: str, x: jax.Array, shape: tuple[int, ...], of: str) ->
 
 def _check_arrays(q, k, v, k_scale, v_scale) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} is a {type(x).__name__}; it must be an array")
+        arguments.array(name, x)
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"{shapes}: each must be (batch, length, heads, head_dim)")
@@ -135,6 +182,8 @@ def _check_arrays(q, k, v, k_scale, v_scale) -> None:
     if (k_scale is None) != (v_scale is None):
         raise ValueError("k_scale and v_scale are given both, or neither")
     for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        if scale is not None:
+            arguments.array(f"{name}_scale", scale)
         if scale is None and x.dtype != q.dtype:
             raise TypeError(
                 f"{name} is {x.dtype} and q {q.dtype}: cast one of them, or give {name}_scale for "

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, implementations
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention import gpu_lists
 from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK
@@ -113,8 +113,15 @@ def _attention(listed, problem, interpret, q, k, v, segments, span):
     return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
+_TOLD = (
+    "attention by mosaic_gpu has first-order gradients only; use implementation='xla' for those of "
+    "higher order"
+)
+
+
 def _forward(listed, problem, interpret, q, k, v, segments, span):
-    out, lse = _attention(listed, problem, interpret, q, k, v, segments, span)
+    forward = functools.partial(_attention, listed, problem, interpret)
+    out, lse = implementations.without_gradient(forward, _TOLD)(q, k, v, segments, span)
     return (out, lse), (q, k, v, segments, span, out, lse)
 
 
@@ -131,7 +138,11 @@ def _backward(listed, problem, interpret, saved, cotangents):
 
     def run(group):
         operands = _operands(listed, group, q, k, v, segments, span) | extras
-        return kernel.gradients(operands, problem, group is not None, interpret)
+        once = implementations.without_gradient(
+            lambda operands: kernel.gradients(operands, problem, group is not None, interpret),
+            _TOLD,
+        )
+        return once(operands)
 
     (dq, *d_span), (dk, dv) = run(None), run(q.shape[2] // k.shape[2])
     d_span = d_span[0].sum((0, 2)) if d_span else None

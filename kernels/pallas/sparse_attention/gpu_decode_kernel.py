@@ -175,10 +175,11 @@ def _placed(refs, problem: Problem) -> _Place:
     batch, split = lax.axis_index("batch"), lax.axis_index("split")
     length, begin = refs["lengths"][batch], refs["start"][0]
     filled = jnp.clip(length - begin, 0, refs["k"].shape[1])
-    # Where the first query looks at all of its keys, the later ones do.
-    seen = filled if problem.rule else jnp.clip(length - problem.queries + 1 - begin, 0, filled)
+    seen = filled
+    if problem.rule is None:  # Where the first query looks at all of its keys, the later ones do.
+        seen = jnp.clip(length - problem.queries + 1 - begin, 0, filled)
     end, start = lax.div(filled + (KEYS - 1), jnp.int32(KEYS)), jnp.int32(0)
-    reach = problem.rule.reach() if problem.rule else None
+    reach = problem.rule.reach() if problem.rule is not None else None
     if reach is not None:
         nearest = jnp.maximum(length - problem.queries - reach - begin, 0)
         start = jnp.minimum(lax.div(nearest, jnp.int32(KEYS)), end)
@@ -285,12 +286,12 @@ def _attend(refs, scratch, worker, problem: Problem, stages: int) -> None:
             scores *= scales("k", stage)
         scores, unit = capped(scores, problem)
         allowed = None
-        if edge or problem.rule:
+        if edge or problem.rule is not None:
             query = lax.div(count(ROWS, 1), jnp.int32(problem.group))
             q_position = place.length - problem.queries + query
             key = count(KEYS, 0) + here
             positions = down(q_position), across(key + place.begin)
-            if problem.rule:
+            if problem.rule is not None:
                 allowed = problem.rule.allowed(*positions)
             else:
                 allowed = positions[0] >= positions[1]

@@ -20,6 +20,7 @@ import typing
 from collections.abc import Sequence
 
 import numpy as np
+from jaxcomp.kernels import arguments
 from jaxcomp.kernels.sparse_attention.rules import (
     Band,
     Blocks,
@@ -36,6 +37,7 @@ from jaxcomp.kernels.sparse_attention.rules import (
 __all__ = [
     "blocks",
     "causal",
+    "chunked",
     "dilated",
     "fixed",
     "full",
@@ -147,6 +149,32 @@ def fixed(stride: int, summary: int = 1) -> Mask:
     return Band(0, None) & (SameChunk(stride) | ChunkTail(stride, summary))
 
 
+def chunked(size: int) -> Mask:
+    """Keys of the query's own chunk: queries ``size * i`` to ``size * i + size - 1`` and no others.
+
+    Llama 4's local layers have ``chunked(8192) & causal()``.
+
+    Args:
+      size: of a chunk.
+
+    Example:
+      >>> print(chunked(3).picture(5))
+      # # # . .
+      # # # . .
+      # # # . .
+      . . . # #
+      . . . # #
+      >>> print((chunked(3) & causal()).picture(5))
+      # . . . .
+      # # . . .
+      # # # . .
+      . . . # .
+      . . . # #
+    """
+    _positive(size=size)
+    return SameChunk(size)
+
+
 def global_(count: int) -> Mask:
     """The first tokens look at all keys, and all queries look at them (Longformer, BigBird).
 
@@ -219,8 +247,7 @@ def per_head(masks: Sequence[Mask]) -> Mask:
 
 def _integers(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} is {value!r}; it must be an integer")
+        arguments.integer(name, value)
 
 
 def _positive(**values: int) -> None:

@@ -133,6 +133,10 @@ class Mask:
         """Where this does not allow it."""
         return Not(self)
 
+    def __bool__(self) -> bool:
+        """Refused: ``a and b`` would be ``b``, and ``not a`` False."""
+        raise TypeError("a mask is neither true nor false: use & for and, | for or, ~ for not")
+
 
 # -- rules -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import arguments, chips, implementations
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import schedule
@@ -132,9 +132,12 @@ def attention(
     """Attention over the blocks of a mask.
 
     Args and results are those of ``reference.attention``, and ``blocks``: (queries, keys) of one;
-    without ``logsumexp`` None is returned in their place, and only a gradient computes them.
+    without ``logsumexp`` None is returned in their place, and only a gradient computes them. Of the
+    numbers only ``scale`` may be traced.
     """
     chip = chips.chip_of(q, k, v)
+    if arguments.is_traced(scale):
+        q, scale = _scaled(q, scale, soft_cap)
     config = Config(
         mask=mask,
         heads=q.shape[2],
@@ -164,13 +167,23 @@ def attention(
     return _attention(config, q, k, v, {n: x for n, x in extras.items() if x is not None})
 
 
+def _scaled(q: jax.Array, scale: jax.Array, soft_cap: float | None) -> tuple[jax.Array, float]:
+    """Queries times all that the kernels multiply them with, and the scale that leaves them so.
+
+    They are rounded once then, as in the kernels.
+    """
+    factor = scale / soft_cap if soft_cap else scale * LOG2_E
+    return (q.astype(jnp.float32) * factor).astype(q.dtype), soft_cap or 1 / LOG2_E
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, q, k, v, extras):
     return _forward(config, q, k, v, extras, config.logsumexp)
 
 
 def _attention_forward(config, q, k, v, extras):
-    out, lse = _forward(config, q, k, v, extras, True)
+    forward = functools.partial(_forward, logsumexp=True)
+    out, lse = _once_differentiable(forward, config)(q, k, v, extras)
     return (out, lse if config.logsumexp else None), (q, k, v, extras, out, lse)
 
 
@@ -183,13 +196,23 @@ def _attention_backward(config, residuals, cotangents):
     d_out = d_out.astype(q.dtype)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2_E
     statistics = {"lse": lse, "delta": delta, "d_out": d_out}
-    dq, d_span = _query_gradients(config, q, k, v, extras, statistics)
+    operands = (q, k, v, extras, statistics)
+    dq, d_span = _once_differentiable(_query_gradients, config)(*operands)
     none = dict.fromkeys(extras)
     if d_span is not None:
         none["span"] = d_span
     if "k_scale" in extras:
         return dq, None, None, none
-    return dq, *_key_gradients(config, q, k, v, extras, statistics), none
+    return dq, *_once_differentiable(_key_gradients, config)(*operands), none
+
+
+def _once_differentiable(kernel, config: Config):
+    """A kernel in what computes gradients, whose own gradient is an error."""
+    return implementations.without_gradient(
+        functools.partial(kernel, config),
+        "attention by mosaic_tpu has first-order gradients only; use implementation='xla' for "
+        "those of higher order",
+    )
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

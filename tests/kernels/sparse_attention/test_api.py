@@ -1,5 +1,6 @@
 """The door: what it refuses, what it chooses, and Flax's attention layers through it."""
 
+import functools
 import re
 
 import flax.linen
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.implementations import Unsupported
 from jaxcomp.kernels.sparse_attention import (
     attention,
     attention_fn,
     blocks,
     causal,
+    chunked,
+    decode_attention,
     full,
     per_head,
     window,
@@ -42,9 +46,16 @@ REFUSED = [
     (ValueError, r"kv_segment_ids \(2, 8\) must be \(batch, length\) = \(2, 12\)", (Q, K, K),
      {"segment_ids": jnp.zeros((2, 8), int)}),
     (ValueError, "without segment_ids", (Q, K, K), {"kv_segment_ids": jnp.zeros((2, 12), int)}),
-    (ValueError, r"span \(2,\) must be one number", (Q, K, K), {"span": ones(2)}),
+    (ValueError, r"span \(2,\) must .* heads of q \(2, 8, 4, 16\)", (Q, K, K), {"span": ones(2)}),
     (ValueError, "per_head has 3 masks", (Q, K, K), {"mask": per_head([causal()] * 3)}),
-    (TypeError, "mask is a ndarray", (Q, K, K), {"mask": np.ones((8, 12))}),
+    (TypeError, r"mask is an array \(8, 12\); it takes a rule", (Q, K, K),
+     {"mask": np.ones((8, 12))}),
+    (TypeError, "mask is the function causal; call it", (Q, K, K), {"mask": causal}),
+    (TypeError, r"mask is a list; use per_head", (Q, K, K), {"mask": [causal()] * 4}),
+    (TypeError, "segment_ids is a list; it must be an array", (Q, K, K),
+     {"segment_ids": [[0] * 8] * 2, "kv_segment_ids": jnp.zeros((2, 12), int)}),
+    (ValueError, r"scale \(3,\) must be one number", (Q, K, K), {"scale": np.ones(3)}),
+    (TypeError, "soft_cap is '3'; it must be a number", (Q, K, K), {"soft_cap": "3"}),
     (ValueError, "block_q is 64; it must be a multiple of 128", (Q, K, K), {"block_q": 64}),
     (ValueError, "block_k is '128'; it must be", (Q, K, K), {"block_k": "128"}),
     (ValueError, r"shape \(1, 2\) .* do not cover 8 queries and 12 keys; .* \(2, 3\)", (Q, K, K),
@@ -54,7 +65,7 @@ REFUSED = [
     (TypeError, "span is int32", (Q, K, K), {"span": jnp.ones(4, jnp.int32)}),
     (TypeError, "k_scale is int32", (Q, K.astype("int8"), K.astype("int8")),
      {"k_scale": SCALE.astype(int), "v_scale": SCALE}),
-    (ValueError, "soft_cap is 0; it must be more than 0", (Q, K, K), {"soft_cap": 0}),
+    (ValueError, "soft_cap is 0.0; it must be more than 0", (Q, K, K), {"soft_cap": 0}),
     (ValueError, "span_ramp is -1.0", (Q, K, K), {"span": ones(4), "span_ramp": -1.0}),
     (ValueError, "implementation 'cuda' is unknown", (Q, K, K), {"implementation": "cuda"}),
     (Unsupported, "it runs on TPU, not on cpu", (Q, K, K), {"implementation": "mosaic_tpu"}),
@@ -104,13 +115,50 @@ def test_linen_layer_with_padding():
     cases.assert_close(got, want, "float32")
 
 
+@pytest.mark.parametrize("rule", [full(), window(4, causal=True), causal() & chunked(5)])
+def test_flax_decodes(rule):
+    """A step is the row of its position, whatever the rule."""
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 9, 16)), jnp.float32)
+
+    def layer(mask):
+        f = attention_fn(mask)
+        return nnx.MultiHeadAttention(2, 16, attention_fn=f, decode=False, rngs=nnx.Rngs(0))
+
+    want = layer(rule & causal())(x)
+    own = layer(rule)
+    own.init_cache(x.shape)
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    got = jnp.concatenate([step(own, x[:, i : i + 1]) for i in range(9)], axis=1)
+    cases.assert_close(got, want, "float32")
+
+
+def test_linen_decodes_with_padding_on_the_left():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 6, 16)), jnp.float32)
+    real = (jnp.arange(6) >= jnp.array([[0], [2]]))[:, None, None].astype(jnp.float32)
+    own, plain = (
+        flax.linen.MultiHeadDotProductAttention(2, decode=True, **options)
+        for options in ({"attention_fn": attention_fn(causal())}, {})
+    )
+    both = []
+    for layer in (own, plain):
+        variables = layer.init(jax.random.key(0), x)
+        for i in range(6):
+            y, new = layer.apply(variables, x[:, i : i + 1], mask=real, mutable=["cache"])
+            variables = {**variables, **new}
+        both.append(y)
+    cases.assert_close(*both, "float32")
+
+
 def test_what_flax_asks_and_cannot_have_is_an_error():
     x = ones(1, 4, 2, 8)
     run = attention_fn(full())
     for message, options in {
         "takes no bias": {"bias": ones(1, 2, 4, 4)},
         "has no dropout": {"dropout_rate": 0.1},
-        "only as padding": {"mask": jnp.ones((1, 1, 4, 4), bool)},
+        r"only as padding .* float32\(1, 1, 4, 4\), of queries by keys. If it is causal": {
+            "mask": flax.linen.make_causal_mask(ones(1, 4))
+        },
+        "negative entries": {"mask": jnp.full((1, 1, 1, 4), -1e9)},
         "no weights to record": {"module": object()},
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -119,6 +167,72 @@ def test_what_flax_asks_and_cannot_have_is_an_error():
         attention_fn(full(), softcap=3.0)
     assert run(x, x, x, dropout_rate=0.1, deterministic=True).shape == x.shape
     np.testing.assert_allclose(run(x, x, x, is_causal=True), attention(x, x, x), rtol=1e-6)
+
+
+ON_TPU = {"implementation": "mosaic_tpu", "interpret": True, "block_q": 128, "block_k": 128}
+
+
+def test_a_scale_may_be_traced():
+    """The kernel's result to the bit, and a gradient of its own."""
+    q, k, v = map(jnp.asarray, cases.operands(4, queries=100, keys=100, heads=2, kv_heads=1))
+
+    def loss(scale, q, **run):
+        out = attention(q, k, v, scale=scale, soft_cap=2.0, **run)
+        return (out**2).sum(), out
+
+    traced = jax.jit(jax.value_and_grad(functools.partial(loss, **ON_TPU), (0, 1), has_aux=True))
+    (_, out), gradients = traced(0.3, q)
+    np.testing.assert_array_equal(out, loss(0.3, q, **ON_TPU)[1])
+    wanted = jax.grad(functools.partial(loss, implementation="xla"), (0, 1), has_aux=True)(0.3, q)
+    for got, want in zip(gradients, wanted[0], strict=True):
+        cases.assert_close(got, want, "float32", cases.GRADIENT_TOLERANCE)
+
+
+def test_numbers_that_a_kernel_has_as_constants_are_told(monkeypatch):
+    """Traced, XLA takes them; asked for by name, the kernel says why it cannot."""
+    monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V5E)
+    q, cache = ones(1, 1, 2, 128), ones(1, 256, 2, 128)
+
+    def attend(cap, **options):
+        return attention(cache, cache, cache, soft_cap=cap, **options)
+
+    def decode(scale, **options):
+        return decode_attention(q, cache, cache, jnp.array([9]), scale=scale, **options)
+
+    for run, name in ((attend, "soft_cap"), (decode, "scale")):
+        assert "mosaic_tpu: " + name in str(jax.make_jaxpr(run)(2.0))
+        with pytest.raises(Unsupported, match=f"{name} must be a constant of its code"):
+            jax.eval_shape(functools.partial(run, implementation="mosaic_tpu"), 2.0)
+    ramp = functools.partial(attention, cache, cache, cache, implementation="mosaic_tpu")
+    with pytest.raises(Unsupported, match="span_ramp must be"):
+        jax.eval_shape(lambda x: ramp(span=ones(2), span_ramp=x), 2.0)
+    assert jax.eval_shape(lambda x: ramp(span_ramp=x), 2.0).shape == cache.shape
+
+
+def test_gradients_that_kernels_lack_are_errors_that_say_so(monkeypatch):
+    monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V5E)
+    x = ones(1, 256, 2, 128)
+
+    def loss(x):
+        return (attention(x, x, x) ** 2).sum()
+
+    first_order = "first-order gradients only; use implementation='xla'"
+    for twice in (jax.grad(lambda x: jax.grad(loss)(x).sum()), jax.hessian(loss)):
+        with pytest.raises(Unsupported, match=first_order):
+            jax.eval_shape(twice, x)
+    with pytest.raises(Unsupported, match="decode_attention by mosaic_tpu has no gradient"):
+        jax.eval_shape(
+            jax.grad(lambda q: decode_attention(q, x, x, jnp.array([9])).sum()), x[:, :1]
+        )
+
+
+def test_layers_that_a_cache_lacks_are_refused():
+    cache = ones(2, 1, 8, 2, 16)
+    q, lengths = ones(1, 1, 2, 16), jnp.array([4])
+    with pytest.raises(ValueError, match=r"layer is 7, and the cache k \(2, .* has 2 layers: .* 1"):
+        decode_attention(q, cache, cache, lengths, layer=7)
+    with pytest.raises(TypeError, match=r"layer is 0\.5; it must be an integer"):
+        decode_attention(q, cache, cache, lengths, layer=0.5)
 
 
 def test_on_a_mesh_of_several_devices_the_kernel_says_why_it_cannot_run():

@@ -48,7 +48,7 @@ def check(
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
     out, lse = np.asarray(out), np.asarray(lse)
     for b, length in enumerate(lengths):
-        rule = Moved(mask or causal(), length - 3)
+        rule = Moved(causal() if mask is None else mask, length - 3)
         part = {n: x[b : b + 1, :length] for n, x in scales.items()}
         rest = (k[b : b + 1, :length], v[b : b + 1, :length])
         want, want_lse = cases.expected(q[b : b + 1], *rest, rule, **part, **options)

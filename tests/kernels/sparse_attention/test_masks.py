@@ -13,6 +13,7 @@ from jaxcomp.kernels.sparse_attention import (
     api,
     blocks,
     causal,
+    chunked,
     dilated,
     fixed,
     full,
@@ -43,6 +44,8 @@ DEFINITIONS = [
     (dilated(4, 3, causal=True), lambda q, k: q - k in (0, 3, 6, 9)),
     (strided(5), lambda q, k: k <= q and (q - k <= 5 or (q - k) % 5 == 0)),
     (fixed(5, 2), lambda q, k: k <= q and (q // 5 == k // 5 or k % 5 in (3, 4))),
+    (chunked(5), lambda q, k: q // 5 == k // 5),
+    (chunked(5) & causal(), lambda q, k: k <= q and q // 5 == k // 5),
     (global_(4), lambda q, k: q < 4 or k < 4),
     (blocks([[0, 1], [1, 1]], 7), lambda q, k: q < 14 and k < 14 and (q // 7, k // 7) != (0, 0)),
     (~causal() & window(6) | global_(2), lambda q, k: q < k <= q + 3 or q < 2 or k < 2),
@@ -89,9 +92,16 @@ def test_masks_are_values():
     for wrong in (lambda: window(0), lambda: fixed(4, 5), lambda: blocks([1], 8)):
         with pytest.raises(ValueError):
             wrong()
-    for wrong in (lambda: window(2.5), lambda: causal(1.5), lambda: per_head([causal(), "full"])):
+    for wrong in (
+        lambda: window(2.5),
+        lambda: window(True),
+        lambda: causal(1.5),
+        lambda: per_head([causal(), "full"]),
+    ):
         with pytest.raises(TypeError):
             wrong()
+    with pytest.raises(TypeError, match="use & for and"):
+        causal() and window(4)
 
 
 LEAVES = st.one_of(
@@ -100,6 +110,7 @@ LEAVES = st.one_of(
     st.builds(dilated, st.integers(1, 9), st.integers(1, 9), causal=st.booleans()),
     st.builds(strided, st.integers(1, 20)),
     st.builds(lambda s, c: fixed(s, min(s, c)), st.integers(1, 20), st.integers(1, 5)),
+    st.builds(chunked, st.integers(1, 40)),
     st.builds(global_, st.integers(1, 20)),
     st.builds(random, st.integers(1, 3), st.integers(0, 5), st.sampled_from([3, 8, 16])),
     st.builds(
