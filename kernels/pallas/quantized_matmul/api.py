@@ -94,12 +94,7 @@ def quantized_matmul(
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     x_scales = _row_scales(x, x_scales, options)
     x, weight, bias, x_scales = meshes.vary_alike(x, weight, bias, x_scales)
-    place = sharding.placement(x, weight, weight_spec, x_spec)
-    if place is None:
-        return _stacked(run, options, x, weight, bias, x_scales)
     whole = options
-    if place.inputs:  # What is fused needs the sum over devices.
-        options = dataclasses.replace(options, activation=None, out_dtype="float32")
 
     def finish(y, bias):
         if bias is not None:
@@ -107,6 +102,14 @@ def quantized_matmul(
             bias = bias.reshape(*bias.shape[:-1], *ones, bias.shape[-1])
         return reference.finish(y, bias, whole)
 
+    if not x.size or 0 in weight.shape:  # Nothing is multiplied: sums of nothing.
+        sums = jnp.zeros((*x.shape[:-1], weight.shape[0]), jnp.float32)
+        return finish(meshes.varied(sums, x), bias)
+    place = sharding.placement(x, weight, weight_spec, x_spec)
+    if place is None:
+        return _stacked(run, options, x, weight, bias, x_scales)
+    if place.inputs:  # What is fused needs the sum over devices.
+        options = dataclasses.replace(options, activation=None, out_dtype="float32")
     call = functools.partial(_stacked, run, options)
     return sharding.matmul(call, finish, x, weight, bias, x_scales, place)
 
@@ -164,7 +167,7 @@ def prepare(
     if chip is not None and chip not in chips.BY_NAME:
         raise ValueError(f"chip {chip!r} is unknown; use one of {', '.join(chips.BY_NAME)}")
     known = chips.chip_of(codes) if chip is None else chips.BY_NAME[chip]
-    if known is None or known.platform == "cpu":
+    if known is None or known.platform == "cpu" or not codes.size:
         return weight
     if known.platform == "gpu":
         from jaxcomp.kernels.quantized_matmul import gpu

@@ -55,7 +55,7 @@ def reason(x: jax.Array, weight: Weight, options: Options, chip: Chip | None) ->
     if quantized is not None and _word_bits(weight, jnp.dtype(quantized)) is not None:
         return f"words of {weight.format} codes are decoded to bfloat16 only"
     (n, k), group_size = weight.shape, weight.group_size
-    if n % 64 or k % 64:
+    if not k or n % 64 or k % 64:
         return f"N and K (here {n}, {k}) must be multiples of 64"
     if weight.format == "int2" and group_size % 64:
         return f"groups of {group_size} int2 codes are no multiple of 64"

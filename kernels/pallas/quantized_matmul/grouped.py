@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,18 +90,11 @@ def grouped_quantized_matmul(
     weight = api.weight_of(codes, scales, zeros, table, format, group_size)
     options = api.options_of(x, weight, bias, activation, activation_dtype, out_dtype)
     _check(x, group_sizes, weight)
-    if not x.shape[0]:
-        return jnp.zeros((0, weight.shape[0]), options.out_dtype)
     run = functools.partial(_run, implementation=implementation, interpret=interpret)
     ends = jnp.cumsum(group_sizes.astype(jnp.int32))
     bounds = jnp.minimum(jnp.pad(ends, (1, 0)), x.shape[0])
     x, bounds, weight, bias = meshes.vary_alike(x, bounds, weight, bias)
-    place = sharding.placement(x, weight, weight_spec, x_spec, by_expert=True)
-    if place is None:
-        return _differentiable(run, options, x, bounds, weight, bias)
     whole = options
-    if place.inputs:  # What is fused needs the sum over devices.
-        options = dataclasses.replace(options, activation=None, out_dtype="float32")
 
     def finish(y, bounds, bias):
         owner = grouped_reference.owner(bounds, y.shape[0])
@@ -109,6 +103,14 @@ def grouped_quantized_matmul(
         y = reference.finish(y, None, whole)
         return jnp.where((owner < bounds.shape[0] - 1)[:, None], y, jnp.zeros((), y.dtype))
 
+    if not (x.size and math.prod((*weight.stack, *weight.shape))):  # Nothing is multiplied.
+        sums = jnp.zeros((x.shape[0], weight.shape[0]), jnp.float32)
+        return finish(meshes.varied(sums, x), bounds, bias)
+    place = sharding.placement(x, weight, weight_spec, x_spec, by_expert=True)
+    if place is None:
+        return _differentiable(run, options, x, bounds, weight, bias)
+    if place.inputs:  # What is fused needs the sum over devices.
+        options = dataclasses.replace(options, activation=None, out_dtype="float32")
     call = functools.partial(_differentiable, run, options)
     return sharding_grouped.matmul(call, finish, x, bounds, weight, bias, place)
 

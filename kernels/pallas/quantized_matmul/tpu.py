@@ -93,7 +93,7 @@ def unfit(
     if chip is None or chip.platform != "tpu":
         return f"the chip is {chip.name if chip else 'unknown'}, not a TPU"
     k = weight.shape[1]
-    if k % _LANES:
+    if not k or k % _LANES:
         return f"the {k} inputs are not a multiple of {_LANES}"
     if weight.group_size % _LANES and _LANES % weight.group_size:
         return f"groups of {weight.group_size} neither divide {_LANES} nor are multiples of it"

@@ -192,12 +192,14 @@ def stored(
     group_size = size if group_size is None else group_size
     if not isinstance(group_size, int):
         raise TypeError(f"group_size is {group_size!r}; it must be an integer or None")
-    if group_size < 1 or size % group_size:
+    least = min(size, 1)  # Of no inputs a row has one group, of none.
+    if group_size < least or (size and size % group_size):
         raise ValueError(
             f"codes {codes.shape} of {format} have K = {size} inputs, which group_size "
             f"{group_size} does not divide; use a divisor of {size}, or None for one group a row"
         )
-    expected = (*codes.shape[:-2], size // group_size, codes.shape[-2])
+    groups = size // group_size if group_size else 1
+    expected = (*codes.shape[:-2], groups, codes.shape[-2])
     for name, array in (("scales", scales), ("zeros", zeros)):
         if array is not None and array.shape != expected:
             raise ValueError(

@@ -186,6 +186,9 @@ def _options(x, shape, bias, activation, out_dtype) -> Options:
 def _placed(product, options, x, w, bias, place) -> jax.Array:
     """The product on one device, or each device's part of it."""
     x, w, bias = meshes.vary_alike(x, w, bias)
+    if not x.size or 0 in w.shape:  # Nothing is multiplied: sums of nothing.
+        sums = jnp.zeros((*x.shape[:-1], w.shape[0]), jnp.float32)
+        return reference.finish(meshes.varied(sums, x), bias, options)
     if place is None:
         return _rows(functools.partial(product, options), x, w, bias)
     # What is fused needs the sum over devices.
@@ -208,13 +211,9 @@ def _chip(x, interpret) -> chips.Chip | None:
     return chip
 
 
-def _no_rows(x) -> str | None:
-    return None if len(x) else "x has no rows"
-
-
 def _chosen(implementation, interpret, x, weight) -> str:
     """The implementation that runs a product with a block-sparse weight, and its gradients."""
-    problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
+    problem = chips.shared_by_many(x, weight.values)
     on_tpu = problem or tpu.unfit(x.dtype, weight, _chip(x, interpret))
     chip = chips.H100 if interpret else chips.chip_of(x)
     on_gpu = problem or gpu.unfit(x.dtype, weight, chip)
@@ -239,7 +238,7 @@ def _run_blocks(implementation, interpret, x, weight, bias, options):
 
 def _run_nm(implementation, interpret, x, weight, bias, options):
     chip = _chip(x, interpret)
-    problem = chips.shared_by_many(x, weight.values) or _no_rows(x)
+    problem = chips.shared_by_many(x, weight.values)
     on_tpu = problem or tpu_nm.unfit(weight, chip, x.dtype)
     hopper = chips.H100 if interpret else chips.chip_of(x)
     on_gpu = problem or gpu_nm.unfit(x.dtype, weight, hopper)

@@ -84,7 +84,7 @@ def nm_sparse(w: jax.Array, mask: jax.Array | None = None, n: int = 2, m: int = 
             f"w {dense.shape} does not consist of groups of {m} inputs with {n} values each; K "
             "must be a multiple of m, and n at most m"
         )
-    groups = mask.reshape(dense.shape[0], -1, m)
+    groups = mask.reshape(dense.shape[0], dense.shape[1] // m, m)
     most = int(groups.sum(-1).max(initial=0))
     if most > n:
         raise ValueError(
@@ -94,9 +94,10 @@ def nm_sparse(w: jax.Array, mask: jax.Array | None = None, n: int = 2, m: int = 
     # The kept inputs first, then others to fill up, all in their order.
     chosen = np.sort(np.argsort(~groups, axis=-1, kind="stable")[..., :n], axis=-1)
     kept = np.where(mask, dense, np.zeros((), dense.dtype)).reshape(groups.shape)
-    values = np.take_along_axis(kept, chosen, -1).reshape(dense.shape[0], -1)
+    rows = dense.shape[0], dense.shape[1] // m * n
+    values = np.take_along_axis(kept, chosen, -1).reshape(rows)
     bits = (m - 1).bit_length()
-    positions = _pack(chosen.reshape(dense.shape[0], -1), bits)
+    positions = _pack(chosen.reshape(rows), bits)
     return nm_stored(jnp.asarray(values), jnp.asarray(positions), n=n, m=m)
 
 
@@ -264,7 +265,8 @@ def _grouped(weight: NMSparse) -> tuple[jax.Array, jax.Array]:
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes of some bits each as the bytes of a row, the lowest bits first."""
     each = (codes[..., None] >> np.arange(bits)) & 1
-    return np.packbits(each.reshape(len(codes), -1).astype(np.uint8), axis=1, bitorder="little")
+    each = each.reshape(len(codes), codes.shape[1] * bits)
+    return np.packbits(each.astype(np.uint8), axis=1, bitorder="little")
 
 
 def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
@@ -272,7 +274,8 @@ def _unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
     if 8 % bits == 0:
         starts = jnp.arange(0, 8, bits, dtype=jnp.int32)
         codes = (packed[..., None].astype(jnp.int32) >> starts) & ((1 << bits) - 1)
-        return codes.reshape(len(packed), -1)[:, :size]
+        return codes.reshape(len(packed), packed.shape[1] * 8 // bits)[:, :size]
     each = (packed[..., None].astype(jnp.int32) >> jnp.arange(8)) & 1
-    each = each.reshape(len(packed), -1)[:, : size * bits].reshape(len(packed), size, bits)
+    each = each.reshape(len(packed), packed.shape[1] * 8)[:, : size * bits]
+    each = each.reshape(len(packed), size, bits)
     return jnp.sum(each << jnp.arange(bits), axis=-1)

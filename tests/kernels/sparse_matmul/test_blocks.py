@@ -263,15 +263,6 @@ class TestErrors:
             block_sparse_matmul(jnp.ones((3, 12)), BlockSparse(self.values, *lists, None, (12, 12)))
 
 
-def test_no_rows(rng):
-    w, _ = cases.blocks(rng, (128, 128), (128, 128), [[1]])
-    assert block_sparse_matmul(jnp.ones((2, 0, 128)), w).shape == (2, 0, 128)
-    with pytest.raises(Unsupported, match="x has no rows"):
-        block_sparse_matmul(
-            jnp.ones((0, 128)), w, implementation="mosaic_tpu", interpret=cases.INTERPRET
-        )
-
-
 def test_the_weight_is_a_pytree(rng):
     w, dense = cases.blocks(rng, (8, 12), (4, 6), [[1, 0], [1, 1]])
     x = cases.rows(rng, (3, 12), "float32")
