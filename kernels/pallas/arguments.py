@@ -5,11 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 
 def is_traced(x: Any) -> bool:
     """Whether a number is known only when the program runs."""
     return isinstance(x, jax.core.Tracer)
+
+
+def is_array(x: Any) -> bool:
+    """Whether something has a shape and a dtype: an array, a tracer, or a shape of one."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def array(name: str, x: Any) -> None:
@@ -23,7 +29,7 @@ def array(name: str, x: Any) -> None:
       Traceback (most recent call last):
       TypeError: bias is a list; it must be an array: use jnp.asarray
     """
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if not is_array(x):
         raise TypeError(f"{name} is a {type(x).__name__}; it must be an array: use jnp.asarray")
 
 
@@ -112,3 +118,17 @@ def out_dtype(given: jax.typing.DTypeLike) -> str:
     if not jnp.issubdtype(out, jnp.floating):
         raise TypeError(f"out_dtype is {out}; y is a float")
     return out
+
+
+def in_parts(fields: str) -> str:
+    """What to add to an error about a weight's shapes: inside a shard_map, why they may differ.
+
+    Args:
+      fields: those of the weight that are not split with its arrays.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return ""
+    return (
+        f"; inside a jax.shard_map arrays are a device's part, and {fields} must be, too: use "
+        "dataclasses.replace(weight, ..) there, or call this outside with weight_spec="
+    )

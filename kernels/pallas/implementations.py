@@ -121,3 +121,21 @@ def without_gradient(function: Callable, told: str) -> Callable:
         raise Unsupported(told)
 
     return wrapped
+
+
+def first_order(
+    operation: str, chosen: str, kernel: Callable, instead: str = "use implementation='xla'"
+) -> Callable:
+    """A kernel in what has gradients of its own, where only the first ones can be taken.
+
+    Args:
+      operation: its name.
+      chosen: the implementation.
+      kernel: of pytrees of arrays.
+      instead: what has those of higher order.
+
+    Returns:
+      The kernel; to differentiate it, as gradients of higher order do, raises ``Unsupported``.
+    """
+    told = f"{operation} by {chosen} has first-order gradients only; {instead} for higher orders"
+    return without_gradient(kernel, told)

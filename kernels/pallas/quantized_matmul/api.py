@@ -8,8 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations, meshes
+from jaxcomp.kernels import arguments, chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul import gradients, layout, reference, sharding, weights
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS, Options
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -21,7 +22,7 @@ def quantized_matmul(
     scales: jax.Array | None = None,
     zeros: jax.Array | None = None,
     *,
-    format: str = "int4",
+    format: str | None = None,
     group_size: int | None = None,
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -53,14 +54,16 @@ def quantized_matmul(
         zeros, format, group_size and table with it.
       scales: bf16 or f32 ``(*stack, K / group_size, N)``.
       zeros: zero points like scales, or None for zeros.
-      format: "int8", "int4", "int2" (two's complement), "fp8" (e4m3) or "codebook" (16 values).
+      format: "int8", "int4", "int2" (two's complement), "fp8" (e4m3) or "codebook" (16 values);
+        None for int4, or for what a prepared weight has.
       group_size: inputs that share a scale; None for one group a row.
       table: the ``(16,)`` values of a codebook; None for NF4's.
       bias: ``(*stack, N)`` or None.
       activation: None, "relu", "silu" or "gelu" (by tanh).
       activation_dtype: None, "int8" (integer codes) or "float8_e4m3fn" (int4, int2 and fp8 codes).
-      x_scales: f32 or a number, broadcasts against ``(*stack, .., 1)``: what rows are divided by
-        before they are rounded, static scales for instance; None for each row's largest entry.
+      x_scales: f32, a number or a list of them, broadcasts against ``(*stack, .., 1)``: what rows
+        are divided by before they are rounded, static scales for instance; None for each row's
+        largest entry.
       out_dtype: dtype of y; None for x's.
       implementation: "xla", "mosaic_tpu", "mosaic_gpu", or None for the best one. The kernel for
         Hopper GPUs was never run on one: None takes it where a table of measurements says so.
@@ -74,8 +77,8 @@ def quantized_matmul(
 
     Raises:
       TypeError: a dtype is wrong.
-      ValueError: shapes, format, group size, the layout of a prepared weight, or how arrays are
-        split, are wrong.
+      ValueError: shapes, format, group size, the arrays or layout of a prepared weight, or how
+        arrays are split, are wrong.
       Unsupported: no implementation takes these operands; all reasons are told.
 
     Example:
@@ -182,46 +185,48 @@ def weight_of(codes, scales, zeros, table, format, group_size) -> Weight:
     """The weight of the arguments of a public function."""
     if not isinstance(codes, Weight):
         if scales is None:
+            arguments.array("codes", codes)
             raise ValueError(f"codes {codes.shape} come without scales (*stack, K / group_size, N)")
-        return weights.stored(codes, scales, zeros, table, format, group_size)
+        return weights.stored(codes, scales, zeros, table, format or "int4", group_size)
     if scales is not None or zeros is not None or table is not None:
         raise ValueError("a prepared weight brings its own scales, zeros and table: give none")
-    if codes.layout not in ("stored", layout.GPU_LAYOUT):
-        layout.check_layout(codes)
-        return codes
-    return codes.sliced()
+    for name, given in (("format", format), ("group_size", group_size)):
+        own = getattr(codes, name)
+        if given is not None and given != own:
+            raise ValueError(
+                f"{name} {given!r} is given with a weight (N, K) = {codes.shape} of {name} "
+                f"{own!r}: leave it out"
+            )
+    layout.check(codes)
+    return codes if codes.layout == layout.LAYOUT else codes.sliced()
 
 
 def options_of(x, weight, bias, activation, activation_dtype, out_dtype) -> Options:
     """Checks of what does not depend on the shape of x."""
+    arguments.array("x", x)
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
     allowed = reference.activation_dtypes(weight.format)
-    name = None if activation_dtype is None else _dtype("activation_dtype", activation_dtype)
+    name = activation_dtype
+    if name is not None:
+        name = arguments.dtype("activation_dtype", name)
     if name is not None and name not in allowed:
         raise ValueError(
             f"activation_dtype {name} does not multiply codes of {weight.format} exactly; use "
             f"{' or '.join(('None', *allowed))}"
         )
     expected = (*weight.stack, weight.shape[0])
+    if bias is not None:
+        arguments.array("bias", bias)
     if bias is not None and bias.shape != expected:
         raise ValueError(
             f"bias {bias.shape} must be (*stack, N) = {expected}, as the weight's scales "
             f"{weight.scales.shape} say"
         )
-    out = _dtype("out_dtype", x.dtype if out_dtype is None else out_dtype)
-    if not jnp.issubdtype(out, jnp.floating):
-        raise TypeError(f"out_dtype is {out}; y is a float")
+    out = arguments.out_dtype(x.dtype if out_dtype is None else out_dtype)
     return Options(activation, name, out)
-
-
-def _dtype(name: str, dtype: jax.typing.DTypeLike) -> str:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        raise TypeError(f"{name} {dtype!r} is no dtype") from None
 
 
 def _row_scales(x, x_scales, options) -> jax.Array | None:
@@ -230,12 +235,12 @@ def _row_scales(x, x_scales, options) -> jax.Array | None:
         return None
     if options.activation_dtype is None:
         raise ValueError(
-            f"x_scales {jnp.shape(x_scales)} are to quantize x {x.shape}: give activation_dtype as "
+            f"x_scales {np.shape(x_scales)} are to quantize x {x.shape}: give activation_dtype as "
             "well"
         )
     shape = (*x.shape[:-1], 1)
-    if isinstance(x_scales, float):
-        x_scales = jnp.float32(x_scales)
+    if isinstance(x_scales, float) or not arguments.is_array(x_scales):
+        x_scales = jnp.asarray(x_scales, jnp.float32)  # Numbers have no dtype of their own.
     if x_scales.dtype != jnp.float32:
         raise TypeError(f"x_scales {x_scales.shape} are {x_scales.dtype}; use float32")
     try:
@@ -287,9 +292,15 @@ def _run(options, x, weight, bias, x_scales=None, *, implementation, interpret) 
     )
     if chosen == "xla":
         return reference.matmul(x, restored(weight), bias, options, x_scales)
-    if chosen == "mosaic_gpu":
-        return gpu.run(x, weight.sliced(), bias, options, interpret=interpret, x_scales=x_scales)
-    return tpu.matmul(x, weight, bias, options, chip, interpret, x_scales=x_scales)
+
+    def kernel(x, weight, bias, x_scales):
+        if chosen == "mosaic_gpu":
+            weight = weight.sliced()
+            return gpu.run(x, weight, bias, options, interpret=interpret, x_scales=x_scales)
+        return tpu.matmul(x, weight, bias, options, chip, interpret, x_scales=x_scales)
+
+    once = implementations.first_order("quantized_matmul", chosen, kernel)
+    return once(x, weight, bias, x_scales)
 
 
 def restored(weight: Weight) -> Weight:

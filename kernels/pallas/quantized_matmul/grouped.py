@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations, meshes
+from jaxcomp.kernels import arguments, chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul import (
     api,
     gradients,
@@ -27,7 +27,7 @@ def grouped_quantized_matmul(
     scales: jax.Array | None = None,
     zeros: jax.Array | None = None,
     *,
-    format: str = "int4",
+    format: str | None = None,
     group_size: int | None = None,
     table: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -116,6 +116,7 @@ def grouped_quantized_matmul(
 
 
 def _check(x: jax.Array, group_sizes: jax.Array, weight: Weight) -> None:
+    arguments.array("group_sizes", group_sizes)
     if len(weight.stack) != 1 or group_sizes.shape != weight.stack:
         raise ValueError(
             f"group_sizes {group_sizes.shape} must be (E,) for the experts of the weight, whose "
@@ -154,11 +155,17 @@ def _run(options, x, bounds, weight, bias, *, implementation, interpret) -> jax.
         {"mosaic_tpu": several or on_tpu, "mosaic_gpu": several or on_gpu, "xla": None},
         implementation,
     )
-    if chosen == "xla":
-        return grouped_reference.matmul(x, bounds, api.restored(weight), bias, options)
-    if chosen == "mosaic_gpu":
-        return gpu_grouped.matmul(x, bounds, weight.sliced(), bias, options, interpret)
-    return tpu_grouped.matmul(x, bounds, weight, bias, options, chip, interpret)
+
+    def product(x, bounds, weight, bias):
+        if chosen == "xla":
+            return grouped_reference.matmul(x, bounds, api.restored(weight), bias, options)
+        if chosen == "mosaic_gpu":
+            return gpu_grouped.matmul(x, bounds, weight.sliced(), bias, options, interpret)
+        return tpu_grouped.matmul(x, bounds, weight, bias, options, chip, interpret)
+
+    instead = "multiply each expert's rows by quantized_matmul"
+    once = implementations.first_order("grouped_quantized_matmul", chosen, product, instead)
+    return once(x, bounds, weight, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

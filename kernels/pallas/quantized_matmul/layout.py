@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels.quantized_matmul.weights import Weight
+from jaxcomp.kernels import arguments
+from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
 LAYOUT = "mosaic_tpu/1"
 GPU_LAYOUT = "mosaic_gpu/1"
@@ -65,29 +66,59 @@ def _transpose_fields(codes: jax.Array, old: tuple[int, int]) -> jax.Array:
     return jnp.sum(fields.reshape(*codes.shape, 4) << shifts, axis=-1, dtype=jnp.uint8)
 
 
-def check_layout(weight: Weight) -> None:
-    """Refuses a weight that another version prepared, or whose arrays were changed since.
+def check(weight: Weight) -> None:
+    """Refuses a weight that another version prepared, or whose arrays do not belong together.
+
+    Args:
+      weight: stored or prepared; arrays or tracers.
 
     Raises:
+      TypeError: a dtype is wrong.
       ValueError: naming both layouts or both shapes.
     """
-    if weight.layout != LAYOUT:
+    if weight.layout not in ("stored", LAYOUT, GPU_LAYOUT):
         raise ValueError(
             f"the weight {weight.shape} was prepared in layout {weight.layout!r}, and these "
-            f"kernels read {LAYOUT!r}; prepare it again from its stored codes"
+            f"kernels read {LAYOUT!r} and {GPU_LAYOUT!r}; prepare it again from its stored codes"
         )
-    n, k = weight.shape
-    codes = (*weight.stack, n, k // 4 if weight.format == "int2" else k)
-    if weight.layer is not None:
-        codes = (*weight.codes.shape[:1], *codes)
-    scales = (*weight.stack, k // weight.group_size, n)
+    if weight.format not in FORMATS:
+        raise ValueError(f"format {weight.format!r} of a weight is none of {', '.join(FORMATS)}")
+    (n, k), group_size = weight.shape, weight.group_size
+    group_size = arguments.integer("group_size", group_size)
+    if group_size < min(k, 1) or (k and k % group_size):
+        raise ValueError(f"group_size {group_size} of a weight does not divide K of {(n, k)}")
+    groups = (*weight.stack, k // group_size if group_size else 1, n)
+    layers = weight.codes.shape[:1] if weight.layer is not None else ()
+    codes, dtype = _codes(weight)
     for name, array, expected in (
-        ("codes", weight.codes, codes),
-        ("scales", weight.scales, scales),
-        ("zeros", weight.zeros, scales),
+        ("codes", weight.codes, (*layers, *weight.stack, n, codes)),
+        ("scales", weight.scales, groups),
+        ("zeros", weight.zeros, groups),
     ):
         if array is not None and array.shape != expected:
+            again = "" if weight.layout == "stored" else "; prepare it again from its stored codes"
             raise ValueError(
-                f"{name} {array.shape} of a prepared {weight.format} weight (N, K) = "
-                f"{weight.shape} must be {expected}; prepare it again from its stored codes"
+                f"{name} {array.shape} of a {weight.layout} {weight.format} weight (N, K) = "
+                f"{weight.shape} in groups of {group_size} must be {expected}{again}"
+                f"{arguments.in_parts('shape and group_size')}"
             )
+    if weight.codes.dtype != dtype:
+        raise TypeError(
+            f"codes {weight.codes.shape} of a {weight.layout} {weight.format} weight are "
+            f"{weight.codes.dtype}, and must be {dtype}"
+        )
+    if weight.scales.dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(
+            f"scales {weight.scales.shape} are {weight.scales.dtype}; use bfloat16 or float32"
+        )
+    table = None if weight.table is None else weight.table.shape
+    if table != ((16,) if FORMATS[weight.format].kind == "codebook" else None):
+        raise ValueError(f"table {table} of a {weight.format} weight: (16,) is a codebook's")
+
+
+def _codes(weight: Weight) -> tuple[int, jax.typing.DTypeLike]:
+    """Codes of an output as they lie in memory: how many, and their dtype."""
+    k = weight.shape[1]
+    if weight.layout == LAYOUT:
+        return k // 4 if weight.format == "int2" else k, jnp.dtype(NATIVE[weight.format])
+    return k * FORMATS[weight.format].bits // 8, jnp.dtype(jnp.uint8)

@@ -14,8 +14,10 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=True),
 }
-# Largest entries of the dtypes that rows are quantized to.
+# Largest entries of the dtypes that rows are quantized to, and what is rounded to no more than they
+# are: a row's own scale is rounded, too, and its largest entry over it may be a little more.
 _TOP = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_CLIPPED = {"int8": 127.5, "float8_e4m3fn": 464.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,11 @@ def quantize_rows(
 
 
 def scales_of(largest: jax.Array, dtype: str) -> jax.Array:
-    """The scales that make entries the largest ones of a dtype; 1 for zeros."""
+    """The scales that make entries the largest ones of a dtype; 1 for zeros.
+
+    Compiled, XLA multiplies with the rounded reciprocal: a scale may be off by its last bit, which
+    the entries are divided by as it is.
+    """
     return jnp.where(largest > 0, largest / _TOP[dtype], 1.0)
 
 
@@ -170,7 +176,7 @@ def multiplied(
     if dtype is None:
         return x, None
     codes, scales = quantize_rows(x, dtype, x_scales)
-    inside = None if x_scales is None else jnp.abs(scaled(x, scales)) <= _TOP[dtype]
+    inside = None if x_scales is None else jnp.abs(scaled(x, scales)) < _CLIPPED[dtype]
     return (codes.astype(jnp.float32) * scales).astype(x.dtype), inside
 
 

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels import arguments
 
 # The quantiles of QLoRA's NormalFloat, arXiv 2305.14314, appendix E.
 NF4 = (
@@ -131,20 +132,22 @@ def layer_of(weight: Weight, index: jax.Array | int) -> Weight:
 
     Args:
       weight: stored or prepared, ``(layers, *stack, N, K)``.
-      index: which layer.
+      index: which layer, from 0; one that is known before it runs must exist.
 
     Returns:
       The weight ``(*stack, N, K)``. In a loop over layers a kernel for TPUs reads its codes from
       those of all layers, where a slice would first be copied; scales and zeros are sliced.
 
     Raises:
-      ValueError: the weight has no stack axes.
+      TypeError: the index is no integer.
+      ValueError: the weight has no stack axes, or no such layer.
     """
     if not weight.stack:
         raise ValueError(
             f"the weight (N, K) = {weight.shape} has no stack axes, and so no layers to choose from"
         )
-    index = jnp.asarray(index, jnp.int32)
+    of = f"the weight's scales {weight.scales.shape} are of {weight.stack[0]} layers"
+    index = arguments.index("index", index, weight.stack[0], of)
     each = weight.sliced().map(
         lambda array: jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
     )
@@ -179,6 +182,9 @@ def stored(
     if format not in FORMATS:
         nf4 = " (NF4 is 'codebook', whose table it is)" if str(format).lower() == "nf4" else ""
         raise ValueError(f"format {format!r} is unknown; use one of {', '.join(FORMATS)}{nf4}")
+    for name, array in (("codes", codes), ("scales", scales), ("zeros", zeros)):
+        if array is not None:
+            arguments.array(name, array)
     bits = FORMATS[format].bits
     if codes.dtype != jnp.uint8:
         array = "codes" if bits == 8 else f"codes.astype(int{bits}).reshape(.., {8 // bits})"
@@ -189,9 +195,9 @@ def stored(
     if codes.ndim < 2:
         raise ValueError(f"codes {codes.shape} must be (*stack, N, K * {bits} / 8)")
     size = codes.shape[-1] * 8 // bits
-    group_size = size if group_size is None else group_size
-    if not isinstance(group_size, int):
-        raise TypeError(f"group_size is {group_size!r}; it must be an integer or None")
+    if group_size is None:
+        group_size = size
+    group_size = arguments.integer("group_size", group_size, " or None")
     least = min(size, 1)  # Of no inputs a row has one group, of none.
     if group_size < least or (size and size % group_size):
         raise ValueError(
@@ -217,7 +223,9 @@ def stored(
         if table.shape != (16,):
             raise ValueError(f"table {table.shape} must hold the (16,) values of a codebook")
     elif table is not None:
-        raise ValueError(f"table {table.shape} is for the format 'codebook', not for {format!r}")
+        raise ValueError(
+            f"table {jnp.shape(table)} is for the format 'codebook', not for {format!r}"
+        )
     return Weight(codes, scales, zeros, table, format, group_size, (codes.shape[-2], size))
 
 

@@ -113,15 +113,12 @@ def _attention(listed, problem, interpret, q, k, v, segments, span):
     return out[:, : q.shape[1]], lse[:, :, : q.shape[1]]
 
 
-_TOLD = (
-    "attention by mosaic_gpu has first-order gradients only; use implementation='xla' for those of "
-    "higher order"
-)
+_once = functools.partial(implementations.first_order, "attention", "mosaic_gpu")
 
 
 def _forward(listed, problem, interpret, q, k, v, segments, span):
     forward = functools.partial(_attention, listed, problem, interpret)
-    out, lse = implementations.without_gradient(forward, _TOLD)(q, k, v, segments, span)
+    out, lse = _once(forward)(q, k, v, segments, span)
     return (out, lse), (q, k, v, segments, span, out, lse)
 
 
@@ -138,11 +135,11 @@ def _backward(listed, problem, interpret, saved, cotangents):
 
     def run(group):
         operands = _operands(listed, group, q, k, v, segments, span) | extras
-        once = implementations.without_gradient(
-            lambda operands: kernel.gradients(operands, problem, group is not None, interpret),
-            _TOLD,
-        )
-        return once(operands)
+
+        def gradients(operands):
+            return kernel.gradients(operands, problem, group is not None, interpret)
+
+        return _once(gradients)(operands)
 
     (dq, *d_span), (dk, dv) = run(None), run(q.shape[2] // k.shape[2])
     d_span = d_span[0].sum((0, 2)) if d_span else None

@@ -4,7 +4,8 @@
 
 with cap(s) = c tanh(s / c) where there is a soft cap, and the adaptive span's soft mask
 m(d) = clip((ramp + z - d) / ramp, 0, 1) with one learned z a head (arXiv 1905.07799). A row in
-which nothing is allowed gives zeros.
+which nothing is allowed gives zeros. A key or a value that is not finite makes the results of those
+that look at it NaN, and of no others.
 """
 
 import jax
@@ -51,9 +52,11 @@ def attention(
     queries, keys, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     compute = jnp.promote_types(q.dtype, jnp.float32)
     precise = jax.lax.Precision.HIGHEST
-    k, v = (_dequantized(x, s, compute) for x, s in ((k, k_scale), (v, v_scale)))
+    k, v = (dequantized(x, s, compute) for x, s in ((k, k_scale), (v, v_scale)))
+    (k, no_key), (v, no_value) = finite(k), finite(v)
     grouped = q.astype(compute).reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[3])
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision=precise) * scale
+    scores = jnp.where(jnp.moveaxis(no_key, 1, 2)[:, :, None, None], jnp.nan, scores)
     scores = scores.reshape(q.shape[0], heads, queries, keys)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -75,8 +78,19 @@ def attention(
         q.shape[0], kv_heads, heads // kv_heads, queries, keys
     )
     out = jnp.einsum("bhgqk,bkhd->bqhgd", shares, v, precision=precise)
+    lost = jnp.einsum("bhgqk,bkh->bqhg", shares, no_value.astype(compute)) > 0
+    out = out + jnp.where(lost, jnp.nan, 0)[..., None]
     lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
     return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype), lse
+
+
+def finite(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys or values with zeros for what is no finite number, and which of them had any.
+
+    A weight of zero times no number is no number: what is not looked at must not reach a product.
+    """
+    known = jnp.isfinite(x)
+    return jnp.where(known, x, 0), ~known.all(axis=-1)
 
 
 def dense(mask: Mask, heads: int, queries: int, keys: int) -> np.ndarray:
@@ -86,7 +100,8 @@ def dense(mask: Mask, heads: int, queries: int, keys: int) -> np.ndarray:
     return np.stack([mask.head(h).block(0, queries, 0, keys) for h in range(heads)])
 
 
-def _dequantized(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+def dequantized(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Keys or values (.., dim) in a dtype; with scales (..), constants."""
     if scale is None:
         return x.astype(dtype)
     return jax.lax.stop_gradient(x.astype(dtype) * scale.astype(dtype)[..., None])

@@ -208,11 +208,7 @@ def _attention_backward(config, residuals, cotangents):
 
 def _once_differentiable(kernel, config: Config):
     """A kernel in what computes gradients, whose own gradient is an error."""
-    return implementations.without_gradient(
-        functools.partial(kernel, config),
-        "attention by mosaic_tpu has first-order gradients only; use implementation='xla' for "
-        "those of higher order",
-    )
+    return implementations.first_order("attention", "mosaic_tpu", functools.partial(kernel, config))
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxcomp.kernels.sparse_attention.reference import dequantized, finite
 from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, TABLE, Schedule
 
 
@@ -99,6 +100,9 @@ def _one_head(operands, *, shared, blocks, block_q, block_k, scale, soft_cap, sp
         for name, x in operands.items()
         if name in ("k", "v", "k_scale", "v_scale", "segments", "kv_segments")
     }
+    (keys, no_key), (values, no_value) = (
+        finite(dequantized(cut[name], cut.get(f"{name}_scale"), compute)) for name in ("k", "v")
+    )
 
     def head(q, span, steps):
         row, column, code, table = steps
@@ -114,9 +118,8 @@ def _one_head(operands, *, shared, blocks, block_q, block_k, scale, soft_cap, sp
             ids = cut["segments"][row][:, :, None]
             allowed &= (ids == cut["kv_segments"][column][:, None, :]) & (ids >= 0)
         queries = q.reshape(-1, block_q, q.shape[-1]).astype(compute)[row]
-        scores = _product("nqd,nkd->nqk", queries, cut["k"].astype(compute)[column]) * scale
-        if "k_scale" in cut:
-            scores *= cut["k_scale"].astype(compute)[column][:, None, :]
+        scores = _product("nqd,nkd->nqk", queries, keys[column]) * scale
+        scores = jnp.where(no_key[column][:, None, :], jnp.nan, scores)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         tops = jnp.max(scores, axis=-1, where=allowed, initial=-1e30)
@@ -128,13 +131,14 @@ def _one_head(operands, *, shared, blocks, block_q, block_k, scale, soft_cap, sp
             distance = jnp.abs(q_position - k_position)
             weights *= jnp.clip((span_ramp + span.astype(compute) - distance) / span_ramp, 0, 1)
         total = jax.ops.segment_sum(weights.sum(-1), row, blocks.row_blocks)
-        if "v_scale" in cut:
-            weights *= cut["v_scale"].astype(compute)[column][:, None, :]
-        out = _product("nqk,nkd->nqd", weights, cut["v"].astype(compute)[column])
+        out = _product("nqk,nkd->nqd", weights, values[column])
+        lost = _product("nqk,nk->nq", weights, no_value[column].astype(compute))
+        lost = jax.ops.segment_sum(lost, row, blocks.row_blocks) > 0
         out = jax.ops.segment_sum(out, row, blocks.row_blocks)
         safe = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
-        return (out / safe[..., None]).reshape(-1, v.shape[-1]), lse.reshape(-1)
+        out = out / safe[..., None] + jnp.where(lost, jnp.nan, 0)[..., None]
+        return out.reshape(-1, v.shape[-1]), lse.reshape(-1)
 
     own = "steps" in operands
     return jax.vmap(head, (0, 0 if "span" in operands else None, 0 if own else None))(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxcomp.kernels import chips, implementations, meshes
+from jaxcomp.kernels import arguments, chips, implementations, meshes
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 from jaxcomp.kernels.sparse_matmul import (
     blocks,
@@ -75,6 +75,7 @@ def block_sparse_matmul(
     Source:
       Gray et al., GPU Kernels for Block-Sparse Weights, 2017 (the operation and its gradients).
     """
+    _expect(w, BlockSparse, "block_sparse(w, mask) or block_list(..)")
     blocks.check(w)
     options = _options(x, w.shape, bias, activation, out_dtype)
     run = functools.partial(_run_blocks, implementation, interpret)
@@ -133,7 +134,8 @@ def nm_matmul(
     Source:
       Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378 (2:4).
     """
-    nm.check_layout(w)
+    _expect(w, NMSparse, "nm_sparse(w), once pruned, or nm_stored(..)")
+    nm.check(w)
     options = _options(x, w.shape, bias, activation, out_dtype)
     run = functools.partial(_run_nm, implementation, interpret)
     place = sharding.placement(x, w, weight_spec, x_spec)
@@ -152,7 +154,9 @@ def prepare_nm(w: NMSparse, chip: str | None = None) -> NMSparse:
       the chip has no kernel for it.
 
     Raises:
-      ValueError: another version prepared it.
+      TypeError: it is no such weight.
+      ValueError: another version prepared it, its arrays do not belong together, or the chip is
+        unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -161,14 +165,27 @@ def prepare_nm(w: NMSparse, chip: str | None = None) -> NMSparse:
       >>> prepare_nm(w, chip="v5e").layout, prepare_nm(w, chip="cpu").layout
       ('mosaic_tpu/1', 'stored')
     """
-    nm.check_layout(w)
+    _expect(w, NMSparse, "nm_sparse(w), once pruned, or nm_stored(..)")
+    nm.check(w)
+    if chip is not None and chip not in chips.BY_NAME:
+        raise ValueError(f"chip {chip!r} is unknown; use one of {', '.join(chips.BY_NAME)}")
     known = chips.chip_of(w.values) if chip is None else chips.BY_NAME[chip]
     fits = tpu_nm.unfit(w, known) is None or gpu_nm.unfit(jnp.bfloat16, w, known) is None
     return nm.prepare(w) if fits and w.layout == "stored" else w
 
 
+def _expect(w, kind: type, made_by: str) -> None:
+    if isinstance(w, kind):
+        return
+    what = f"an array {w.shape}" if arguments.is_array(w) else f"a {type(w).__name__}"
+    raise TypeError(f"w is {what}, no {kind.__name__}: make one by {made_by}")
+
+
 def _options(x, shape, bias, activation, out_dtype) -> Options:
     """Checks of what all sparse weights share."""
+    for name, array in (("x", x), ("bias", bias)):
+        if array is not None:
+            arguments.array(name, array)
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(f"x {x.shape} is {x.dtype}; use bfloat16 or float32")
     if x.ndim < 1 or x.shape[-1] != shape[1]:
@@ -180,7 +197,7 @@ def _options(x, shape, bias, activation, out_dtype) -> Options:
         raise ValueError(f"bias {bias.shape} must be (N,) = {shape[:1]} for the weight {shape}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; use one of {list(ACTIVATIONS)}")
-    return Options(activation, jnp.dtype(x.dtype if out_dtype is None else out_dtype).name)
+    return Options(activation, arguments.out_dtype(x.dtype if out_dtype is None else out_dtype))
 
 
 def _placed(product, options, x, w, bias, place) -> jax.Array:
@@ -231,9 +248,13 @@ def _run_blocks(implementation, interpret, x, weight, bias, options):
     chosen = _chosen(implementation, interpret, x, weight)
     if chosen == "xla":
         return reference.block_matmul(x, weight, bias, options)
-    if chosen == "mosaic_gpu":
-        return gpu.matmul(x, weight, bias, options, interpret)
-    return tpu.matmul(x, weight, bias, options, _chip(x, interpret), interpret)
+
+    def kernel(x, weight, bias):
+        if chosen == "mosaic_gpu":
+            return gpu.matmul(x, weight, bias, options, interpret)
+        return tpu.matmul(x, weight, bias, options, _chip(x, interpret), interpret)
+
+    return implementations.first_order("block_sparse_matmul", chosen, kernel)(x, weight, bias)
 
 
 def _run_nm(implementation, interpret, x, weight, bias, options):
@@ -252,9 +273,13 @@ def _run_nm(implementation, interpret, x, weight, bias, options):
     )
     if chosen == "xla":
         return reference.nm_matmul(x, weight, bias, options)
-    if chosen == "mosaic_gpu":
-        return gpu_nm.matmul(x, weight, bias, options, interpret)
-    return tpu_nm.matmul(x, weight, bias, options, chip, interpret)
+
+    def kernel(x, weight, bias):
+        if chosen == "mosaic_gpu":
+            return gpu_nm.matmul(x, weight, bias, options, interpret)
+        return tpu_nm.matmul(x, weight, bias, options, chip, interpret)
+
+    return implementations.first_order("nm_matmul", chosen, kernel)(x, weight, bias)
 
 
 def _linear(run, options, x, weight, bias):

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxcomp.kernels import arguments
 
 
 @functools.partial(
@@ -232,6 +234,8 @@ def check(weight: BlockSparse) -> None:
       ValueError: shapes do not belong together.
     """
     values, scales = weight.values, weight.scales
+    for name in ("values", "rows", "columns"):
+        arguments.array(name, getattr(weight, name))
     if values.ndim != 3 or 0 in values.shape[1:]:
         raise ValueError(f"values {values.shape} must be (blocks, bn, bk)")
     for name in ("rows", "columns"):
@@ -243,6 +247,15 @@ def check(weight: BlockSparse) -> None:
             )
     if values.dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
         raise TypeError(f"values {values.shape} are {values.dtype}; use bfloat16, float32 or int8")
+    for name in ("rows", "columns"):
+        if not jnp.issubdtype(getattr(weight, name).dtype, jnp.integer):
+            raise TypeError(f"{name} are {getattr(weight, name).dtype}; use int32")
+    if len(values) > math.prod(weight.grid) or len(values) % math.prod(weight.parts):
+        raise ValueError(
+            f"values {values.shape} are {len(values)} blocks, in {weight.parts} parts of a weight "
+            f"(N, K) = {weight.shape} that has {weight.grid} blocks in all"
+            f"{arguments.in_parts('shape and parts')}"
+        )
     if (scales is None) == (values.dtype == jnp.int8):
         raise ValueError(
             f"values {values.shape} are {values.dtype} and scales are "

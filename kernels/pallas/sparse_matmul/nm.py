@@ -18,8 +18,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxcomp.kernels import arguments
 
 LAYOUT = "mosaic_tpu/1"
+# What of a weight is not split with its arrays.
+_STATIC = "shape and group_size"
 
 
 @functools.partial(
@@ -133,6 +136,9 @@ def nm_stored(
       >>> nm_stored(codes, positions, jnp.ones((1, 1))).shape
       (1, 4)
     """
+    for name, array in (("values", values), ("positions", positions), ("scales", scales)):
+        if array is not None:
+            arguments.array(name, array)
     coded = values.dtype == jnp.uint8
     if not coded and values.dtype not in (jnp.bfloat16, jnp.float32):
         raise TypeError(
@@ -166,6 +172,7 @@ def nm_stored(
             )
         return NMSparse(values, positions, None, n, m, None, (values.shape[0], size))
     group_size = size if group_size is None else group_size
+    group_size = arguments.integer("group_size", group_size, " or None")
     if group_size < 1 or size % group_size or group_size % m:
         raise ValueError(
             f"values {values.shape} have K = {size} inputs, and group_size {group_size} must "
@@ -226,20 +233,59 @@ def prepare(weight: NMSparse) -> NMSparse:
     return dataclasses.replace(weight, values=values, positions=code, scales=scales, layout=LAYOUT)
 
 
-def check_layout(weight: NMSparse) -> None:
-    """Refuses a layout that this version does not read.
+def check(weight: NMSparse) -> None:
+    """Refuses a weight that another version prepared, or whose arrays do not belong together.
 
     Args:
-      weight: any.
+      weight: stored or prepared; arrays or tracers.
 
     Raises:
-      ValueError: it was prepared by another version.
+      TypeError: a dtype is wrong.
+      ValueError: naming both layouts or both shapes.
     """
     if weight.layout not in ("stored", LAYOUT):
         raise ValueError(
             f"layout {weight.layout!r} of a weight {weight.shape} is not 'stored' or {LAYOUT!r}; "
             "prepare the stored weight again"
         )
+    if weight.layout == LAYOUT:
+        _check_prepared(weight)
+        return
+    options = {"n": weight.n, "m": weight.m, "group_size": weight.group_size}
+    try:
+        found = nm_stored(weight.values, weight.positions, weight.scales, **options)
+    except ValueError as error:
+        raise ValueError(f"{error}{arguments.in_parts(_STATIC)}") from None
+    if (found.shape, found.group_size) != (weight.shape, weight.group_size):
+        raise ValueError(
+            f"values {weight.values.shape} of {weight.n}:{weight.m} sparsity are those of a weight "
+            f"(N, K) = {found.shape} in groups of {found.group_size}, and this one says "
+            f"{weight.shape} in groups of {weight.group_size}{arguments.in_parts(_STATIC)}"
+        )
+
+
+def _check_prepared(weight: NMSparse) -> None:
+    n, k = weight.shape
+    coded = weight.scales is not None
+    groups = None if not coded or not weight.group_size else k // weight.group_size
+    values = (jnp.int4,) if coded else (jnp.bfloat16, jnp.float32)
+    for name, expected, dtypes in (
+        ("values", (2, n, k // 4), values),
+        ("positions", (n, k // 4), (jnp.int4,)),
+        ("scales", (n, groups), (jnp.float32,)),
+    ):
+        array = getattr(weight, name)
+        if array is None:
+            continue
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} {array.shape} of a prepared 2:4 weight (N, K) = {weight.shape} in groups "
+                f"of {weight.group_size} must be {expected}; prepare the stored weight again"
+                f"{arguments.in_parts(_STATIC)}"
+            )
+        if array.dtype not in dtypes:
+            names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+            raise TypeError(f"{name} {array.shape} are {array.dtype}; they must be {names}")
 
 
 def _grouped(weight: NMSparse) -> tuple[jax.Array, jax.Array]:

@@ -306,6 +306,10 @@ class TestErrors:
             ({"format": "int5"}, ValueError, ["int5", "int4"]),
             ({"format": "nf4"}, ValueError, ["nf4", "'codebook'"]),
             ({"group_size": 32.0}, TypeError, ["group_size is 32.0"]),
+            ({"group_size": True}, TypeError, ["group_size is True"]),
+            ({"scales": [[1.0] * 8] * 2}, TypeError, ["scales is a list", "jnp.asarray"]),
+            ({"bias": [1.0] * 8}, TypeError, ["bias is a list"]),
+            ({"x_scales": [0.1, 0.1], "activation_dtype": "int8"}, ValueError, ["(2,)", "(3, 1)"]),
             ({"activation_dtype": "int9"}, TypeError, ["activation_dtype 'int9'"]),
             ({"out_dtype": "int8"}, TypeError, ["out_dtype is int8"]),
             ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
@@ -326,3 +330,68 @@ class TestErrors:
             quantized_matmul(**{**arguments, **change})
         for word in words:
             assert word in str(caught.value)
+
+    def test_numbers_of_any_kind_are_taken(self):
+        run = functools.partial(
+            quantized_matmul, self.x, self.codes, self.scales, activation_dtype="int8"
+        )
+        want = run(group_size=32, x_scales=jnp.ones((3, 1)))
+        for x_scales in (1, [[1.0]] * 3, np.float64(1)):
+            got = run(group_size=np.int64(32), x_scales=x_scales)
+            np.testing.assert_array_equal(got, want)
+
+    @pytest.mark.parametrize("chip", ["cpu", "v5e", "h100"])
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"scales": jnp.ones((1, 8))}, ValueError, ["scales (1, 8)", "(8, 1024)", "(2, 8)"]),
+            ({"codes": jnp.zeros((4, 512), jnp.uint8)}, ValueError, ["codes (4, 512)", "(8, "]),
+            ({"zeros": jnp.ones((2, 4))}, ValueError, ["zeros (2, 4)", "(2, 8)"]),
+            ({"scales": jnp.ones((2, 8), jnp.float16)}, TypeError, ["float16"]),
+            ({"codes": None}, TypeError, ["codes (8, ", "float32", "must be "]),
+            ({"table": jnp.ones(16)}, ValueError, ["table (16,)", "codebook"]),
+            ({"group_size": 96}, ValueError, ["96", "(8, 1024)"]),
+            ({"layout": "mosaic_tpu/0"}, ValueError, ["'mosaic_tpu/0'", "prepare it again"]),
+        ],
+    )
+    def test_arrays_of_a_weight_that_do_not_belong_together(self, chip, change, error, words):
+        weight = prepare(
+            jnp.zeros((8, 512), jnp.uint8), jnp.ones((2, 8)), group_size=512, chip=chip
+        )
+        if change.get("codes", 0) is None:
+            change = {"codes": weight.codes.astype(jnp.float32)}
+        with pytest.raises(error) as caught:
+            quantized_matmul(jnp.ones((3, 1024)), dataclasses.replace(weight, **change))
+        for word in words:
+            assert word in str(caught.value)
+
+    def test_what_contradicts_a_weight(self):
+        weight = prepare(self.codes, self.scales, group_size=32)
+        for name, other in (("format", "int8"), ("group_size", 16)):
+            with pytest.raises(ValueError, match=f"{name} {other!r} is given with a weight"):
+                quantized_matmul(self.x, weight, **{name: other})
+        want = quantized_matmul(self.x, weight)
+        np.testing.assert_array_equal(
+            quantized_matmul(self.x, weight, format="int4", group_size=32), want
+        )
+
+    def test_layers_that_there_are_not(self):
+        weight = prepare(self.codes[None], self.scales[None], group_size=32)
+        with pytest.raises(ValueError, match=r"index is 1, and .* are of 1 layers: .* 0 to 0"):
+            layer_of(weight, 1)
+
+    def test_a_part_of_a_weight_in_a_shard_map(self):
+        """Its shape is that of the whole: the error says what to do, and that works."""
+        weight = prepare(self.codes, self.scales, group_size=32)
+        spec = jax.sharding.PartitionSpec
+        split = dataclasses.replace(weight, codes=spec("x"), scales=spec(None, "x"))
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+        def run(body):
+            options = {"mesh": mesh, "in_specs": (spec(), split), "out_specs": spec(None, "x")}
+            return jax.shard_map(body, **options)(self.x, weight)
+
+        with pytest.raises(ValueError, match=r"inside a jax.shard_map .* dataclasses.replace"):
+            run(quantized_matmul)
+        got = run(lambda x, w: quantized_matmul(x, dataclasses.replace(w, shape=(2, 64))))
+        np.testing.assert_array_equal(got, quantized_matmul(self.x, weight))

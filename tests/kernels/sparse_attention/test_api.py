@@ -209,23 +209,6 @@ def test_numbers_that_a_kernel_has_as_constants_are_told(monkeypatch):
     assert jax.eval_shape(lambda x: ramp(span_ramp=x), 2.0).shape == cache.shape
 
 
-def test_gradients_that_kernels_lack_are_errors_that_say_so(monkeypatch):
-    monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V5E)
-    x = ones(1, 256, 2, 128)
-
-    def loss(x):
-        return (attention(x, x, x) ** 2).sum()
-
-    first_order = "first-order gradients only; use implementation='xla'"
-    for twice in (jax.grad(lambda x: jax.grad(loss)(x).sum()), jax.hessian(loss)):
-        with pytest.raises(Unsupported, match=first_order):
-            jax.eval_shape(twice, x)
-    with pytest.raises(Unsupported, match="decode_attention by mosaic_tpu has no gradient"):
-        jax.eval_shape(
-            jax.grad(lambda q: decode_attention(q, x, x, jnp.array([9])).sum()), x[:, :1]
-        )
-
-
 def test_layers_that_a_cache_lacks_are_refused():
     cache = ones(2, 1, 8, 2, 16)
     q, lengths = ones(1, 1, 2, 16), jnp.array([4])

@@ -179,6 +179,23 @@ class TestReference:
         want = gradient(functools.partial(TestReference.run, self), k, v)
         cases.assert_close(got, want, "float32", cases.GRADIENT_TOLERANCE)
 
+    def test_what_is_no_number_reaches_those_that_look_at_it(self):
+        """And no others, nor their gradients."""
+        q, k, v = (jnp.asarray(x) for x in cases.operands(10, queries=150, keys=150, heads=2))
+        k, v = k.at[:, 145:].set(jnp.nan), v.at[:, 130, 0, 3].set(jnp.inf).at[:, 145:].set(jnp.nan)
+        segments = jnp.where(jnp.arange(150) < 145, 0, -1)[None]
+
+        def loss(q, k, v):
+            out = self.run(q, k, v, causal(), segment_ids=segments)[0]
+            return (out[:, :130] ** 2).sum() + (out[:, 145:] ** 2).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        assert all(np.isfinite(x).all() for x in gradients)
+        defined = np.isfinite(out).all((0, 2, 3))
+        assert defined.tolist() == [not 130 <= i < 145 for i in range(150)]
+        out = self.run(q, k.at[:, 120].set(jnp.nan), v, causal(), segment_ids=segments)[0]
+        assert np.isfinite(out[:, :120]).all() and not np.isfinite(out[:, 120]).all()
+
 
 class TestXla(TestReference):
     """The listed blocks, gathered."""
@@ -218,6 +235,8 @@ class TestInterpretedTpu(TestReference):
     blocks = {}  # noqa: RUF012 - other sizes of blocks
     # That is of the reference itself; here gradients are compared with the reference's.
     test_the_spans_gradient_is_its_definition = None
+    # In a block that is computed a kernel multiplies all values, those of weight zero too.
+    test_what_is_no_number_reaches_those_that_look_at_it = None
 
     def run(self, q, k, v, mask, **options):
         options |= INTERPRETED | self.blocks

@@ -57,6 +57,7 @@ class TestInterpreted(Reference):
     test_gradients_of_all_options = None
     test_gradients_of_heads_with_masks_of_their_own = None
     test_the_spans_gradient_is_its_definition = None
+    test_what_is_no_number_reaches_those_that_look_at_it = None
     test_quantized_operands_are_constants = None
 
     def test_segments_a_cap_and_spans_in_float16(self):

@@ -248,6 +248,8 @@ class TestErrors:
             ({"bias": jnp.ones((11,))}, ValueError, ["(11,)", "(12,)"]),
             ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
             ({"implementation": "cuda"}, ValueError, ["cuda", "xla"]),
+            ({"out_dtype": "int8"}, TypeError, ["out_dtype is int8"]),
+            ({"w": jnp.ones((12, 12))}, TypeError, ["an array (12, 12)", "block_sparse(w, mask)"]),
         ],
     )
     def test_products(self, change, error, words):
@@ -261,6 +263,9 @@ class TestErrors:
         lists = jnp.zeros((2,), jnp.int32), jnp.zeros((3,), jnp.int32)
         with pytest.raises(ValueError, match=r"rows \(2,\) must be \(blocks,\) = \(3,\)"):
             block_sparse_matmul(jnp.ones((3, 12)), BlockSparse(self.values, *lists, None, (12, 12)))
+        lists = [jnp.zeros((3,), jnp.int32)] * 2
+        with pytest.raises(ValueError, match=r"3 blocks, .* \(4, 6\) that has \(1, 1\) blocks"):
+            block_sparse_matmul(jnp.ones((3, 6)), BlockSparse(self.values, *lists, None, (4, 6)))
 
 
 def test_the_weight_is_a_pytree(rng):

@@ -1,5 +1,7 @@
 """N:M sparse products and their gradients against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +214,8 @@ class TestErrors:
         ("change", "error", "words"),
         [
             ({"x": jnp.ones((3, 63))}, ValueError, ["(3, 63)", "(8, 64)"]),
+            ({"out_dtype": "int8"}, TypeError, ["out_dtype is int8"]),
+            ({"w": jnp.ones((8, 64))}, TypeError, ["an array (8, 64)", "nm_sparse(w)"]),
             ({"x": jnp.ones((3, 64), jnp.int32)}, TypeError, ["(3, 64)", "int32"]),
             ({"bias": jnp.ones((3,))}, ValueError, ["(3,)", "(8,)"]),
             ({"activation": "tanh"}, ValueError, ["tanh", "silu"]),
@@ -224,3 +228,26 @@ class TestErrors:
             nm_matmul(**{"x": jnp.ones((3, 64)), "w": w, **change})
         for word in words:
             assert word in str(caught.value)
+
+    @pytest.mark.parametrize("chip", ["cpu", "v5e"])
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            ({"values": jnp.ones((4, 256))}, ValueError, ["(4, 256)", "(8, "]),
+            ({"positions": jnp.zeros((4, 8), jnp.uint8)}, ValueError, ["positions (4, 8)", "(8, "]),
+            ({"shape": (8, 256)}, ValueError, ["values (", "(8, 256)"]),
+            ({"values": None}, TypeError, ["float16"]),
+        ],
+    )
+    def test_arrays_that_do_not_belong_together(self, chip, change, error, words):
+        w = prepare_nm(nm_stored(jnp.ones((8, 256)), jnp.zeros((8, 64), jnp.uint8)), chip=chip)
+        if change.get("values", 0) is None:
+            change = {"values": w.values.astype(jnp.float16)}
+        with pytest.raises(error) as caught:
+            nm_matmul(jnp.ones((2, 512)), dataclasses.replace(w, **change))
+        for word in words:
+            assert word in str(caught.value)
+
+    def test_unknown_chips(self):
+        with pytest.raises(ValueError, match="chip 'v4' is unknown; use one of v5e"):
+            prepare_nm(nm_stored(self.values, self.positions), chip="v4")
