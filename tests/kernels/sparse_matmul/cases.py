@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.sparse_matmul import BlockSparse, NMSparse, block_list, block_sparse, nm_stored
 
@@ -108,7 +107,3 @@ def assert_close(actual, expected: np.ndarray, dtype: str) -> None:
     size = np.abs(expected).max(-1, keepdims=True, initial=0.0) + 1e-30
     worst = (np.abs(actual - expected) / size).max(initial=0.0)
     assert worst <= TOLERANCE[dtype], f"error {worst:.2e}, tolerance {TOLERANCE[dtype]:.0e}"
-
-
-def assert_no_races() -> None:
-    assert not interpreter.races.races_found

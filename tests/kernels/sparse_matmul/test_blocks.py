@@ -34,10 +34,7 @@ class TestXla:
 
     def run(self, *args, **options):
         options = {"implementation": self.implementation, "interpret": self.interpret} | options
-        y = block_sparse_matmul(*args, **options)
-        if self.interpret:
-            cases.assert_no_races()
-        return y
+        return block_sparse_matmul(*args, **options)
 
     def case(self, rng, mask=MASK, dtype="float32", cut=3):
         """A weight whose last blocks are cut off: its sizes divide nothing."""
@@ -167,7 +164,6 @@ class TestInterpretedTpu(TestXla):
         np.testing.assert_allclose(
             dw.values, got.values, atol=2e-6 * np.abs(np.asarray(got.values)).max()
         )
-        cases.assert_no_races()
 
     def test_what_does_not_fit_is_told(self, rng):
         w, _ = cases.blocks(rng, (16, 24), (8, 12), [[1, 0], [0, 1]])

@@ -28,10 +28,7 @@ class TestXla:
 
     def run(self, *args, **options):
         options = {"implementation": self.implementation, "interpret": self.interpret} | options
-        y = nm_matmul(*args, **options)
-        if self.interpret:
-            cases.assert_no_races()
-        return y
+        return nm_matmul(*args, **options)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_dtypes(self, rng, dtype):
@@ -117,7 +114,6 @@ class TestInterpretedTpu(TestXla):
         options = Options(None, "float32")
         y = tpu_nm.matmul(x, w, None, options, chips.BY_NAME["7x"], self.interpret)
         cases.assert_close(y, cases.product(x, dense), "bfloat16")
-        cases.assert_no_races()
 
     def test_what_does_not_fit_is_told(self, rng):
         def reason(words, *args, **options):
