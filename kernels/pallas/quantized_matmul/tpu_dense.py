@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.quantized_matmul import reference
+from jaxcomp.kernels.quantized_matmul import reference, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
@@ -37,6 +37,7 @@ class Decoding:
       dtype: that codes are multiplied with scales in.
       slab: inputs whose products are summed before the sums go to VMEM.
       staged: whether bf16 weights less their zero points wait in VMEM for their scales.
+      unit: what a 1 among decoded weights stands for, before zero points and scales.
     """
 
     format: str
@@ -44,6 +45,7 @@ class Decoding:
     dtype: str
     slab: int
     staged: bool
+    unit: float
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip) -> "Decoding":
@@ -51,15 +53,16 @@ class Decoding:
         wide = chip.mxu > _LANES
         factors = [] if by_channel(weight) else [weight.scales]
         factors += [] if weight.zeros is None else [weight.zeros]
-        # Codes of 8 bits times bf16 scales round once where the cores compute in bf16: on v6e and
-        # 7x. Without scales they are what they are.
-        once = all(array.dtype == jnp.bfloat16 for array in factors) and weight.table is None
+        # v6e and 7x compute in bf16, in which codes of 8 bits are exact, also less whole zero
+        # points, and times bf16 scales round once. (Values of a codebook are rounded to it before,
+        # as those of few rows are.) Without scales weights are what they are.
+        once = all(array.dtype == jnp.bfloat16 for array in factors)
         once = once and (wide or not factors)
         # The four matrix units of v5 take 512 inputs at a time. Of two wide ones each takes 256,
         # and with sums of both the compiler runs out of registers.
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32",
-            chip.mxu if wide else 4 * chip.mxu, chip.name in _STAGED,
+            chip.mxu if wide else 4 * chip.mxu, chip.name in _STAGED, unit(weight.format, chip),
         )  # fmt: skip
 
 
@@ -94,11 +97,7 @@ def matmul(
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
-
-    def per_output(array):
-        array = spreadable(array)
-        return array, pl.BlockSpec((tn, array.shape[1]), lambda j, i, *layer: (j, 0))
-
+    how = Decoding.of(weight, chip)
     by_row = pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))
     operands = {
         "x": (jnp.pad(x, ((0, padded - m), (0, 0))), by_row),
@@ -111,20 +110,15 @@ def matmul(
         ),
     }
     by_column = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
-    if by_channel(weight):
-        operands["output_scales"] = (weight.scales.astype(jnp.float32), by_column)
-    else:
-        operands["scales"] = per_output(weight.scales)
-    if weight.zeros is not None:
-        operands["zeros"] = per_output(weight.zeros)
+    for name, array in factors(weight, how).items():
+        by_output = pl.BlockSpec((tn, array.shape[1]), lambda j, i, *layer: (j, 0))
+        operands[name] = (array, by_column if name == "output_scales" else by_output)
     if bias is not None:
         operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = tuple(operands)
-    body = functools.partial(
-        _kernel, how=Decoding.of(weight, chip), options=options, columns=tile.columns
-    )
+    body = functools.partial(_kernel, how=how, options=options, columns=tile.columns)
 
     def kernel(*refs):
         refs = refs[len(scalars) :]
@@ -154,7 +148,7 @@ def matmul(
 def scratch(tile: Tile, k: int) -> list:
     """Memory of the kernel: the decoded weights of a tile, and sums of a block of them."""
     return [
-        pltpu.VMEM((tile.n, k), jnp.bfloat16),
+        pltpu.VMEM((tile.n // 2, k), jnp.int32),
         pltpu.VMEM((tile.m, tile.columns), jnp.float32),
     ]
 
@@ -186,21 +180,43 @@ def keep_in_memory(acc_ref) -> None:
         acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
 
 
+def unit(format: str, chip: Chip) -> float:
+    """What a 1 among the codes of a format stands for that are decoded by a chip."""
+    if format == "int2":
+        return 1 / 64
+    if format == "fp8" and not chip.multiplies("float8_e4m3fn"):
+        return tpu_float8.UNIT
+    return 1.0
+
+
 def by_channel(weight: Weight) -> bool:
     """Whether each output has one scale, which then scales its sums and no weights."""
     return weight.group_size == weight.shape[1]
 
 
-def spreadable(array: jax.Array) -> jax.Array:
-    """Scales or zero points as their lanes are moved.
+def factors(weight: Weight, how: Decoding) -> dict[str, jax.Array]:
+    """What decoded weights or sums are scaled with, by the names that the kernel has for it.
 
     Args:
-      array: ``(.., groups, outputs)``.
+      weight: with any stack axes.
+      how: it is decoded.
 
     Returns:
-      ``(.., outputs, groups)``, whose groups fill whole registers of 128 lanes: in bf16, of which
-      two outputs' are moved at a time, if the array is, else in f32.
+      f32 "output_scales" ``(*stack, 1, outputs)`` or "scales", and perhaps "zeros", both
+      ``(*stack, outputs, groups)``, whose groups fill whole registers of 128 lanes.
     """
+    found = {}
+    if by_channel(weight):
+        found["output_scales"] = weight.scales.astype(jnp.float32) * how.unit
+    else:
+        found["scales"] = _spreadable(weight.scales * how.unit)
+    if weight.zeros is not None:
+        found["zeros"] = _spreadable(weight.zeros / how.unit)
+    return found
+
+
+def _spreadable(array: jax.Array) -> jax.Array:
+    """``(.., groups, outputs)`` with the groups along lanes: bf16 as it is, else f32."""
     array = array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
     array = jnp.swapaxes(array, -1, -2)
     return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % _LANES)])
@@ -239,7 +255,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
                 _decode(refs, w_ref, block, first, how)
         y = jax.lax.dot_general(
             refs["x"][:, inputs],
-            w_ref[block, inputs],
+            pltpu.bitcast(w_ref[_words(block), inputs], jnp.bfloat16),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -269,20 +285,28 @@ def finish(refs, y, outputs, options) -> jax.Array:
 
 def _decode(refs, w_ref, block, start, how) -> None:
     """Stores bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
-    dtype, here = jnp.dtype(how.dtype), (block, pl.ds(start, _LANES))
-    w = decode(refs, block, start, _LANES, how.format).astype(dtype)
+    dtype, here = jnp.dtype(how.dtype), (_words(block), pl.ds(start, _LANES))
+    w = decode(refs, block, start, _LANES, how.format, exact=False)
+    if how.unit == tpu_float8.UNIT:
+        w = tpu_float8.sixteenths(w)
+    w = w.astype(dtype)
     if "zeros" in refs:
         w = w - _spread(refs["zeros"], block, start, how.group_size).astype(dtype)
         if how.staged and dtype == jnp.bfloat16:
-            w_ref[here] = w
-            w = w_ref[here]
+            w_ref[here] = pltpu.bitcast(w, jnp.int32)
+            w = pltpu.bitcast(w_ref[here], jnp.bfloat16)
     if "scales" in refs:
         w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
-    w_ref[here] = w.astype(jnp.bfloat16)
+    w_ref[here] = pltpu.bitcast(w.astype(jnp.bfloat16), jnp.int32)
+
+
+def _words(block: pl.Slice) -> pl.Slice:
+    """Where the decoded weights of some outputs are: two outputs' in a word."""
+    return pl.ds(pl.multiple_of(block.start >> 1, block.size // 2), block.size // 2)
 
 
 def _spread(ref, block, start, group_size):
-    """``(outputs, 128)``: each input's entry of what ``spreadable`` made."""
+    """``(outputs, 128)``: each input's entry of ``(outputs, groups)``."""
     group = start // group_size
     entries = ref[block, pl.ds(group // _LANES * _LANES, _LANES)]
     # Lanes are moved 32 bits at a time: two outputs' bf16 at once.

@@ -245,12 +245,7 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda j, visit, v: index(v, visit, j))
 
-    def per_output(array):
-        """(E, groups, N) with the outputs along rows."""
-        array = tpu_dense.spreadable(array)
-        shape = (None, tile.n, array.shape[-1])
-        return array, spec(shape, lambda v, i, j: (v.expert[i], j, 0))
-
+    how = tpu_dense.Decoding.of(weight, chip)
     operands = {
         "x": (
             jnp.pad(x, ((0, -m % tile.m), (0, 0))),
@@ -264,19 +259,12 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
             ),
         ),
     }
-    if tpu_dense.by_channel(weight):
-        operands["output_scales"] = (
-            weight.scales.astype(jnp.float32),
-            spec((None, 1, tile.n), lambda v, i, j: (v.expert[i], 0, j)),
-        )
-    else:
-        operands["scales"] = per_output(weight.scales)
-    if weight.zeros is not None:
-        operands["zeros"] = per_output(weight.zeros)
-    body = functools.partial(
-        _dense_kernel,
-        how=tpu_dense.Decoding.of(weight, chip), options=options, columns=tile.columns,
-    )  # fmt: skip
+    by_column = spec((None, 1, tile.n), lambda v, i, j: (v.expert[i], 0, j))
+    for name, array in tpu_dense.factors(weight, how).items():
+        shape = (None, tile.n, array.shape[2])
+        by_output = spec(shape, lambda v, i, j: (v.expert[i], j, 0))
+        operands[name] = (array, by_column if name == "output_scales" else by_output)
+    body = functools.partial(_dense_kernel, how=how, options=options, columns=tile.columns)
     return _call(
         body, operands, bounds, weight, bias, options, interpret,
         rows=(m, tile.m), outputs=tile.n, steps=(),

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import chips, schedules
-from jaxcomp.kernels.quantized_matmul import prepare, quantized_matmul, reference, tpu_rows
+from jaxcomp.kernels.quantized_matmul import (
+    prepare,
+    quantized_matmul,
+    reference,
+    tpu_float8,
+    tpu_rows,
+)
 
 from tests.fuzz import fuzz
 from tests.kernels import aot
@@ -134,6 +141,20 @@ class TestOtherChips(TestMosaicTpu):
     test_one_of_several_layers = None
     test_given_scales_of_rows = None  # of int8, as on v5e; 7x has none
     test_one_group_a_row_and_leading_axes = test_group_sizes = test_many_steps_of_inputs = None
+
+
+def test_sixteenths_of_e4m3(rng):
+    """Of every code: zeros of both signs, the smallest, and what is not a number."""
+    codes = np.resize(rng.permutation(256), (32, 128)).astype(np.uint8)
+    codes = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
+
+    def kernel(codes_ref, out_ref):
+        values = tpu_float8.sixteenths(codes_ref[...]).astype(jnp.float32)
+        out_ref[...] = values * tpu_float8.UNIT
+
+    shape = jax.ShapeDtypeStruct(codes.shape, jnp.float32)
+    values = pl.pallas_call(kernel, out_shape=shape, interpret=INTERPRET)(codes)
+    np.testing.assert_array_equal(values, codes.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("format", list(cases.BITS))
