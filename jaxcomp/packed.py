@@ -264,54 +264,70 @@ def slower(
 
 
 def looped(leaf: formats.CompressedArray) -> tuple[formats.CompressedArray, Any]:
-    """What a loop over layers slices of a weight on a TPU: all but the codes that kernels read.
+    """What a loop over layers slices of a weight on a TPU, and what kernels read of all layers.
 
     A kernel takes its layer's codes from those of all. A slice would first be copied, and read
-    again by the kernel, which could not start meanwhile.
+    again by the kernel, which could not start meanwhile. Sparse values are sliced as well, where
+    anything but a kernel reads them: they have gradients.
 
     Args:
       leaf: with the axis of layers as its first stack axis.
 
     Returns:
-      The weight without codes, and the codes of each prepared part; None if there are none.
+      The weight without codes, and for each part what kernels read, or None; None if they read
+      nothing so.
     """
     whole = []
 
     def take(part):
-        if not isinstance(part, Prepared) or part.weight.layout != layout.LAYOUT:
-            return part
-        weight = part.weight.sliced()
-        lies = jax.typeof(weight.codes).sharding
-        if AxisType.Explicit in lies.mesh.axis_types and lies.spec[0] is not None:
-            return part
+        arrays = _read_by_kernels(part)
+        for lies in map(jax.typeof, arrays):
+            split = lies.sharding
+            if AxisType.Explicit in split.mesh.axis_types and split.spec[0] is not None:
+                arrays = ()
         # No gradient: of float8 codes zeros of all layers would be added up.
-        whole.append(jax.lax.stop_gradient(weight.codes))
-        return part.replace(weight=dataclasses.replace(weight, codes=None))
+        whole.append(jax.lax.stop_gradient(arrays) or None)
+        if not arrays or not isinstance(part, Prepared):
+            return part
+        return part.replace(weight=dataclasses.replace(part.weight.sliced(), codes=None))
 
     left = leaf.replace(parts=tuple(_mapped(part, take) for part in leaf.parts))
-    return (left, tuple(whole)) if whole else (leaf, None)
+    return (left, tuple(whole)) if any(whole) else (leaf, None)
+
+
+def _read_by_kernels(part: Any) -> tuple[jax.Array, ...]:
+    """The arrays of a part with layers in front that a kernel reads where they lie."""
+    if isinstance(part, Prepared):
+        read = part.weight.layout == layout.LAYOUT
+        return (part.weight.sliced().codes,) if read else ()
+    return packed_sparse.read_by_kernels(part)
 
 
 def of_layer(
-    leaf: formats.CompressedArray, whole: tuple[jax.Array, ...], index: jax.Array
+    leaf: formats.CompressedArray, whole: tuple[Any, ...], index: jax.Array
 ) -> formats.CompressedArray:
     """The weight of one layer, of both that ``looped`` returned."""
-    codes = iter(whole)
+    each = iter(whole)
 
     def put(part):
-        if not isinstance(part, Prepared) or part.weight.codes is not None:
+        arrays = next(each)
+        if arrays is None:
             return part
-        weight = dataclasses.replace(part.weight, codes=next(codes), layer=index)
+        if not isinstance(part, Prepared):
+            return packed_sparse.of_layer(part, arrays, index)
+        weight = dataclasses.replace(part.weight, codes=arrays[0], layer=index)
         return part.replace(weight=weight)
 
     return leaf.replace(parts=tuple(_mapped(part, put) for part in leaf.parts))
 
 
 def sliced(leaf: formats.CompressedArray) -> formats.CompressedArray:
-    """A weight of ``of_layer`` with no codes but its own."""
+    """A weight of ``of_layer`` with no arrays but its own."""
 
     def own(part):
-        return part.replace(weight=part.weight.sliced()) if isinstance(part, Prepared) else part
+        if isinstance(part, Prepared):
+            return part.replace(weight=part.weight.sliced())
+        return packed_sparse.sliced(part)
 
     return leaf.replace(parts=tuple(_mapped(part, own) for part in leaf.parts))
 

@@ -35,11 +35,13 @@ class PreparedNM(base.Part):
       values: ``(*stack, 2, out, in / 4)``, the first and the second of each four inputs.
       positions: int4 ``(*stack, out, in / 4)``.
       scales: float32 ``(*stack, out, groups)`` of int4 values, or None.
+      layers: ``Layers`` of the kernels: within a loop, values and positions of all layers.
     """
 
     values: jax.Array
     positions: jax.Array
     scales: jax.Array | None = None
+    layers: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,12 +70,14 @@ class BlockPart(base.Part):
       columns: int32 ``(*stack, blocks)``, which block of inputs.
       out: outputs of a matrix.
       size: inputs of a matrix.
+      layers: ``Layers`` of the kernels: within a loop, values of all layers.
       parts: of the outputs and of the inputs, for as many devices.
     """
 
     values: jax.Array
     rows: jax.Array
     columns: jax.Array
+    layers: Any = None
     out: int = base.static(default=0)
     size: int = base.static(default=0)
     parts: tuple[int, int] = base.static(default=(1, 1))
@@ -118,10 +122,12 @@ def operand(part: Any) -> Any:
 
     shape = part.shape[-2:]
     if isinstance(part, BlockPart):
-        return BlockSparse(part.values, part.rows, part.columns, None, shape, part.parts)
+        lists = part.values, part.rows, part.columns
+        return BlockSparse(*lists, None, shape, part.parts, part.layers)
     if isinstance(part, PreparedNM):
         group = None if part.scales is None else shape[1] // part.scales.shape[-1]
-        return nm.NMSparse(part.values, part.positions, part.scales, 2, 4, group, shape, nm.LAYOUT)
+        arrays = part.values, part.positions, part.scales
+        return nm.NMSparse(*arrays, 2, 4, group, shape, nm.LAYOUT, part.layers)
     values, kept = part.values, f"no kernel reads {part.n}:{part.m} values"
     if isinstance(values, formats.Dense):
         if values.values.dtype not in (jnp.bfloat16, jnp.float32):
@@ -241,6 +247,32 @@ def prepared(part: Any, chip: Chip) -> Any:
 
     ready = _stacked(nm.prepare, len(part.stack))(operand(part))
     return PreparedNM(ready.values, ready.positions, ready.scales)
+
+
+def read_by_kernels(part: Any) -> tuple[jax.Array, ...]:
+    """The arrays of a part that a kernel reads where they lie, of a loop over nothing but layers.
+
+    Args:
+      part: with an axis of layers in front.
+
+    Returns:
+      The arrays; none of a part that no kernel reads so.
+    """
+    if not isinstance(part, (PreparedNM, BlockPart)) or len(part.stack) != 1:
+        return ()
+    return operand(part).read
+
+
+def of_layer(part: Any, arrays: tuple[jax.Array, ...], index: jax.Array) -> Any:
+    """A part of one layer with what ``read_by_kernels`` gave of all."""
+    from jaxcomp.kernels.sparse_matmul.layers import Layers
+
+    return part.replace(layers=Layers(arrays, index))
+
+
+def sliced(part: Any) -> Any:
+    """A part without the arrays of other layers."""
+    return part.replace(layers=None) if isinstance(part, (PreparedNM, BlockPart)) else part
 
 
 def listed(part: Any, split: NamedSharding | None = None) -> Any:

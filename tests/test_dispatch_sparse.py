@@ -119,6 +119,27 @@ def test_on_the_kernel(name, on_tpu):
     assert on_tpu == ["block_sparse_matmul" if make is blocks else "nm_matmul"]
 
 
+@pytest.mark.parametrize("make", [nm, blocks])
+def test_loops_over_layers_slice_no_values_for_kernels(make, on_tpu, monkeypatch):
+    """Products, and gradients of values too, are those of slices."""
+    options = {"side": 128, "density": 0.5} if make is blocks else {}
+    fast, params = jc.dispatch(scanned), {"w": leaf(make((2, 128, 512), **options))}
+    x = normal(2, 3, 512, seed=1)
+    ready = fast.prepare(params, x)
+
+    def loss(values, x):
+        (part,) = ready["w"].parts
+        return jnp.sum(fast({"w": ready["w"].replace(parts=(part.replace(values=values),))}, x))
+
+    values = ready["w"].parts[0].values
+    got = jax.value_and_grad(loss, (0, 1))(values, x)
+    monkeypatch.setattr(packed, "looped", lambda leaf: (leaf, None))
+    want = jax.value_and_grad(loss, (0, 1))(values, x)
+    for ours, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+    assert np.abs(got[1][0]).max() > 0
+
+
 @pytest.mark.parametrize("function", [apply, experts])
 @pytest.mark.parametrize("make", [nm, blocks])
 def test_asked_for_on_any_machine(function, make):
@@ -289,5 +310,8 @@ def test_compiles_for_tpus():
     results = aot.compile_cases("v5e", [(make, r) for r in requests])
     for request, result in zip(requests, results, strict=True):
         assert result["error"] is None, (request, result["error"])
-        assert re.findall("tpu_custom_call", result["hlo"]), request
+        # The kernel has the values of both layers, and a number before them; they are not copied.
+        (operands,) = re.findall(r'tpu_custom_call", operand_layout_constraints=.*', result["hlo"])
+        whole = {"blocks": r"bf16\[2,4,", "nm": r"bf16\[2,2,", "int4": r"s4\[2,2,"}
+        assert re.search(rf"s32\[1\].*{whole[request['kind']]}", operands), (request, operands)
         assert all(size < 512 * 2048 // 8 // 4 for size in moved(result["hlo"])), request

@@ -317,6 +317,7 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
         },
         passing,
         "sparse_attention_forward",
+        dim + out_dim,
     )
     out = _restored(out, config.queries, config.heads, out_dim)
     return out, lse[0][:, :, 0, : config.queries] if lse else None
@@ -356,7 +357,8 @@ def _query_gradients(config: Config, q, k, v, extras, statistics):
         kept["span_sum"] = ((rows, LANES), jnp.float32)
     inputs = _inputs(walk, q, k, v, extras) | _statistics(walk, statistics)
     name = "sparse_attention_dq"
-    dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, kept, passing, name)
+    width = 2 * dim + v.shape[-1]
+    dq, *d_span = run(query_kernel, walk, batch, inputs, outputs, kept, passing, name, width)
     dq = _restored(dq, config.queries, config.heads, dim)
     return dq, d_span[0].sum((0, 2, 3, 4, 5)) if d_span else None
 
@@ -389,6 +391,7 @@ def _key_gradients(config: Config, q, k, v, extras, statistics):
             "v_sums": ((sums(columns), rows, dims[1]), jnp.float32),
         },
         "sparse_attention_dkv",
+        2 * sum(dims),
     )
     sizes = (config.keys, config.kv_heads)
     return _restored(dk, *sizes, dims[0]), _restored(dv, *sizes, dims[1])

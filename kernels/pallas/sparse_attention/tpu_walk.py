@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_attention.rules import Mask
-from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, Schedule, Steps, schedule
+from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, SKIP, Schedule, Steps, schedule
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -348,6 +348,7 @@ def run(
     kept: dict[str, Memory],
     passing: dict[str, Memory],
     name: str,
+    width: int,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel, for each tile of a step: it finds its operands by name.
 
@@ -360,6 +361,7 @@ def run(
       kept: memory that a result has for each part, while its steps add to it.
       passing: memory of each tile beside others.
       name: of the compiled kernel.
+      width: multiplications that a pair of query and key takes.
 
     Returns:
       The outputs.
@@ -468,9 +470,29 @@ def run(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
         ),
+        cost_estimate=_cost(walk, batch, inputs, outputs, width),
         interpret=config.interpret,
         name=name,
     )(*walk.steps.packed(), *(array for array, _ in inputs.values()))
+
+
+def _cost(walk: Walk, batch: int, inputs, outputs, width: int) -> pl.CostEstimate:
+    """What a kernel costs, for XLA's scheduler and counts."""
+    steps, config = walk.steps, walk.config
+    heads = config.heads if steps.lists == 1 else 1
+    blocks = batch * heads * int((steps.code != SKIP).sum())
+    trips = batch * math.prod(walk.grid)
+    # A major block stays in memory for all of its steps; what meets it is read at each.
+    of_keys = ("k", "v", "k_scale", "v_scale", "kv_segments")
+    moved = 0
+    for name, (array, part) in (*inputs.items(), *outputs.items()):
+        block = part.spec.block_shape
+        if name in outputs or block is None or walk.by_rows != (name in of_keys):
+            moved += array.size * array.dtype.itemsize
+        else:
+            moved += trips * math.prod(n or 1 for n in block) * array.dtype.itemsize
+    pairs = blocks * config.block_q * config.block_k
+    return pl.CostEstimate(flops=2 * width * pairs, transcendentals=pairs, bytes_accessed=moved)
 
 
 def _repeat(count: int, work: Callable[[Any], Any]) -> None:

@@ -7,6 +7,7 @@ from jaxcomp.kernels.sparse_matmul.blocks import (
     block_sparse,
     split_blocks,
 )
+from jaxcomp.kernels.sparse_matmul.layers import layer_of
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse, nm_sparse, nm_stored
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "block_list",
     "block_sparse",
     "block_sparse_matmul",
+    "layer_of",
     "nm_matmul",
     "nm_sparse",
     "nm_stored",

@@ -304,7 +304,7 @@ def _block_matmul(run, options, x, weight, bias):
 
 def _block_forward(run, options, x, weight, bias):
     y, z = _linear(run, options, x, weight, bias)
-    return y, (x, weight, bias, z)
+    return y, (x, dataclasses.replace(weight, layers=None), bias, z)
 
 
 def _block_backward(run, options, saved, dy):
@@ -343,7 +343,7 @@ def _nm_matmul(run, options, x, weight, bias):
 
 def _nm_forward(run, options, x, weight, bias):
     y, z = _linear(run, options, x, weight, bias)
-    return y, (x, weight, bias, z)
+    return y, (x, dataclasses.replace(weight, layers=None), bias, z)
 
 
 def _nm_backward(run, options, saved, dy):

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxcomp.kernels import arguments
+from jaxcomp.kernels.sparse_matmul.layers import Layers, check_layers
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "rows", "columns", "scales"],
+    data_fields=["values", "rows", "columns", "scales", "layers"],
     meta_fields=["shape", "parts"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class BlockSparse:
       scales: f32 ``(blocks, bn)``, which multiply int8 values; None for others.
       shape: (N, K).
       parts: of the outputs and of the inputs, for as many devices.
+      layers: values of several layers, of which these are one's; or None.
     """
 
     values: jax.Array
@@ -42,6 +44,12 @@ class BlockSparse:
     scales: jax.Array | None
     shape: tuple[int, int]
     parts: tuple[int, int] = (1, 1)
+    layers: Layers | None = None
+
+    @property
+    def read(self) -> tuple[jax.Array, ...]:
+        """What a kernel reads a part of at each step."""
+        return (self.values,)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -234,6 +242,7 @@ def check(weight: BlockSparse) -> None:
       ValueError: shapes do not belong together.
     """
     values, scales = weight.values, weight.scales
+    check_layers(weight)
     for name in ("values", "rows", "columns"):
         arguments.array(name, getattr(weight, name))
     if values.ndim != 3 or 0 in values.shape[1:]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxcomp.kernels import arguments
+from jaxcomp.kernels.sparse_matmul.layers import Layers, check_layers
 
 LAYOUT = "mosaic_tpu/1"
 # What of a weight is not split with its arrays.
@@ -27,7 +28,7 @@ _STATIC = "shape and group_size"
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "positions", "scales"],
+    data_fields=["values", "positions", "scales", "layers"],
     meta_fields=["n", "m", "group_size", "shape", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class NMSparse:
       group_size: inputs of the dense weight that share a scale, or None.
       shape: (N, K).
       layout: "stored", or the name and version of what ``prepare_nm`` made.
+      layers: values and positions of several layers, of which these are one's; or None.
     """
 
     values: jax.Array
@@ -54,6 +56,18 @@ class NMSparse:
     group_size: int | None
     shape: tuple[int, int]
     layout: str = "stored"
+    layers: Layers | None = None
+
+    @property
+    def read(self) -> tuple[jax.Array, ...]:
+        """What a kernel reads a part of at each step."""
+        return self.values, self.positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one layer's arrays."""
+        arrays = [a for a in (self.values, self.positions, self.scales) if a is not None]
+        return sum(a.size * jax.dtypes.itemsize_bits(a.dtype) for a in arrays) // 8
 
 
 def nm_sparse(w: jax.Array, mask: jax.Array | None = None, n: int = 2, m: int = 4) -> NMSparse:
@@ -248,6 +262,7 @@ def check(weight: NMSparse) -> None:
             f"layout {weight.layout!r} of a weight {weight.shape} is not 'stored' or {LAYOUT!r}; "
             "prepare the stored weight again"
         )
+    check_layers(weight)
     if weight.layout == LAYOUT:
         _check_prepared(weight)
         return

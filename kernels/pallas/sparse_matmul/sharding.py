@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.meshes import Axes, count, names, padded, split_as
+from jaxcomp.kernels.sparse_matmul import layers as layers_of
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 
@@ -178,7 +179,8 @@ def _block_specs(weight: BlockSparse, place: Placement) -> BlockSparse:
     lists = PartitionSpec((*names(place.outputs), *names(place.inputs)) or None)
     leaves = {name: lists for name in ("values", "rows", "columns")}
     scales = None if weight.scales is None else lists
-    return dataclasses.replace(weight, **leaves, scales=scales)
+    layers = layers_of.specs(weight.layers, (lists,))
+    return dataclasses.replace(weight, **leaves, scales=scales, layers=layers)
 
 
 def _own_blocks(weight: BlockSparse, place: Placement) -> BlockSparse:
@@ -234,11 +236,13 @@ def _nm_specs(weight: NMSparse, place: Placement) -> NMSparse:
     scales = (
         PartitionSpec(groups, place.outputs) if stored else PartitionSpec(place.outputs, groups)
     )
+    values = matrix if stored else PartitionSpec(None, *matrix)
     return dataclasses.replace(
         weight,
-        values=matrix if stored else PartitionSpec(None, *matrix),
+        values=values,
         positions=matrix,
         scales=None if weight.scales is None else scales,
+        layers=layers_of.specs(weight.layers, (values, matrix)),
     )
 
 

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.sparse_matmul import reference, tpu_many
+from jaxcomp.kernels.sparse_matmul import layers, reference, tpu_many
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
@@ -108,6 +108,7 @@ def _product(x, weight, bias, options, axis, chip, interpret):
     if not tm:
         return tpu_many.matmul(x, weight, bias, options, axis, chip, interpret)
     lists = (weight.rows, weight.columns)
+    layer, (values,) = layers.of_kernel(weight)
     m, blocks = x.shape[0], len(weight.values)
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
     x = reference.pad_columns(_pad_rows(x, tm), k)
@@ -115,9 +116,12 @@ def _product(x, weight, bias, options, axis, chip, interpret):
     # The blocks lie in VMEM as they are stored; the matrix unit takes either order.
     in_specs = [
         pl.BlockSpec((tm, k), lambda i, step, *_: (i, 0)),
-        pl.BlockSpec((copy, *weight.block), lambda i, step, *_: (step, 0, 0)),
+        pl.BlockSpec(
+            (*(None for _ in layer), copy, *weight.block),
+            lambda i, step, to, of, *own: (*(number[0] for number in own), step, 0, 0),
+        ),
     ]
-    operands = [x, weight.values]
+    operands = [x, values]
     if weight.scales is not None:
         spec = pl.BlockSpec((copy, 1, weight.block[0]), lambda i, step, *_: (step, 0, 0))
         in_specs.append(spec)
@@ -133,9 +137,10 @@ def _product(x, weight, bias, options, axis, chip, interpret):
             scaled=weight.scales is not None,
             biased=bias is not None,
             options=options,
+            scalars=len(layer),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=2 + len(layer),
             grid=(x.shape[0] // tm, -(-blocks // copy)),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((tm, n), lambda i, step, *_: (i, 0)),
@@ -145,17 +150,16 @@ def _product(x, weight, bias, options, axis, chip, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
+        cost_estimate=tpu_many.cost(m, weight, options, x.dtype.itemsize),
         interpret=interpret,
         name="block_sparse_matmul" if axis == 0 else "block_sparse_matmul_dx",
-    )(lists[axis], lists[1 - axis], *operands)
+    )(lists[axis], lists[1 - axis], *layer, *operands)
     return y[:m, : weight.shape[axis]]
 
 
-def _product_kernel(
-    to_ref, from_ref, x_ref, values_ref, *refs, axis, blocks, scaled, biased, options
-):
+def _product_kernel(to_ref, from_ref, *refs, axis, blocks, scaled, biased, options, scalars):
     """Adds the products of the blocks of one copy."""
-    refs = list(refs)
+    x_ref, values_ref, *refs = refs[scalars:]
     scales_ref = refs.pop(0) if scaled else None
     bias_ref = refs.pop(0) if biased else None
     y_ref, sums_ref = refs
@@ -240,6 +244,7 @@ def _values_gradient(x, weight, dz, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
+        cost_estimate=tpu_many.cost(m, weight, Options(None, x.dtype.name), x.dtype.itemsize),
         interpret=interpret,
         name="block_sparse_matmul_dvalues",
     )(weight.rows, weight.columns, x, dz)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.sparse_matmul import reference
+from jaxcomp.kernels.sparse_matmul import layers, reference
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
@@ -113,7 +113,8 @@ def matmul(
     out_itemsize = jnp.dtype(options.out_dtype).itemsize
     sizes = tile(m, weight, axis, x.dtype.itemsize, out_itemsize, chip)
     x = reference.pad_columns(jnp.pad(x, ((0, -m % sizes.rows), (0, 0))), k)
-    listed = [weight.values]
+    layer, (values,) = layers.of_kernel(weight)
+    listed = [values]
     if weight.scales is not None:
         listed.append(weight.scales[:, None])
     operands = [x, *listed]
@@ -131,28 +132,49 @@ def matmul(
         biased=bias is not None,
         options=options,
         sizes=sizes,
+        layered=bool(layer),
     )
     y = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=3 + len(layer),
             grid=(x.shape[0] // sizes.rows, weight.grid[axis]),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((sizes.rows, out), lambda i, j, *_: (i, j)),
             scratch_shapes=[
                 pltpu.VMEM((sizes.rows, out), jnp.float32),
                 pltpu.SemaphoreType.DMA((len(listed), sizes.slots)),
-                *(pltpu.VMEM((sizes.slots, *a.shape[1:]), a.dtype) for a in listed),
+                pltpu.VMEM((sizes.slots, *weight.block), values.dtype),
+                *(pltpu.VMEM((sizes.slots, *a.shape[1:]), a.dtype) for a in listed[1:]),
             ],
         ),
         out_shape=blank((x.shape[0], n), options.out_dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
+        cost_estimate=cost(m, weight, options, x.dtype.itemsize),
         interpret=interpret,
         name="block_sparse_matmul_many" + ("_dx" if axis else ""),
-    )(*_visits(weight, axis), *operands)
+    )(*_visits(weight, axis), *layer, *operands)
     return y[:m, : weight.shape[axis]]
+
+
+def cost(m: int, weight: BlockSparse, options: Options, itemsize: int) -> pl.CostEstimate:
+    """What a product over the list costs, for XLA's scheduler and counts.
+
+    Args:
+      m: rows.
+      weight: any.
+      options: what is fused.
+      itemsize: bytes of an entry of x.
+    """
+    values, (n, k) = weight.values, weight.shape
+    rows = m * (k * itemsize + n * jnp.dtype(options.out_dtype).itemsize)
+    return pl.CostEstimate(
+        flops=2 * m * values.size,
+        transcendentals=0 if options.activation in (None, "relu") else m * n,
+        bytes_accessed=values.size * values.dtype.itemsize + rows,
+    )
 
 
 def _visits(weight: BlockSparse, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -211,12 +233,15 @@ class _Ring:
 
 
 def _kernel(
-    starts_ref, order_ref, from_ref, x_ref, *refs, axis, scaled, biased, options, sizes
+    starts_ref, order_ref, from_ref, *refs, axis, scaled, biased, options, sizes, layered
 ):  # fmt: skip
     """The outputs of one row of blocks."""
+    layer_ref, x_ref, *refs = refs if layered else (None, *refs)
     listed, refs = refs[: 1 + scaled], list(refs[1 + scaled :])
     bias_ref = refs.pop(0) if biased else None
     y_ref, sums_ref, arrived, *held = refs
+    if layered:
+        listed = (listed[0].at[layer_ref[0]], *listed[1:])
     together = sizes.together
     ring = _Ring(order_ref, list(zip(listed, held, strict=True)), arrived, sizes.slots - together)
     row = pl.program_id(1)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.sparse_matmul import nm, reference
+from jaxcomp.kernels.sparse_matmul import layers, nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
@@ -102,16 +102,25 @@ def matmul(
         # Each has the inputs of one scale, which then multiplies its products.
         one = jnp.arange(k) % LANES * copies // LANES == jnp.arange(copies)[:, None, None]
         x = jnp.where(one, x, jnp.zeros((), x.dtype)).reshape(-1, k)
+    layer, (values, positions) = layers.of_kernel(weight)
+
+    def of_layer(*shape, index):
+        """A part of an array that has an axis of layers, where there are several."""
+        return pl.BlockSpec(
+            (*(None for _ in layer), *shape),
+            lambda j, i, *own: (*(number[0] for number in own), *index(j)),
+        )
+
     operands = {
-        "x": (x, pl.BlockSpec((copies * tm, k), lambda j, i: (i, 0))),
-        "values": (weight.values, pl.BlockSpec((2, tn, k // PARTS), lambda j, i: (0, j, 0))),
-        "positions": (weight.positions, pl.BlockSpec((tn, k // PARTS), lambda j, i: (j, 0))),
+        "x": (x, pl.BlockSpec((copies * tm, k), lambda j, i, *_: (i, 0))),
+        "values": (values, of_layer(2, tn, k // PARTS, index=lambda j: (0, j, 0))),
+        "positions": (positions, of_layer(tn, k // PARTS, index=lambda j: (j, 0))),
     }
     if weight.scales is not None:
-        spec = pl.BlockSpec((tn, k // weight.group_size), lambda j, i: (j, 0))
+        spec = pl.BlockSpec((tn, k // weight.group_size), lambda j, i, *_: (j, 0))
         operands["scales"] = (weight.scales, spec)
     if bias is not None:
-        spec = pl.BlockSpec((1, tn), lambda j, i: (0, j))
+        spec = pl.BlockSpec((1, tn), lambda j, i, *_: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     names = tuple(operands)
     outputs = columns(tn, chip, few)
@@ -125,24 +134,41 @@ def matmul(
         chip=chip,
     )
     rows = x.shape[0] // copies
+
+    def kernel(*refs):
+        refs = refs[len(layer) :]
+        own = dict(zip(scratch, refs[len(names) + 1 :], strict=True))
+        body(dict(zip(names, refs, strict=False)), refs[len(names)], **own)
+
     y = pl.pallas_call(
-        lambda *refs: body(
-            dict(zip(names, refs, strict=False)),
-            refs[len(names)],
-            **dict(zip(scratch, refs[len(names) + 1 :], strict=True)),
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(layer),
+            grid=(-(-n // tn), rows // tm),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=pl.BlockSpec((tm, tn), lambda j, i, *_: (i, j)),
+            scratch_shapes=list(scratch.values()),
         ),
-        grid=(-(-n // tn), rows // tm),
-        in_specs=[spec for _, spec in operands.values()],
-        out_specs=pl.BlockSpec((tm, tn), lambda j, i: (i, j)),
         out_shape=blank((rows, n), options.out_dtype, x),
-        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
+        cost_estimate=_cost(m, weight, options, x.dtype.itemsize),
         interpret=interpret,
         name="nm_matmul",
-    )(*(array for array, _ in operands.values()))
+    )(*layer, *(array for array, _ in operands.values()))
     return y[:m]
+
+
+def _cost(m: int, weight: NMSparse, options: Options, itemsize: int) -> pl.CostEstimate:
+    """What a product of so many rows costs, for XLA's scheduler and counts."""
+    n, k = weight.shape
+    rows = m * (k * itemsize + n * jnp.dtype(options.out_dtype).itemsize)
+    return pl.CostEstimate(
+        flops=2 * m * n * k,
+        transcendentals=0 if options.activation in (None, "relu") else m * n,
+        bytes_accessed=weight.nbytes + rows,
+    )
 
 
 def tiles(m: int, weight: NMSparse, itemsize: int) -> tuple[int, int] | None:

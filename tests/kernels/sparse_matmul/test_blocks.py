@@ -14,6 +14,7 @@ from jaxcomp.kernels.sparse_matmul import (
     block_list,
     block_sparse,
     block_sparse_matmul,
+    layer_of,
     tpu,
     tpu_many,
 )
@@ -164,6 +165,15 @@ class TestInterpretedTpu(TestXla):
         np.testing.assert_allclose(
             dw.values, got.values, atol=2e-6 * np.abs(np.asarray(got.values)).max()
         )
+
+    @pytest.mark.parametrize(("rows", "dtype"), [(5, "int8"), (144, "float32"), (144, "int8")])
+    def test_one_of_several_layers(self, rng, rows, dtype):
+        masks = [[1, 1, 0], [0, 1, 0]], [[0, 1, 1], [1, 0, 0]]
+        each = [cases.blocks(rng, (256, 384), (128, 128), mask, dtype) for mask in masks]
+        whole = jax.tree.map(lambda *a: jnp.stack(a), *(w for w, _ in each))
+        x = cases.rows(rng, (rows, 384), "float32")
+        y = jax.jit(lambda i: self.run(x, layer_of(whole, i)))(1)
+        cases.assert_close(y, cases.product(x, each[1][1]), "float32")
 
     def test_what_does_not_fit_is_told(self, rng):
         w, _ = cases.blocks(rng, (16, 24), (8, 12), [[1, 0], [0, 1]])

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.implementations import Unsupported
-from jaxcomp.kernels.sparse_matmul import nm_matmul, nm_sparse, nm_stored, prepare_nm, tpu_nm
+from jaxcomp.kernels.sparse_matmul import (
+    layer_of,
+    nm_matmul,
+    nm_sparse,
+    nm_stored,
+    prepare_nm,
+    tpu_nm,
+)
 from jaxcomp.kernels.sparse_matmul.reference import Options
 
 from tests.fuzz import fuzz
@@ -107,6 +114,15 @@ class TestInterpretedTpu(TestXla):
         w, dense = cases.nm(rng, (1100, 512))
         x = cases.rows(rng, (300, 512), "float32")
         cases.assert_close(self.run(x, w), cases.product(x, dense), "float32")
+
+    @pytest.mark.parametrize("options", [{}, {"dtype": "int4", "group_size": 64}])
+    def test_one_of_several_layers(self, rng, options):
+        """Where few rows meet weights as they are written out, and where they do not."""
+        each = [cases.nm(rng, self.shape, **options) for _ in range(3)]
+        whole = jax.tree.map(lambda *a: jnp.stack(a), *(prepare_nm(w, "v5e") for w, _ in each))
+        x = cases.rows(rng, (5, self.shape[1]), "float32")
+        y = jax.jit(lambda i: self.run(x, layer_of(whole, i)))(1)
+        cases.assert_close(y, cases.product(x, each[1][1]), "float32")
 
     def test_codes_in_float8(self, rng):
         w, dense = cases.nm(rng, (72, 1024), dtype="int4", group_size=256)
