@@ -60,8 +60,8 @@ def test_prepared_weights_are_the_same_weights(name):
     for leaf in params.values():
         ready = on_tpu(leaf)
         assert isinstance(ready.parts[0], packed.Prepared)
-        zero_point = getattr(leaf.parts[0], "zero_point", None)  # int8, which becomes float32
-        widened = 0 if zero_point is None else 24 * zero_point.size
+        zero_point = getattr(leaf.parts[0], "zero_point", None)  # int8, which becomes bfloat16
+        widened = 0 if zero_point is None else 8 * zero_point.size
         # A stack shares the 16 values of NF4.
         assert abs(ready.nbits - leaf.nbits - widened) <= 2 * 16 * 32
         np.testing.assert_array_equal(ready.materialize(), leaf.materialize())
