@@ -38,7 +38,9 @@ def quantized_matmul(
     """Y = activation(x Wᵀ + bias) with W[n, k] = scale * (value(code) - zero).
 
     With ``activation_dtype`` rows of x are first quantized, by ``x_scales`` or their largest entry,
-    and the product is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. Gradients
+    and the product is exact in that arithmetic: y = (xq · wq) * row scale * weight scale. (Of many
+    bf16 rows a TPU that scales sums of groups no faster than it multiplies bf16 rounds weights to
+    bf16, as it does without quantization; rows of f32 are exact everywhere.) Gradients
     go to x (straight through that quantization, but not where ``x_scales`` clip), scales, zeros,
     bias and table.
 

@@ -20,7 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.quantized_matmul import layout, tpu_dense, tpu_rows, tpu_tiles
+from jaxcomp.kernels.quantized_matmul import (
+    layout,
+    reference,
+    tpu_codes,
+    tpu_dense,
+    tpu_rows,
+    tpu_tiles,
+)
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_dense import decode, finish
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
@@ -106,6 +113,46 @@ def unfit(
     return None
 
 
+def many_rows(m: int, x_dtype, weight: Weight, chip: Chip, options: Options) -> str | None:
+    """Which kernel of many rows takes a product.
+
+    Args:
+      m: rows.
+      x_dtype: their dtype, before they are quantized.
+      weight: prepared.
+      chip: a TPU.
+      options: what is fused.
+
+    Returns:
+      "codes": products of quantized rows and codes; "dense": of bf16 and weights that were scaled
+      and rounded to it, for bf16 rows only; None for the kernel of few rows.
+    """
+    few, dtype = tpu_tiles.table(chip.name, "few")["rows"], options.activation_dtype
+    if dtype is None:
+        return "dense" if m > few and x_dtype == jnp.bfloat16 else None
+    # Sums of so few more rows are scaled sooner than their weights are.
+    if m <= 2 * few:
+        return None
+    if tpu_codes.fits(weight, chip, dtype):
+        return "codes"
+    return "dense" if x_dtype == jnp.bfloat16 and not integers(chip, weight, options) else None
+
+
+def integers(chip: Chip, weight: Weight, options: Options) -> bool:
+    """Whether integers are faster than bf16 of many rows however often their sums are scaled.
+
+    Args:
+      chip: a TPU.
+      weight: whose groups they are.
+      options: with the dtype that rows are quantized to.
+    """
+    return (
+        chip.mxu == _LANES
+        and options.activation_dtype == "int8"
+        and weight.group_size % _LANES == 0
+    )
+
+
 def matmul(
     x: jax.Array,
     weight: Weight,
@@ -126,7 +173,7 @@ def matmul(
       options: what is fused.
       chip: whose arithmetic to use.
       interpret: False, or ``pltpu.InterpretParams(..)``.
-      tile: of the kernel of few rows; None for a good one.
+      tile: of the kernel of few rows, which then runs; None for a good one.
       x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
@@ -135,10 +182,17 @@ def matmul(
     weight = layout.prepare(weight.sliced()) if weight.layout == "stored" else weight
     m, (n, k) = x.shape[0], weight.shape
     dense = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
-    many = m > tpu_tiles.table(chip.name, "few")["rows"]
-    if many and dense and options.activation_dtype is None and x.dtype == jnp.bfloat16:
-        estimate = cost(m, weight, options)
-        return tpu_dense.matmul(x, weight, bias, options, chip, interpret, dense, estimate)
+    many = None
+    if dense and tile is None:
+        many = many_rows(m, x.dtype, weight, chip, options)
+    if many is not None:
+        row_scales, more = None, (bias, options, chip, interpret, dense, cost(m, weight, options))
+        if options.activation_dtype is not None:
+            x, row_scales = reference.quantize_rows(x, options.activation_dtype, x_scales)
+        if many == "codes":
+            return tpu_codes.matmul(x, row_scales, weight, *more)
+        # Eight bits are exact in bf16.
+        return tpu_dense.matmul(x.astype(jnp.bfloat16), weight, *more, row_scales)
     how = arithmetic(chip, x.dtype, weight, options)
     pieces = how.pieces * how.copies
     tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)

@@ -75,6 +75,7 @@ def matmul(
     interpret,
     tile: Tile,
     cost: pl.CostEstimate | None = None,
+    row_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies: y = activation(x Wᵀ + bias) with W rounded to bf16.
 
@@ -87,6 +88,7 @@ def matmul(
       interpret: False, or ``pltpu.InterpretParams(..)``.
       tile: rows and outputs of a grid step, and outputs that are decoded at a time.
       cost: of the product, for XLA.
+      row_scales: f32 ``(M, 1)`` that the rows of x Wᵀ are multiplied with, or None.
 
     Returns:
       ``(M, N)``.
@@ -113,6 +115,11 @@ def matmul(
     for name, array in factors(weight, how).items():
         by_output = pl.BlockSpec((tn, array.shape[1]), lambda j, i, *layer: (j, 0))
         operands[name] = (array, by_column if name == "output_scales" else by_output)
+    if row_scales is not None:
+        operands["row_scales"] = (
+            jnp.pad(row_scales, ((0, padded - m), (0, 0))),
+            pl.BlockSpec((tm, 1), lambda j, i, *layer: (i, 0)),
+        )
     if bias is not None:
         operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
@@ -140,7 +147,7 @@ def matmul(
         ),
         cost_estimate=cost,
         interpret=interpret,
-        name=f"quantized_matmul_dense_{weight.format}",
+        name=f"quantized_matmul_{'dense' if row_scales is None else 'rows_dense'}_{weight.format}",
     )(*scalars, *(array for array, _ in operands.values()))
     return y[:m]
 
@@ -235,7 +242,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
     """A tile of rows times some outputs, finished.
 
     Args:
-      refs: with "x".
+      refs: with "x", and perhaps "row_scales".
       w_ref: decoded weights.
       acc_ref: f32 of the shape of the result.
       block: a slice of outputs.

@@ -21,7 +21,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.meshes import blank
-from jaxcomp.kernels.quantized_matmul import layout, tpu, tpu_dense, tpu_rows, tpu_tiles
+from jaxcomp.kernels.quantized_matmul import (
+    layout,
+    reference,
+    tpu,
+    tpu_dense,
+    tpu_rows,
+    tpu_tiles,
+)
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -122,7 +129,8 @@ def matmul(
     weight = layout.prepare(weight.sliced()) if weight.layout == "stored" else weight
     m, (n, k), experts = x.shape[0], weight.shape, weight.stack[0]
     dense = tpu_tiles.grouped_dense(chip.name, m, experts, n, k, chip.mxu)
-    if tile is None and dense and options.activation_dtype is None and x.dtype == jnp.bfloat16:
+    exact = tpu.integers(chip, weight, options)
+    if tile is None and dense and x.dtype == jnp.bfloat16 and not exact:
         return _dense(x, bounds, weight, bias, options, chip, interpret, dense)
     return _few(x, bounds, weight, bias, options, chip, interpret, tile)
 
@@ -240,6 +248,10 @@ def _few_kernel(
 def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
     """Rows times weights that are scaled once for the visits of an expert."""
     m, (_, k) = x.shape[0], weight.shape
+    row_scales = None
+    if options.activation_dtype is not None:
+        x, row_scales = reference.quantize_rows(x, options.activation_dtype)
+        x = x.astype(jnp.bfloat16)  # Which holds eight bits exactly.
     fields = 4 if weight.format == "int2" else 1
 
     def spec(shape, index):
@@ -264,6 +276,11 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
         shape = (None, tile.n, array.shape[2])
         by_output = spec(shape, lambda v, i, j: (v.expert[i], j, 0))
         operands[name] = (array, by_column if name == "output_scales" else by_output)
+    if row_scales is not None:
+        operands["row_scales"] = (
+            jnp.pad(row_scales, ((0, -m % tile.m), (0, 0))),
+            spec((tile.m, 1), lambda v, i, j: (v.tile[i], 0)),
+        )
     body = functools.partial(_dense_kernel, how=how, options=options, columns=tile.columns)
     return _call(
         body, operands, bounds, weight, bias, options, interpret,

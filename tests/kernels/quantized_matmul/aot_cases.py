@@ -28,12 +28,9 @@ def quantized(
 
     ``activation_dtype`` "native" is the one of eight bits that the chip multiplies.
     """
-    if activation_dtype == "native":
-        integers = chips.BY_NAME[chip].multiplies("int8")
-        activation_dtype = "int8" if integers else "float8_e4m3fn"
     struct = functools.partial(whole, mesh)
     weight = prepared(mesh, (), n, k, format, group_size, zeros, scale_dtype)
-    options = reference.Options(None, activation_dtype, x_dtype)
+    options = reference.Options(None, eight_bits(chip, activation_dtype), x_dtype)
     run = functools.partial(tpu.matmul, bias=None, options=options, chip=chips.BY_NAME[chip])
     return run, (struct((m, k), x_dtype), weight)
 
@@ -53,10 +50,13 @@ def grouped(
     activation_dtype: str | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ):
-    """The TPU kernel of experts on one device, with prepared weights; ``m`` rows of all experts."""
+    """The TPU kernel of experts on one device, with prepared weights; ``m`` rows of all experts.
+
+    ``activation_dtype`` is as in ``quantized``.
+    """
     struct = functools.partial(whole, mesh)
     weight = prepared(mesh, (experts,), n, k, format, group_size, zeros, scale_dtype)
-    options = reference.Options(None, activation_dtype, x_dtype)
+    options = reference.Options(None, eight_bits(chip, activation_dtype), x_dtype)
     run = functools.partial(
         tpu_grouped.matmul,
         bias=None,
@@ -65,6 +65,13 @@ def grouped(
         tile=tile and tpu_tiles.Tile(*tile),
     )
     return run, (struct((m, k), x_dtype), struct((experts + 1,), "int32"), weight)
+
+
+def eight_bits(chip: str, dtype: str | None) -> str | None:
+    """A dtype of rows, or for "native" the one that a chip multiplies."""
+    if dtype != "native":
+        return dtype
+    return "int8" if chips.BY_NAME[chip].multiplies("int8") else "float8_e4m3fn"
 
 
 def whole(mesh, shape, dtype) -> jax.ShapeDtypeStruct:

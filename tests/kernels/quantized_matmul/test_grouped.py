@@ -175,6 +175,16 @@ class TestMosaicTpu(TestXla):
         self.test_rows_do_not_see_each_other(rng)
         assert watched
 
+    def test_many_quantized_rows(self, rng, monkeypatch):
+        """Where weights are scaled before: in bf16, which holds the rows' codes."""
+        monkeypatch.setattr(chips, "chip_of", lambda *_: chips.V6E)
+        sizes = (70, 0, 130)
+        case = self.case(rng, "int4", 3)
+        x = cases.rows(rng, (202, self.shape[1]), "bfloat16")
+        y = self.run(x, sizes, case, activation_dtype="int8", out_dtype=jnp.float32)
+        expected = product(cases.quantized_rows(x, "int8"), sizes, case)
+        cases.assert_close(y, expected, "bfloat16")
+
 
 TILE = 16
 planned = jax.jit(tpu_grouped.visits, static_argnums=(1, 2))

@@ -79,6 +79,26 @@ class TestMosaicTpu(test_reference.TestXla):
         y = self.run(x, case, bias=bias, activation="relu")
         cases.assert_close(y, cases.product(x, case, bias, "relu"), "bfloat16")
 
+    # Where weights are scaled first they are rounded to bf16; else products are exact.
+    @pytest.mark.parametrize(
+        ("format", "group_size", "precision"),
+        [("int4", 128, "float32"), ("int2", 512, "float32"), ("int8", 64, "bfloat16")],
+    )
+    def test_many_quantized_rows(self, rng, format, group_size, precision, dtype="int8"):
+        case = cases.make(rng, format, (136, 512), group_size, zeros=precision == "bfloat16")
+        x = cases.rows(rng, (130, 512), "bfloat16").at[0].set(0.0)
+        bias = jnp.asarray(rng.normal(size=136), jnp.float32)
+        # Of their own scales a bf16 entry may lie just between two codes.
+        scales = jnp.asarray(rng.uniform(0.3, 0.5, (130, 1)), jnp.float32)
+        y = self.run(
+            x, case, bias=bias, activation_dtype=dtype, x_scales=scales, out_dtype=jnp.float32
+        )
+        rounded = np.asarray(x, np.float32) / np.asarray(scales)
+        if dtype == "int8":
+            rounded = np.clip(np.round(rounded), -127, 127)
+        codes = np.clip(rounded, -448, 448).astype(jnp.dtype(dtype)).astype(np.float64)
+        cases.assert_close(y, cases.product(codes * np.asarray(scales), case, bias), precision)
+
     def test_many_steps_of_inputs(self, rng):
         # One group of more inputs than a tile holds, with zero points.
         case = cases.make(rng, "int4", (128, 32768), 32768, zeros=True)
@@ -133,6 +153,14 @@ class TestOtherChips(TestMosaicTpu):
 
     def test_many_rows(self, rng, format="int4"):
         super().test_many_rows(rng, format)
+
+    @pytest.mark.parametrize(
+        ("format", "group_size", "precision"),
+        [("int4", 128, "bfloat16"), ("int4", 512, "float32")],
+    )
+    def test_many_quantized_rows(self, rng, format, group_size, precision):
+        dtype = "float8_e4m3fn" if self.name == "7x" else "int8"
+        super().test_many_quantized_rows(rng, format, group_size, precision, dtype)
 
     def test_rows_that_are_not_finite(self, rng, activation_dtype=None):
         super().test_rows_that_are_not_finite(rng, activation_dtype)

@@ -1,0 +1,183 @@
+"""The quantized matmul of many quantized rows on TPUs: products of codes, whose sums are scaled.
+
+Where the matrix unit multiplies eight bits twice as fast as bf16, and scaling sums is less work
+than that leaves for the vector units. A tile of rows times some outputs is summed a slab of inputs
+at a time; between slabs sums wait in VMEM, since registers hold no tile of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.meshes import blank
+from jaxcomp.kernels.quantized_matmul import tpu_dense
+from jaxcomp.kernels.quantized_matmul.reference import Options
+from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
+from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
+from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+# Inputs whose products are summed before the sums go to VMEM.
+_SLAB = 512
+# Rows up to which v6e, whose matrix units keep no sums, has registers for half of that only.
+_FEWER = 256
+
+
+def fits(weight: Weight, chip: Chip, dtype: str) -> bool:
+    """Whether the sums of a weight's codes are scaled beside the matrix unit, on a chip.
+
+    Args:
+      weight: prepared.
+      chip: a TPU.
+      dtype: that rows are quantized to.
+
+    Returns:
+      True for groups of 128 and more on v5, and for one group a row on v6e and 7x: of groups of 128
+      their vector units would take longer than bf16 products do.
+    """
+    if not chip.multiplies(dtype) or weight.zeros is not None or weight.group_size % _LANES:
+        return False
+    return chip.mxu == _LANES or weight.group_size == weight.shape[1]
+
+
+def matmul(
+    x: jax.Array,
+    row_scales: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    options: Options,
+    chip: Chip,
+    interpret,
+    tile: Tile,
+    cost: pl.CostEstimate | None = None,
+) -> jax.Array:
+    """Multiplies: y = activation(x Wᵀ * row_scales + bias).
+
+    Args:
+      x: int8 or float8_e4m3fn ``(M, K)``.
+      row_scales: f32 ``(M, 1)``.
+      weight: that ``fits``, without stack axes, perhaps one of several layers.
+      bias: ``(N,)`` or None.
+      options: what is fused.
+      chip: whose arithmetic to use.
+      interpret: False, or ``pltpu.InterpretParams(..)``.
+      tile: rows and outputs of a grid step, and outputs whose sums are kept at a time.
+      cost: of the product, for XLA.
+
+    Returns:
+      ``(M, N)``.
+    """
+    m, (n, k) = x.shape[0], weight.shape
+    tm, tn = -(-tile.m // 32) * 32, tile.n
+    padded = -(-m // tm) * tm
+    more = ((0, padded - m), (0, 0))
+    fields = 4 if weight.format == "int2" else 1
+    scalars = weight.scalars
+    operands = {
+        "x": (jnp.pad(x, more), pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))),
+        "row_scales": (
+            jnp.pad(row_scales, more), pl.BlockSpec((tm, 1), lambda j, i, *layer: (i, 0))
+        ),
+        "w": (
+            weight.codes,
+            pl.BlockSpec(
+                (*(None for _ in scalars), tn, k // fields),
+                lambda j, i, *layer: (*(number[0] for number in layer), j, 0),
+            ),
+        ),
+        # What decoding leaves of two bits is 64 times the code.
+        "output_scales" if tpu_dense.by_channel(weight) else "scales": (
+            weight.scales.astype(jnp.float32) * (1 / 64 if weight.format == "int2" else 1.0),
+            pl.BlockSpec((k // weight.group_size, tn), lambda j, i, *layer: (0, j)),
+        ),
+    }  # fmt: skip
+    if bias is not None:
+        spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
+        operands["bias"] = (bias.astype(jnp.float32)[None], spec)
+    names = tuple(operands)
+    slab = _SLAB // 2 if chip.name == "v6e" and tm <= _FEWER else _SLAB
+    body = functools.partial(
+        _kernel,
+        format=weight.format, group_size=weight.group_size, slab=slab, columns=tile.columns,
+        options=options,
+    )  # fmt: skip
+
+    def kernel(*refs):
+        refs = refs[len(scalars) :]
+        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
+
+    y = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(-(-n // tn), padded // tm),
+            in_specs=[spec for _, spec in operands.values()],
+            out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
+            scratch_shapes=[
+                pltpu.VMEM((tm, tile.columns), jnp.float32),
+                pltpu.VMEM((tm, tile.columns), jnp.float32),
+            ],
+        ),
+        out_shape=blank((padded, n), options.out_dtype, x),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=None if interpret else ("parallel", "arbitrary"),
+            vmem_limit_bytes=48 << 20,
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=f"quantized_matmul_rows_codes_{weight.format}",
+    )(*scalars, *(array for array, _ in operands.values()))
+    return y[:m]
+
+
+def _kernel(
+    refs, y_ref, acc_ref, row_scales_ref, *, format, group_size, slab, columns, options
+):  # fmt: skip
+    """All inputs of one tile of y."""
+    # Spread over lanes once: each block of outputs would do so again.
+    row_scales_ref[...] = jnp.broadcast_to(refs["row_scales"][...], row_scales_ref.shape)
+    tpu_dense.keep_in_memory(acc_ref)
+
+    def multiply(block):
+        y = _sums(refs, acc_ref, block, format, group_size, slab)
+        own = {**refs, "row_scales": row_scales_ref}
+        y_ref[:, block] = tpu_dense.finish(own, y, block, options)
+
+    tpu_dense.blocks(y_ref.shape[1], columns, multiply)
+
+
+def _sums(refs, acc_ref, block, format, group_size, slab) -> jax.Array:
+    """f32 ``(rows, outputs)``: sums of the products of codes, scaled."""
+    x_ref = refs["x"]
+    k = x_ref.shape[1]
+    depth = max(size for size in range(_LANES, slab + 1, _LANES) if group_size % size == 0)
+    slab = slab // depth * depth
+    for first in range(0, k, slab):
+        last = min(first + slab, k)
+        y = acc_ref[...] if first else None
+        for start in range(first, last, depth):
+            product = jax.lax.dot_general(
+                x_ref[:, pl.ds(start, depth)],
+                _codes(refs, block, start, depth, format).astype(x_ref.dtype),
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.int32 if x_ref.dtype == jnp.int8 else jnp.float32,
+            ).astype(jnp.float32)
+            if "scales" in refs:
+                group = start // group_size
+                product = product * refs["scales"][group : group + 1, block]
+            y = product if y is None else y + product
+        if last < k:
+            acc_ref[...] = y
+    return y
+
+
+def _codes(refs, block, start, size, format) -> jax.Array:
+    """``(outputs, size)``: codes as ``tpu_dense.decode`` leaves them."""
+    if format != "int2":
+        return tpu_dense.decode(refs, block, start, size, format, exact=False)
+    # Inputs that follow each other lie in the same bytes, 128 to a bit position.
+    parts = range(start, start + size, _LANES)
+    decoded = [tpu_dense.decode(refs, block, at, _LANES, format, exact=False) for at in parts]
+    return jnp.concatenate(decoded, axis=1)
