@@ -1,12 +1,13 @@
 """What all operations have in common: reasons of every kernel together, and gradients they lack."""
 
+import doctest
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import arguments, chips
 from jaxcomp.kernels.implementations import Unsupported
 from jaxcomp.kernels.quantized_matmul import grouped_quantized_matmul, quantized_matmul
 from jaxcomp.kernels.sparse_attention import attention, decode_attention
@@ -70,3 +71,7 @@ def test_xla_has_gradients_of_any_order(name):
     twice = jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(run(x) ** 2))(x)))
     shape = operand(name).shape
     assert jax.eval_shape(twice, jax.ShapeDtypeStruct(shape, jnp.bfloat16)).shape == shape
+
+
+def test_examples():
+    assert not doctest.testmod(arguments).failed

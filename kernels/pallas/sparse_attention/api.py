@@ -21,6 +21,7 @@ from jaxcomp.kernels.sparse_attention import (
     sharding,
     tpu,
     tpu_decode,
+    tpu_parts,
     xla,
 )
 from jaxcomp.kernels.sparse_attention.masks import causal, full
@@ -154,9 +155,9 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
     several = chips.shared_by_many(q, k, v)
     numbers = {name: options[name] for name in ("soft_cap", "span_ramp")}
     on_tpu = several or tpu.unfit(q, k, v, chips.chip_of(q, k, v), interpret)
-    on_tpu, tiles = on_tpu or checks.constants(**numbers), None
+    on_tpu, parts = on_tpu or checks.constants(**numbers), None
     if not on_tpu and implementation not in ("xla", "mosaic_gpu"):
-        tiles, on_tpu = tpu.fitting_blocks(q, k, mask, *blocks)
+        parts, on_tpu = tpu_parts.plan(q, k, mask, *blocks, span="span" in operands)
     on_gpu = several or _not_on_gpu(q, k, v, blocks, implementation, interpret)
     on_gpu = on_gpu or checks.constants(**numbers, scale=options["scale"])
     reasons = {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
@@ -169,7 +170,7 @@ def _run(operands, mask, *, blocks, implementation, interpret, logsumexp, **opti
         out, lse = gpu.attention(**operands, **options, mask=mask, interpret=interpret)
     elif chosen == "mosaic_tpu":
         options |= {"interpret": interpret, "logsumexp": logsumexp}
-        out, lse = tpu.attention(**operands, **options, mask=mask, blocks=tiles)
+        out, lse = tpu_parts.attention(parts, **operands, **options)
     else:
         out, lse = _xla(operands, mask, blocks, several is not None, options)
     return implementations.noted(out, "attention", chosen, reasons), lse
@@ -211,7 +212,7 @@ def problems(
     several = chips.shared_by_many(q, k, v) if place is None else None
     if place is not None:
         q, k, v, mask = sharding.one_device(q, k, v, mask, place)
-    on_tpu = several or tpu.unfit(q, k, v, chip, False) or tpu.fitting_blocks(q, k, mask)[1]
+    on_tpu = several or tpu.unfit(q, k, v, chip, False) or tpu_parts.plan(q, k, mask)[1]
     on_gpu = several or gpu.unfit(q, k, v, chip, (None, None)) or _BY_NAME
     return {"mosaic_tpu": on_tpu, "mosaic_gpu": on_gpu, "xla": None}
 

@@ -10,6 +10,7 @@ from jaxcomp.kernels.sparse_attention import (
     attention,
     blocks,
     causal,
+    chunked,
     decode_attention,
     full,
     global_,
@@ -28,6 +29,7 @@ MASKS = {
     "window": window(1024, causal=True),
     "tenth": blocks(TENTH, BLOCK),
     "strided": strided(192),
+    "chunked": chunked(3000) & causal(),
     "bigbird": window(256) | global_(64) | random(3, block_size=64),
     "heads": per_head([causal(), window(512)] * 16),
 }

@@ -31,6 +31,8 @@ LISTS = {
     "v5p": [
         ("attend", {"mask": "heads", "dim": 64, "dtype": "float32"}),
         ("attend", {"mask": "strided", "cache": "int8"}),
+        ("attend", {"mask": "chunked", "queries": 4000}),
+        ("decode", {"mask": "chunked"}),
     ],
 }  # fmt: skip
 LISTS |= {"7x": LISTS["v5e"], "v6e": LISTS["v5p"]}

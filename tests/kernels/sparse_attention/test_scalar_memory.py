@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxcomp.kernels.implementations import Unsupported
-from jaxcomp.kernels.sparse_attention import attention, blocks, causal, full, per_head, tpu, window
+from jaxcomp.kernels.sparse_attention import (
+    attention,
+    blocks,
+    causal,
+    full,
+    per_head,
+    random,
+    tpu,
+    tpu_parts,
+    window,
+)
 from jaxcomp.kernels.sparse_attention.schedule import schedule
 
 from tests.kernels import aot
@@ -56,11 +66,15 @@ def test_blocks_grow_while_that_costs_less_and_until_their_list_fits():
 
 def test_a_list_that_cannot_fit_is_a_reason_and_not_an_abort():
     x = operands(1 << 16)
+    span = jnp.ones(1)  # With which queries are not divided.
 
     def run(*x, **options):
-        return attention(*x, block_q=128, block_k=128, interpret=True, **options)
+        return attention(*x, span=span, block_q=128, block_k=128, interpret=True, **options)
 
-    with pytest.raises(Unsupported, match=r"1050624 bytes of scalar memory, .* larger block"):
+    told = (
+        r"1050624 bytes of scalar memory, .* larger block.* or leave out the span.* 8 GiB of scores"
+    )
+    with pytest.raises(Unsupported, match=told):
         jax.eval_shape(lambda *x: run(*x, implementation="mosaic_tpu"), *x)
     assert jax.eval_shape(run, *x).shape == x[0].shape  # XLA's turn
     masks = per_head([causal()] * 299 + [window(9)])
@@ -69,6 +83,44 @@ def test_a_list_that_cannot_fit_is_a_reason_and_not_an_abort():
             lambda *x: attention(*x, masks, implementation="mosaic_tpu", interpret=True),
             *operands(128, 300),
         )
+
+
+def test_long_lists_are_divided_and_each_fits():
+    for length, calls in ((1 << 18, 1), (1 << 19, 2)):
+        q, k, _ = operands(length)
+        parts, reason = tpu_parts.plan(q, k, causal())
+        assert reason is None and len(parts) == calls
+        assert sum(part.queries[1] for part in parts) == length
+        for part in parts:
+            listed = schedule(part.mask, 1, part.queries[1], length, *part.blocks)
+            assert listed.scalar_bytes(1) <= tpu.SCALAR_BYTES
+
+
+def test_queries_in_several_calls_give_what_one_gives(monkeypatch):
+    """Outputs to the bit."""
+    q, k, v = map(jnp.asarray, cases.operands(3, queries=300, keys=300, heads=1, kv_heads=1))
+    mask = causal() | random(1, seed=2, block_size=64)
+    ids = jnp.where(jnp.arange(300) < 200, 0, 1)[None]
+    sizes = {"block_q": 128, "block_k": 128}
+
+    def loss(q, k, v):
+        out = attention(
+            q, k, v, mask, segment_ids=ids, **sizes, implementation="mosaic_tpu", interpret=True
+        )
+        return (out**2).sum(), out
+
+    def run():
+        return jax.jit(jax.value_and_grad(lambda *x: loss(*x), (0, 1, 2), has_aux=True))(q, k, v)
+
+    ((_, want), gradients) = run()
+    # Four steps, and one for each of three blocks of keys.
+    monkeypatch.setattr(tpu, "SCALAR_BYTES", 8 * (4 + 3))
+    parts, _ = tpu_parts.plan(q, k, mask, **sizes)
+    assert [part.queries for part in parts] == [(0, 128), (128, 128), (256, 44)]
+    ((_, got), divided) = run()
+    np.testing.assert_array_equal(got, want)
+    for one, other in zip(divided, gradients, strict=True):
+        cases.assert_close(one, other, "float32", cases.GRADIENT_TOLERANCE)
 
 
 PROGRAM = "tests.kernels.sparse_attention.programs:attend"
