@@ -123,23 +123,6 @@ def varied(results: Any, *operands: Any) -> Any:
     return vary_over(results, varying(operands))
 
 
-def blank(
-    shape: Sequence[int], dtype: jax.typing.DTypeLike, *operands: Any
-) -> jax.ShapeDtypeStruct:
-    """The shape of what a kernel makes of operands: it varies as they do.
-
-    Args:
-      shape: of the result.
-      dtype: of the result.
-      *operands: pytrees of arrays.
-
-    Returns:
-      What ``pallas_call`` takes as ``out_shape``, also inside a shard_map with ``check_vma=True``.
-    """
-    varies = jax.sharding.ManualAxisType(varying=varying(operands))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varies)
-
-
 def _named(axes: Axes, name: str, spec: PartitionSpec) -> Sequence[str]:
     if axes is PartitionSpec.UNCONSTRAINED:
         raise ValueError(f"{name} {spec} leaves an axis open; say how it is split, or None")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 from jaxcomp.kernels.quantized_matmul import gpu_decode
 
 ROWS = 64  # outputs of a warpgroup: rows of the matrix unit's instruction
@@ -235,7 +235,7 @@ def product(
         out = jax.ShapeDtypeStruct((tiles.split, n, m_blocks * tiles.tokens), jnp.float32)
     else:
         out = jax.ShapeDtypeStruct((m, n), problem.out_dtype)
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=out,
         grid=(n_blocks, m_blocks, tiles.split),
@@ -245,8 +245,7 @@ def product(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )
-    return varied(kernel(*inputs.values()), inputs)
+    )(*inputs.values())
 
 
 @dataclasses.dataclass(frozen=True)

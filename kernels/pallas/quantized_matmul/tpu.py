@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import V5E, Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import (
     layout,
     reference,
@@ -280,7 +280,7 @@ def matmul(
         refs = refs[len(scalars) :]
         body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
 
-    y = pl.pallas_call(
+    y = on_tpu(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -289,7 +289,7 @@ def matmul(
             out_specs=spec((tile.m, tile.n), lambda i, j, step, *layer: (i, j)),
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=blank((padded, n), options.out_dtype, operands["x"][0]),
+        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None
             if interpret

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import tpu_dense
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
@@ -108,7 +108,7 @@ def matmul(
         refs = refs[len(scalars) :]
         body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
 
-    y = pl.pallas_call(
+    y = on_tpu(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -120,7 +120,7 @@ def matmul(
                 pltpu.VMEM((tm, tile.columns), jnp.float32),
             ],
         ),
-        out_shape=blank((padded, n), options.out_dtype, x),
+        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None if interpret else ("parallel", "arbitrary"),
             vmem_limit_bytes=48 << 20,

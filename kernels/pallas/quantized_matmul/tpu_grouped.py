@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import V5E, Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.quantized_matmul import (
     layout,
     reference,
@@ -355,7 +355,7 @@ def _call(
     def kernel(v, *refs):
         body(dict(zip(names, refs, strict=False)), v, *refs[len(names) :])
 
-    y = pl.pallas_call(
+    y = on_tpu(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -364,7 +364,7 @@ def _call(
             out_specs=pl.BlockSpec((tile_m, outputs), lambda j, i, *rest: (rest[-1].tile[i], j)),
             scratch_shapes=scratch,
         ),
-        out_shape=blank((-(-m // tile_m) * tile_m, n), options.out_dtype, operands["x"][0]),
+        out_shape=jax.ShapeDtypeStruct((-(-m // tile_m) * tile_m, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=None
             if interpret

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 from jaxcomp.kernels.sparse_attention.gpu_kernel import (
     LOG2_E,
     LOWEST,
@@ -111,7 +111,7 @@ def decode(
         )
 
     parts = problem.splits * WORKERS
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, parts, rows, dim), jnp.float32),
@@ -127,8 +127,7 @@ def decode(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )
-    return varied(kernel(*operands.values()), operands)
+    )(*operands.values())
 
 
 def stage_count(dim: int, dtype: jax.typing.DTypeLike, cache: jax.typing.DTypeLike) -> int:

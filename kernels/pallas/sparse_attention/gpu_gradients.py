@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 from jaxcomp.kernels.sparse_attention.gpu_kernel import (
     BLOCK_MASK,
     COPY_REGISTERS,
@@ -113,7 +113,7 @@ def gradients(
             functools.partial(_work, *arguments, names, width),
         )
 
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=list(out.values()),
         grid=(kv_heads if by_keys else heads, rows.shape[1], batch),
@@ -125,8 +125,7 @@ def gradients(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )
-    return varied(kernel(*operands.values()), operands)
+    )(*operands.values())
 
 
 def _with_positions(operands, batch: int, by_keys: bool) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 from jaxcomp.kernels.sparse_attention.gpu_lists import BLOCK, WORDS
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import MOST_BLOCKS, RULE, TABLE
@@ -129,7 +129,7 @@ def forward(
             functools.partial(_attend, refs, scratch, place, problem, stages),
         )
 
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -144,8 +144,7 @@ def forward(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
-    )
-    return varied(kernel(*operands.values()), operands)
+    )(*operands.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,11 +155,9 @@ def attention(
         maxima=MAXIMA.get(chip.name if chip else "", 2),
     )
     extras = {
-        "segments": None if segment_ids is None else jnp.where(segment_ids < 0, -1, segment_ids),
+        "segments": None if segment_ids is None else _ids(segment_ids, -1),
         # Padding of keys differs from padding of queries: no comparison finds them equal.
-        "kv_segments": None
-        if kv_segment_ids is None
-        else jnp.where(kv_segment_ids < 0, -2, kv_segment_ids),
+        "kv_segments": None if kv_segment_ids is None else _ids(kv_segment_ids, -2),
         "span": None if span is None else span.astype(jnp.float32),
         "k_scale": k_scale,
         "v_scale": v_scale,
@@ -212,6 +210,11 @@ def _once_differentiable(kernel, config: Config):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _ids(segment_ids: jax.Array, padding: int) -> jax.Array:
+    """int32 ids of segments, with one number for all padding."""
+    return jnp.where(segment_ids < 0, padding, segment_ids).astype(jnp.int32)
 
 
 def _round_up(length: int, block: int) -> int:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
@@ -265,6 +265,7 @@ def _divided(x, by: int):
         return divmod(x, by)
     if by & (by - 1) == 0:
         return x >> (by.bit_length() - 1), x & (by - 1)
+    by = x.dtype.type(by)  # no 64-bit number, where a program enables those
     return jax.lax.div(x, by), jax.lax.rem(x, by)
 
 
@@ -721,7 +722,7 @@ def attention(
     def body(*refs):
         _kernel(config, types.SimpleNamespace(**lacking | dict(zip(names, refs, strict=True))))
 
-    out, lse = pl.pallas_call(
+    out, lse = on_tpu(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -730,7 +731,7 @@ def attention(
             out_specs=[whole(out_dim), whole(LANES)],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[blank(a.shape, a.dtype, q) for a in results.values()],
+        out_shape=list(results.values()),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * read * rows.count * (dim + out_dim),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.meshes import blank
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, SKIP, Schedule, Steps, schedule
 
@@ -456,7 +456,7 @@ def run(
             own = walk.parts * min(walk.together, walk.wide(walk.major))
             _repeat(walk.results, lambda turn: [t.finish() for t in beside(turn, 0)[:own]])
 
-    return pl.pallas_call(
+    return on_tpu(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -465,7 +465,7 @@ def run(
             out_specs=[part.spec for _, part in outputs.values()],
             scratch_shapes=memory,
         ),
-        out_shape=[blank(a.shape, a.dtype, inputs["q"][0]) for a, _ in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,

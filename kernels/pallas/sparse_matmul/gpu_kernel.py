@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 from jaxcomp.kernels.quantized_matmul.reference import ACTIVATIONS
 
 WIDTH = 128  # columns of a tile
@@ -315,7 +315,7 @@ def _run(
             functools.partial(multiply, refs, scratch, place, worker),
         )
 
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=out,
         grid=grid,
@@ -325,8 +325,7 @@ def _run(
         scratch_types=shared,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )
-    return varied(kernel(*inputs.values()), inputs)
+    )(*inputs.values())
 
 
 def _swizzled(dtype) -> tuple:

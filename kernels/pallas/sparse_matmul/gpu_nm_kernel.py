@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxcomp.kernels.meshes import varied
+from jaxcomp.kernels.calls import on_gpu
 
 ROWS = 64  # outputs of a warpgroup
 WORKERS = 2
@@ -88,7 +88,7 @@ def product(
             functools.partial(_multiply, *arguments, span, worker),
         )
 
-    kernel = plgpu.kernel(
+    return on_gpu(
         body,
         out_type=jax.ShapeDtypeStruct((split, n, m_blocks * tokens), jnp.float32),
         grid=(n // (ROWS * WORKERS), m_blocks, split),
@@ -98,8 +98,7 @@ def product(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
-    )
-    return varied(kernel(*inputs.values()), inputs)
+    )(*inputs.values())
 
 
 def _outputs(worker) -> pl.Slice:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import layers, reference, tpu_many
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -129,7 +129,7 @@ def _product(x, weight, bias, options, axis, chip, interpret):
     if bias is not None:
         in_specs.append(pl.BlockSpec((1, n), lambda i, step, *_: (0, 0)))
         operands.append(reference.pad_columns(bias.astype(jnp.float32)[None], n))
-    y = pl.pallas_call(
+    y = on_tpu(
         functools.partial(
             _product_kernel,
             axis=axis,
@@ -146,7 +146,7 @@ def _product(x, weight, bias, options, axis, chip, interpret):
             out_specs=pl.BlockSpec((tm, n), lambda i, step, *_: (i, 0)),
             scratch_shapes=[pltpu.VMEM((tm, n), jnp.float32)],
         ),
-        out_shape=blank((x.shape[0], n), options.out_dtype, x),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
@@ -228,7 +228,7 @@ def _values_gradient(x, weight, dz, interpret):
     # Transposed once, rather than in each block.
     dz = reference.pad_columns(_pad_rows(dz, tm), n).T
     copy = min(blocks, max(1, _SUMS // (bn * bk * 4)))
-    return pl.pallas_call(
+    return on_tpu(
         functools.partial(_values_gradient_kernel, blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -240,7 +240,7 @@ def _values_gradient(x, weight, dz, interpret):
             out_specs=pl.BlockSpec((copy, bn, bk), lambda step, i, *_: (step, 0, 0)),
             scratch_shapes=[pltpu.VMEM((copy, bn, bk), jnp.float32)],
         ),
-        out_shape=blank(weight.values.shape, reference.gradient_dtype(weight), x),
+        out_shape=jax.ShapeDtypeStruct(weight.values.shape, reference.gradient_dtype(weight)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import layers, reference
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -134,7 +134,7 @@ def matmul(
         sizes=sizes,
         layered=bool(layer),
     )
-    y = pl.pallas_call(
+    y = on_tpu(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3 + len(layer),
@@ -148,7 +148,7 @@ def matmul(
                 *(pltpu.VMEM((sizes.slots, *a.shape[1:]), a.dtype) for a in listed[1:]),
             ],
         ),
-        out_shape=blank((x.shape[0], n), options.out_dtype, x),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),

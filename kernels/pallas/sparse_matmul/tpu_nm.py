@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.meshes import blank
 from jaxcomp.kernels.sparse_matmul import layers, nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
 from jaxcomp.kernels.sparse_matmul.reference import Options
@@ -140,7 +140,7 @@ def matmul(
         own = dict(zip(scratch, refs[len(names) + 1 :], strict=True))
         body(dict(zip(names, refs, strict=False)), refs[len(names)], **own)
 
-    y = pl.pallas_call(
+    y = on_tpu(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(layer),
@@ -149,7 +149,7 @@ def matmul(
             out_specs=pl.BlockSpec((tm, tn), lambda j, i, *_: (i, j)),
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=blank((rows, n), options.out_dtype, x),
+        out_shape=jax.ShapeDtypeStruct((rows, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),

@@ -1,0 +1,57 @@
+"""Calls of kernels that hold in any program.
+
+A kernel knows numbers of 32 bits only, so Python's must not become 64-bit ones in it where a
+program enables those. And inside a shard_map it has to be said over which mesh axes results vary:
+those over which any operand does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jaxcomp.kernels.meshes import vary_over, varying
+
+
+def on_tpu(body: Callable[..., None], *, out_shape: Any, **options: Any) -> Callable[..., Any]:
+    """``pl.pallas_call``, for any program.
+
+    Args:
+      body: the kernel.
+      out_shape: pytree of shapes of the results.
+      **options: further ones of ``pl.pallas_call``.
+
+    Returns:
+      A function of the operands, which have at most 32 bits.
+    """
+
+    def call(*operands):
+        varies = jax.sharding.ManualAxisType(varying=varying(operands))
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varies), out_shape
+        )
+        with jax.enable_x64(False):
+            return pl.pallas_call(body, out_shape=shapes, **options)(*operands)
+
+    return call
+
+
+def on_gpu(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """``plgpu.kernel``, for any program.
+
+    Args:
+      body: the kernel.
+      **options: of ``plgpu.kernel``.
+
+    Returns:
+      A function of the operands, which have at most 32 bits.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def call(*operands):
+        with jax.enable_x64(False):
+            results = plgpu.kernel(body, **options)(*operands)
+        # It does not say how they vary.
+        return vary_over(results, varying(operands))
+
+    return call
