@@ -7,6 +7,7 @@ step.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -92,8 +93,7 @@ def _config(mask: str) -> tpu_walk.Config:
 
 
 def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
-    del chip
-    config = _config(mask)
+    config = dataclasses.replace(_config(mask), wide=chip.mxu > tpu_walk.LANES)
     steps = config.blocks.columns(config.group) if kernel == "dkv" else config.blocks.rows
     if kernel == "forward":
         walk = tpu_walk.Walk(config, steps, True, together=config.together)

@@ -144,7 +144,7 @@ class Walk:
 
     A step has ``together`` query heads beside each other, and ``turns`` times as many in all. By
     rows, its major block is one of queries. By columns, it is one of keys, and all query heads of a
-    key head add to it.
+    key head add to it. A tile has at most ``longest`` positions of the minor block.
     """
 
     config: Config
@@ -152,6 +152,7 @@ class Walk:
     by_rows: bool
     together: int = 1
     turns: int = 1
+    longest: int = TILE
 
     def at(self, head, step):
         """The step's number in the flat list."""
@@ -218,8 +219,8 @@ class Walk:
         """Positions of a tile: of the major block, and of the minor one that is walked along."""
         major, minor = self.sizes if self.by_rows else self.sizes[::-1]
         lanes = minor // LANES
-        widest = max(n for n in range(1, TILE // LANES + 1) if lanes % n == 0)
-        return major // self.parts, widest * LANES if minor > TILE else minor
+        widest = max(n for n in range(1, self.longest // LANES + 1) if lanes % n == 0)
+        return major // self.parts, widest * LANES if minor > self.longest else minor
 
     def tiles(self, turn: Any, minor: Any) -> list[Tile]:
         """Those of a turn, beside each other, from where the minor block has them."""
@@ -333,7 +334,10 @@ def gradient_walk(config: Config, by_rows: bool, row_bytes: int) -> Walk:
     # Products of two halves load the matrix unit twice as often as those of two heads.
     major = config.block_q if by_rows else config.block_k
     together = 2 if heads % 2 == 0 and major <= TILE else 1
-    return Walk(config, steps, by_rows, together, heads // together)
+    # What a tile waits for at its begin and end is once for twice the products. Of queries the
+    # narrow units' compiler would spill.
+    longest = 2 * TILE if config.wide or not by_rows else TILE
+    return Walk(config, steps, by_rows, together, heads // together, longest)
 
 
 Memory = tuple[tuple[int, ...], jax.typing.DTypeLike]  # shape and dtype
