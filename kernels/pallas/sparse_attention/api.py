@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxcomp.kernels import chips, implementations, meshes
+from jaxcomp.kernels import arguments, chips, implementations, meshes
 from jaxcomp.kernels.sparse_attention import (
     cache_sharding,
     checks,
@@ -63,8 +63,9 @@ def attention(
         each key head serves ``heads // kv_heads`` query heads.
       v: values (batch, keys, kv_heads, value_dim) of q's dtype, or int8 or fp8 with ``v_scale``.
       mask: which query looks at which key; ``causal()`` if None. See ``masks``.
-      scale: of the products; ``head_dim ** -0.5`` if None.
-      soft_cap: bound c of the scores, ``c tanh(s / c)``.
+      scale: of the products; ``head_dim ** -0.5`` if None. It may be traced, and has a gradient.
+      soft_cap: bound c of the scores, ``c tanh(s / c)``. Traced, it is left to XLA, like
+        ``span_ramp``; where positions are split it must be known.
       segment_ids: int (batch, queries): queries look at keys of their own segment only. Negative
         ids are padding, which looks at nothing and is not looked at.
       kv_segment_ids: int (batch, keys); ``segment_ids`` if None.
@@ -134,6 +135,14 @@ def attention(
     }
     (operands,) = meshes.vary_alike({n: x for n, x in operands.items() if x is not None})
     place = sharding.placement(q, k, mask, span, q_spec, kv_spec)
+    if place is not None and place.sequence:
+        # The ring has a derivative of its own, of its operands alone.
+        if reason := checks.constants(soft_cap=numbers["soft_cap"]):
+            raise implementations.Unsupported(f"attention whose positions are split: {reason}")
+        if arguments.is_traced(numbers["scale"]):
+            operands["q"], numbers["scale"] = tpu.scaled(
+                operands["q"], numbers["scale"], numbers["soft_cap"]
+            )
     run = functools.partial(
         _run,
         logsumexp=return_logsumexp or place is not None,
@@ -264,7 +273,7 @@ def decode_attention(
         length. Only the blocks that a row of the mask leaves are read. ``random()`` draws among the
         blocks of the capacity: to prefill with the same draw, bind the mask to it,
         ``mask.bind(capacity, capacity)``, and use that for both.
-      scale: of the products; ``head_dim ** -0.5`` if None.
+      scale: of the products; ``head_dim ** -0.5`` if None. Numbers that are traced are left to XLA.
       soft_cap: bound of the scores.
       segment_ids: int (batch, queries): queries look at keys of their own segment only, negative
         ones at nothing.
@@ -273,8 +282,8 @@ def decode_attention(
       span_ramp: distance over which a span fades.
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
-      layer: which one to read of a cache of several layers: k, v and their scales then have an axis
-        of layers in front. The kernel for TPUs reads it where it is; a slice would be a copy.
+      layer: which one to read of a cache of several layers, from 0: k, v and their scales then have
+        an axis of layers in front. The kernel for TPUs reads it where it is; a slice would be a copy.
       finite: whether what the cache holds past a length is finite, as in one that began as zeros.
         Otherwise XLA's form replaces it, and may copy all layers of a cache for that.
       block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
@@ -291,7 +300,7 @@ def decode_attention(
         Heads of k may be whole where those of q are split.
 
     Returns:
-      Outputs (batch, queries, heads, value_dim) of q's dtype. Not differentiable. With
+      Outputs (batch, queries, heads, value_dim) of q's dtype. The kernels have no gradients. With
       ``return_logsumexp`` also float32 (batch, heads, queries), -inf for a query that looks at
       nothing.
 

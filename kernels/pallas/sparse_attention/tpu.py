@@ -137,7 +137,7 @@ def attention(
     """
     chip = chips.chip_of(q, k, v)
     if arguments.is_traced(scale):
-        q, scale = _scaled(q, scale, soft_cap)
+        q, scale = scaled(q, scale, soft_cap)
     config = Config(
         mask=mask,
         heads=q.shape[2],
@@ -165,7 +165,7 @@ def attention(
     return _attention(config, q, k, v, {n: x for n, x in extras.items() if x is not None})
 
 
-def _scaled(q: jax.Array, scale: jax.Array, soft_cap: float | None) -> tuple[jax.Array, float]:
+def scaled(q: jax.Array, scale: jax.Array, soft_cap: float | None) -> tuple[jax.Array, float]:
     """Queries times all that the kernels multiply them with, and the scale that leaves them so.
 
     They are rounded once then, as in the kernels.

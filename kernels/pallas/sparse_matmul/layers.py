@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxcomp.kernels import arguments
 
 
 @jax.tree_util.register_dataclass
@@ -37,13 +38,14 @@ def layer_of(weight: Any, index: jax.Array | int) -> Any:
 
     Args:
       weight: ``BlockSparse`` or ``NMSparse``; its shape is that of one layer.
-      index: which layer.
+      index: which layer, from 0; one that is known before it runs must exist.
 
     Returns:
       The weight of that layer. Its large arrays a kernel for TPUs reads from those of all layers,
       unless it is stored and first has to be prepared.
     """
-    index = jnp.asarray(index, jnp.int32)
+    count = weight.read[0].shape[0]
+    index = arguments.index("index", index, count, f"the weight's arrays are of {count} layers")
     own = jax.tree.map(
         lambda array: jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False), weight
     )

@@ -169,3 +169,21 @@ def test_what_cannot_be_split_is_an_error():
         length = 29 if "queries" in message else 30
         with pytest.raises(ValueError, match=message):
             attention(*(x[:, :length] for x in (q, k, v)), **options)
+
+
+def test_traced_numbers_in_a_ring():
+    """A scale has its gradient; a cap would have none, and is refused."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(cases.operands(5, queries=32)[0])
+    place = put(mesh, x, P(None, "x"))
+
+    def loss(x, scale, **told):
+        return (attention(x, x, x, scale=scale, soft_cap=2.0, **told) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        told = {"q_spec": P(None, "x")}
+        got = jax.jit(jax.grad(functools.partial(loss, **told), (0, 1)))(place, 0.3)
+        with pytest.raises(NotImplementedError, match="positions are split: soft_cap must be"):
+            jax.jit(lambda x, cap: attention(x, x, x, soft_cap=cap, **told))(place, 2.0)
+    for one, want in zip(got, jax.grad(loss, (0, 1))(x, 0.3), strict=True):
+        cases.assert_close(one, want, "float32", cases.GRADIENT_TOLERANCE)
