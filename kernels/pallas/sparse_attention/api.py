@@ -283,7 +283,8 @@ def decode_attention(
       k_scale: float (batch, capacity, kv_heads).
       v_scale: float (batch, capacity, kv_heads).
       layer: which one to read of a cache of several layers, from 0: k, v and their scales then have
-        an axis of layers in front. The kernel for TPUs reads it where it is; a slice would be a copy.
+        an axis of layers in front. The kernel for TPUs reads it where it is; a slice would be a
+        copy.
       finite: whether what the cache holds past a length is finite, as in one that began as zeros.
         Otherwise XLA's form replaces it, and may copy all layers of a cache for that.
       block_k: keys in a block, a multiple of 128; chosen if None, and on a GPU.
