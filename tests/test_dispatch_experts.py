@@ -128,7 +128,7 @@ def test_a_mixture_of_experts():
     step = RTN(format=Int(4, 8), include=("*experts*",))
     params = jc.compress(apply, params, Recipe(steps=(step,)), [(tokens,)], progress=False).params
     fast = jc.dispatch(apply)
-    choices = fast.report(params, tokens)
+    choices = [c for c in fast.report(params, tokens) if c.kind != "attention"]
     assert len(choices) == 3 * TINY.num_hidden_layers
     assert {(c.kind, c.implementation) for c in choices} == {("ragged_dot", "kernel")}
     # Both sum the same products of the same numbers in another order, through every layer.
