@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import arguments
-from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
+from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight, grouped
 
 LAYOUT = "mosaic_tpu/1"
 GPU_LAYOUT = "mosaic_gpu/1"
@@ -24,7 +24,8 @@ LANES = 128
 def prepare(weight: Weight) -> Weight:
     """Stored codes as arrays of a native dtype ``(*stack, N, K)``; int2 ``(*stack, N, K / 4)``.
 
-    The bytes of int8, int4, fp8 and codebook weights stay what they are.
+    The bytes of int8, int4, fp8 and codebook weights stay what they are. A group in which a code of
+    fp8 is not a number gets a scale that is not one: kernels need not tell such codes apart.
 
     Args:
       weight: in the stored layout.
@@ -41,7 +42,11 @@ def prepare(weight: Weight) -> Weight:
         # every byte for one int4.
         codes = jax.lax.optimization_barrier(codes)
     codes = jax.lax.bitcast_convert_type(codes, native).reshape(*weight.stack, weight.shape[0], -1)
-    return dataclasses.replace(weight, codes=codes, layout=LAYOUT)
+    scales = weight.scales
+    if weight.format == "fp8":
+        undefined = jnp.any(jnp.isnan(grouped(codes, weight)), axis=-1)
+        scales = jnp.where(jnp.swapaxes(undefined, -1, -2), jnp.nan, scales)
+    return dataclasses.replace(weight, codes=codes, scales=scales, layout=LAYOUT)
 
 
 def restore(weight: Weight) -> Weight:
