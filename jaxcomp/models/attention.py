@@ -8,14 +8,14 @@ A sequence that attends to itself (training, evaluation, a prompt) is read by th
 - on a GPU, whose kernels are taken by name only: ``Attending(implementation="mosaic_gpu")``;
 - on a mesh of Auto axes, where a traced function cannot see how arrays are split and nothing says
   so: not ``Attending.spec``, and not a cache made with one;
-- for several tokens that continue a cache, whose length is not known before the program runs.
+- for several tokens that continue a cache which a mesh splits along its length.
 
 ``jc.dispatch(apply).report`` says of each which it is, and why.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxcomp.formats.split import names_of
 from jaxcomp.kernels import chips, implementations
-from jaxcomp.models.cache import LayerCache, by_window, multiplied
+from jaxcomp.models.cache import LayerCache, by_window, causal_rule, multiplied
 
 # In scheduled cycles of v5e 32 heads of 128 take the kernel 12816 with 128 tokens or less; by its
 # own estimate XLA takes 12504 with 16, 15515 with 32, 21943 with 64 and 35342 with 128.
@@ -115,8 +115,9 @@ def attention(
     window: jax.Array | int | None = None,
     windows: tuple[int, ...] = (),
     real: jax.Array | None = None,
+    before: "Before | None" = None,
 ) -> jax.Array:
-    """Attention of a sequence to itself.
+    """Attention of a sequence to itself, and to what a cache holds before it.
 
     Args:
       q: ``(batch, tokens, heads, head_dim)``.
@@ -128,6 +129,7 @@ def attention(
       window: as for ``attend``, where causal.
       windows: likewise.
       real: bool ``(batch, tokens)``, which tokens may be looked at; None for all.
+      before: what a cache holds, where causal; None for nothing.
 
     Returns:
       ``(batch, tokens, heads * head_dim)`` in the dtype of ``q``.
@@ -135,11 +137,15 @@ def attention(
     # Pallas takes a while to import.
     from jaxcomp.kernels import sparse_attention as kernels
 
-    specs = _specs(q, entries["k"], how.spec)
+    specs = _specs(q, entries["k"], how.spec, before is None)
     chosen = how.implementation
     if chosen in (None, "xla"):
         rule = kernels.causal() if causal else kernels.full()
         reasons = kernels.problems(q, entries["k"], entries["v"], rule, **specs)
+        if before is not None:
+            k, v = (before.entries[name] for name in "kv")
+            more = kernels.problems(q, k, v, kernels.full(), **specs)
+            reasons = {name: reason or more[name] for name, reason in reasons.items()}
         mesh = chips.mesh_of(q, entries["k"])
         if mesh is not None and not specs and AxisType.Explicit not in mesh.axis_types:
             reasons |= dict.fromkeys(("mosaic_tpu", "mosaic_gpu"), _UNTOLD)
@@ -149,9 +155,10 @@ def attention(
             )
         chosen = implementations.choose("attention", reasons, chosen)
     if chosen == "xla":
-        out = plain(q, *multiplied(entries, q.dtype), mask)
+        seen = entries if before is None else before.entries
+        out = plain(q, *multiplied(seen, q.dtype), mask)
         return implementations.noted(out, "attention", "xla", reasons)
-    segments = {}
+    options, segments = {"implementation": chosen, **specs}, {}
     if real is not None:
         # Tokens that none looks at look at the others, as everywhere.
         segments = {
@@ -159,13 +166,54 @@ def attention(
             "kv_segment_ids": jnp.where(real, 0, -1),
         }
 
-    def run(rule: Any) -> jax.Array:
-        return kernels.attention(
-            q, mask=rule, implementation=chosen, **entries, **segments, **specs
-        )
+    def run(window: int | None) -> jax.Array:
+        rule = causal_rule(window) if causal else kernels.full()
+        if before is None:
+            return kernels.attention(q, mask=rule, **entries, **segments, **options)
+        options["return_logsumexp"] = True
+        own = kernels.attention(q, mask=rule, **entries, **options)
+        return _merged(own, kernels.attention(q, **before.seen(window, q), **options))
 
-    out = by_window(run, window, windows) if causal else run(kernels.full())
-    return out.reshape(*q.shape[:2], -1)
+    return by_window(run, window, windows).reshape(*q.shape[:2], -1)
+
+
+class Before(NamedTuple):
+    """What a cache holds before new tokens.
+
+    Attributes:
+      entries: as of ``LayerCache.read``, the new ones' among them.
+      length: how many tokens there are before the new ones.
+    """
+
+    entries: dict[str, jax.Array]
+    length: jax.Array
+
+    def seen(self, window: int | None, q: jax.Array) -> dict[str, Any]:
+        """Operands of a kernel: those keys before the new tokens that a window reaches.
+
+        A mask is known before the program runs, and a length is not: without a window all new
+        tokens look at all keys that there are; with one, at the last keys, counted from the end.
+        """
+        from jaxcomp.kernels import sparse_attention as kernels
+
+        keys, entries, mask = self.entries["k"].shape[1], self.entries, kernels.full()
+        position = jnp.arange(keys, dtype=jnp.int32)
+        if window is not None and window < keys:
+            position = self.length - window + position[:window]
+            entries = {n: jnp.take(x, position, axis=1, mode="clip") for n, x in entries.items()}
+            mask = ~kernels.causal()
+        held = (position >= 0) & (position < self.length)
+        ids = jnp.broadcast_to(jnp.where(held, 0, -1), (q.shape[0], len(held)))
+        own = jnp.zeros(q.shape[:2], jnp.int32)
+        return {**entries, "mask": mask, "segment_ids": own, "kv_segment_ids": ids}
+
+
+def _merged(*parts: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Attention to several sets of keys, of outputs and log-sum-exps for each."""
+    outs, sums = zip(*parts, strict=True)
+    shares = jax.nn.softmax(jnp.stack(sums), axis=0)
+    shares = jnp.moveaxis(shares, 2, 3)[..., None]
+    return sum(out * share for out, share in zip(outs, shares, strict=True)).astype(outs[0].dtype)
 
 
 def attend(
@@ -194,42 +242,46 @@ def attend(
     Returns:
       ``(batch, tokens, heads * head_dim)``, and the cache with the new keys and values.
     """
-    heads, entries = k.shape[2], {"k": k, "v": v}
+    heads, entries, before = k.shape[2], {"k": k, "v": v}, None
     if cache is not None:
         entries = cache.entries(k, v)
         cache = cache.append(entries)
         if q.shape[1] == 1:
             out = cache.attend(q, heads, window, windows, how.implementation)
             return out.reshape(*q.shape[:2], -1), cache
+        entries = _readable(entries, q)
         if not cache.empty:
-            entries = cache.read(heads)
-            mask = causal_mask(order, entries["k"].shape[1], window)
-            out = plain(q, *multiplied(entries, q.dtype), mask)
-            return implementations.noted(out, "attention", "xla", _CONTINUED), cache
-        entries |= {n: x.astype(q.dtype) for n, x in entries.items() if "k_scale" not in entries}
+            before = Before(_readable(cache.read(heads), q), cache.length)
         how = dataclasses.replace(how, spec=cache.split.spec) if cache.split else how
-    mask = causal_mask(order, q.shape[1], window)
-    return attention(q, entries, mask, how, window=window, windows=windows), cache
+    keys = q.shape[1] if before is None else before.entries["k"].shape[1]
+    mask = causal_mask(order, keys, window)
+    options = {"window": window, "windows": windows, "before": before}
+    return attention(q, entries, mask, how, **options), cache
+
+
+def _readable(entries: dict[str, jax.Array], q: jax.Array) -> dict[str, jax.Array]:
+    """What a cache holds as kernels take it: codes as they are, floats in the dtype of queries."""
+    if "k_scale" in entries:
+        return entries
+    return {name: x.astype(q.dtype) for name, x in entries.items()}
 
 
 _UNTOLD = (
     "on a mesh of Auto axes it must be told how arrays are split: by the cache's spec, or by "
-    "models.Attending(spec=..)"
-)
-_CONTINUED = dict.fromkeys(
-    ("mosaic_tpu", "mosaic_gpu"),
-    "several tokens continue a cache whose length is not known before the program runs",
+    "models.Attending(spec=..); several tokens that continue a cache need its positions whole"
 )
 
 
-def _specs(q: jax.Array, k: jax.Array, spec: PartitionSpec | None) -> dict[str, PartitionSpec]:
+def _specs(
+    q: jax.Array, k: jax.Array, spec: PartitionSpec | None, alone: bool
+) -> dict[str, PartitionSpec]:
     """How queries and keys are split, where that must be said and the mesh can do it."""
     mesh = chips.mesh_of(q, k)
     if spec is None or mesh is None or AxisType.Auto not in mesh.axis_types:
         return {}
     batch, positions, heads = (*spec, *(None,) * (3 - len(spec)))
     parts = [math.prod(mesh.shape[name] for name in names_of(a)) for a in (batch, positions, heads)]
-    if q.shape[0] % parts[0] or k.shape[2] % parts[2]:
+    if q.shape[0] % parts[0] or k.shape[2] % parts[2] or (parts[1] > 1 and not alone):
         return {}
     if q.shape[1] % parts[1] or len(names_of(positions)) > 1:
         positions = None  # Each of these devices computes the same.

@@ -174,12 +174,14 @@ def multiplied(entries: dict[str, jax.Array], dtype: Dtype) -> tuple[jax.Array, 
 
 
 def by_window(
-    run: Callable[[Any], jax.Array], window: jax.Array | int | None, windows: tuple[int, ...]
+    run: Callable[[int | None], jax.Array],
+    window: jax.Array | int | None,
+    windows: tuple[int, ...],
 ) -> jax.Array:
-    """Runs a kernel with the causal mask of a window.
+    """Runs a kernel for a window.
 
     Args:
-      run: takes a mask of ``jc.attention``.
+      run: takes the window, None for no limit.
       window: a query looks at its own and the ``window - 1`` positions before it; None is no
         limit. It may be traced.
       windows: all values that a traced window can have, ascending.
@@ -187,19 +189,22 @@ def by_window(
     Returns:
       What ``run`` returns.
     """
-    # Pallas takes a while to import.
-    from jaxcomp.kernels.sparse_attention import masks
 
     def limited(window: int | None) -> jax.Array:
-        if window is None or window >= NO_LIMIT:
-            return run(masks.causal())
-        return run(masks.window(window, causal=True))
+        return run(None if window is None or window >= NO_LIMIT else window)
 
     if isinstance(window, jax.core.Tracer):
         # A kernel is made for one mask: where layers that a loop runs differ, for each of them.
         which = jnp.searchsorted(jnp.asarray(windows, jnp.int32), window)
         return jax.lax.switch(which, [functools.partial(limited, w) for w in windows])
     return limited(None if window is None else int(window))
+
+
+def causal_rule(window: int | None) -> Any:
+    """The causal mask of a window for kernels."""
+    from jaxcomp.kernels.sparse_attention import masks  # Pallas takes a while to import.
+
+    return masks.causal() if window is None else masks.window(window, causal=True)
 
 
 class LayerCache(NamedTuple):
@@ -273,12 +278,12 @@ class LayerCache(NamedTuple):
         lengths = jnp.full(q.shape[:1], self.length + q.shape[1], jnp.int32)
         kv_spec = self._spec(heads)
 
-        def run(mask: Any) -> jax.Array:
+        def run(window: int | None) -> jax.Array:
             # The cache began as zeros.
             return kernels.decode_attention(
                 q,
                 lengths=lengths,
-                mask=mask,
+                mask=causal_rule(window),
                 layer=layer,
                 finite=True,
                 kv_spec=kv_spec,

@@ -9,7 +9,8 @@ from jaxcomp.models import Attending, BertConfig, LlamaConfig, build, partition_
 from jaxcomp.models.cache import Split, init_cache
 from jaxcomp.sharding import specs
 
-LENGTH = 640
+# Tokens, and positions of a cache: no other sizes are these.
+LENGTH, ROOM = 640, 896
 # Windows of its own for some layers of a loop, and heads that share keys.
 LLAMA = LlamaConfig(
     512, 256, 384, 2, 8, 4, 128, max_position_embeddings=1024, sliding_windows=(None, 200)
@@ -41,10 +42,11 @@ def training(mesh, remat=False):
     return loss, [_params(LLAMA, mesh, shapes), _tokens(mesh)]
 
 
-def prompt(mesh, dtype="bfloat16", told=True, by=("data", None, "model")):
-    """A prompt that is read into an empty cache; ``told`` how the cache lies."""
+def prompt(mesh, dtype="bfloat16", told=True, by=("data", None, "model"), empty=True):
+    """A prompt that is read into a cache, or continues it; ``told`` how the cache lies."""
     apply, shapes = functional(build(LLAMA, scan=True, dtype=jnp.bfloat16))
-    held = jax.eval_shape(lambda: init_cache(LLAMA.cache_shape, 2, 1024, dtype, empty=True))
+    made = lambda: init_cache(LLAMA.cache_shape, 2, ROOM, dtype, empty=empty)  # noqa: E731
+    held = jax.eval_shape(made)
 
     def placed(x):
         spec = PartitionSpec(None, *by) if x.ndim else PartitionSpec()
