@@ -198,7 +198,8 @@ def compiled(mesh, bits=4, quantized=False):
 
     tokens = place(tokens, NamedSharding(mesh, PartitionSpec()))
     params = jax.tree.map(place, params, jc.sharding.shardings(params, rules, mesh))
-    assert {c.implementation for c in fast.report(params, tokens)} == {"kernel"}
+    of_weights = [c for c in fast.report(params, tokens) if c.kind != "attention"]
+    assert {c.implementation for c in of_weights} == {"kernel"}
     return fast, (params, tokens)
 
 
