@@ -25,6 +25,7 @@ from jaxcomp.kernels.quantized_matmul import (
     reference,
     tpu_codes,
     tpu_dense,
+    tpu_float8,
     tpu_rows,
     tpu_tiles,
 )
@@ -33,8 +34,8 @@ from jaxcomp.kernels.quantized_matmul.tpu_dense import decode, finish
 from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
 _LANES = 128
-# Longest product whose sums are scaled as one.
-_DEEPEST = 2048
+# Longest product whose sums are scaled as one. Of twice that v5 spills registers.
+_DEEPEST = 1024
 # Most bytes of memory for the products of a tile.
 _PRODUCTS = 4 << 20
 
@@ -49,6 +50,8 @@ class Arithmetic:
       pieces: into how many x is split.
       depth: inputs that are multiplied at a time.
       copies: groups in that depth, each of which has rows of its own.
+      packed: whether the cores look up bytes of a codebook, or words.
+      unit: what a 1 among decoded weights stands for.
     """
 
     x: str
@@ -56,6 +59,8 @@ class Arithmetic:
     pieces: int
     depth: int
     copies: int
+    packed: bool
+    unit: float
 
 
 def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithmetic:
@@ -69,7 +74,8 @@ def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithme
         if size == _LANES or group_size % size == 0
     )
     depth = _LANES if weight.format == "int2" else depth
-    units = depth, max(depth // group_size, 1)
+    unit = tpu_dense.unit(weight.format, chip)
+    units = depth, max(depth // group_size, 1), chip.mxu > _LANES, unit
     if options.activation_dtype == "int8":
         return Arithmetic("int8", "int8", 1, *units)
     if options.activation_dtype == float8:
@@ -195,11 +201,11 @@ def matmul(
         return tpu_dense.matmul(x.astype(jnp.bfloat16), weight, *more, row_scales)
     how = arithmetic(chip, x.dtype, weight, options)
     pieces = how.pieces * how.copies
-    tile = tile or tpu_tiles.few(chip.name, m, n, k, weight.group_size, how.depth, pieces)
+    tile = tile or tile_of(chip, m, weight, how)
     padded = -(-m // tile.m) * tile.m
     steps, per_step = k // tile.k, max(tile.k // weight.group_size, 1)
     steps_per_scale = np.int32(max(weight.group_size // tile.k, 1))
-    scratch = scratch_of(tile, steps, how, chip)
+    scratch = scratch_of(tile, steps, weight, how, chip)
     tiles_of_n = -(-n // tile.n)
     # Each core quantizes the rows itself, at the first of its tiles of outputs.
     cores = chip.cores if tiles_of_n % chip.cores == 0 else 1
@@ -328,17 +334,55 @@ def static(weight: Weight) -> Weight:
     )
 
 
-def scratch_of(tile: tpu_tiles.Tile, steps: int, how: Arithmetic, chip: Chip) -> dict:
+def tile_of(chip: Chip, m: int, weight: Weight, how: Arithmetic) -> tpu_tiles.Tile:
+    """The tile of a product of few rows."""
+    pieces = how.pieces * how.copies
+    tile = tpu_tiles.few(chip.name, m, *weight.shape, weight.group_size, how.depth, pieces)
+    if chip.mxu == _LANES and how.w == "bfloat16":
+        # Decoding to bf16 takes the registers of v5 that sums of more outputs would need.
+        return dataclasses.replace(tile, columns=_LANES)
+    return tile
+
+
+def scratch_of(
+    tile: tpu_tiles.Tile, steps: int, weight: Weight, how: Arithmetic, chip: Chip
+) -> dict:
     """Memory of a kernel, by the name of its argument."""
     found = {}
     rows = how.pieces * how.copies * tile.m
-    # On v5 nothing spills without it, and there are several pieces of each row.
-    if chip.mxu > _LANES and 4 * tile.k // how.depth * rows * tile.n <= _PRODUCTS:
-        shape = tile.k // how.depth, rows, tile.n
-        found["products_ref"] = pltpu.VMEM(shape, jnp.int32 if how.x == "int8" else jnp.float32)
+    # On v5 nothing spills without both, and there are several pieces of each row.
+    if chip.mxu > _LANES:
+        if 4 * tile.k // how.depth * rows * tile.n <= _PRODUCTS:
+            shape = tile.k // how.depth, rows, tile.n
+            found["products_ref"] = pltpu.VMEM(shape, jnp.int32 if how.x == "int8" else jnp.float32)
+        groups = tile.k // weight.group_size
+        # Eight rows leave registers for scales.
+        if groups > 1 and tile.m > 8:
+            found["scales_ref"] = pltpu.VMEM((-(-tile.n // _LANES), groups, _LANES), jnp.float32)
     if steps > 1:
         found["acc_ref"] = pltpu.VMEM((tile.m, tile.n), jnp.float32)
     return found
+
+
+def keep_scales(refs, scales_ref, how: Arithmetic, always: jax.Array) -> None:
+    """Stores scales so that a load brings one row of them to all sublanes.
+
+    It does so in a branch of its own: what one block of code both stores and loads, the compiler
+    would keep in registers, of which there are too few.
+
+    Args:
+      refs: with "scales".
+      scales_ref: f32 ``(outputs / 128, groups, 128)``, or None where they are not kept.
+      how: weights are decoded.
+      always: true, which the compiler does not know.
+    """
+    if scales_ref is not None:
+
+        @pl.when(always)
+        def _():
+            for block in range(scales_ref.shape[0]):
+                scales = refs["scales"][:, pl.ds(block * _LANES, _LANES)]
+                scales_ref[block] = scales.astype(jnp.float32) * how.unit
 
 
 def keep_order(products_ref, first: jax.Array) -> None:
@@ -360,11 +404,12 @@ def keep_order(products_ref, first: jax.Array) -> None:
 
 
 def _kernel(
-    refs, y_ref, products_ref=None, acc_ref=None, rows_ref=None, row_scales_ref=None,
-    sums_ref=None, *, weight, how, tile, options, axes,
+    refs, y_ref, products_ref=None, scales_ref=None, acc_ref=None, rows_ref=None,
+    row_scales_ref=None, sums_ref=None, *, weight, how, tile, options, axes,
 ):  # fmt: skip
     """One tile of y, or one more tile of inputs added to it."""
     j, k, steps = pl.program_id(axes - 2), pl.program_id(axes - 1), pl.num_programs(axes - 1)
+    keep_scales(refs, scales_ref, how, j >= 0)
     keep_order(products_ref, j == 0)
     if rows_ref is not None:
 
@@ -377,7 +422,7 @@ def _kernel(
             refs["sums"] = sums_ref.at[k]
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
-        y = sums_of(refs, columns, weight, how, tile, products_ref)
+        y = sums_of(refs, columns, weight, how, tile, products_ref, scales_ref)
         if acc_ref is None:
             y_ref[:, columns] = finish(refs, y, columns, options)
         else:
@@ -395,25 +440,18 @@ def _kernel(
                 y_ref[:, columns] = finish(refs, acc_ref[:, columns], columns, options)
 
 
-def sums_of(refs, columns, weight, how, tile, products_ref=None):
+def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None):
     """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
     scales = refs["scales"][:, columns].astype(jnp.float32)
     y = jnp.zeros((tile.m, columns.size), jnp.float32)
-    if weight.zeros:
-        y = -jax.lax.dot_general(
-            refs["sums"][...],
-            refs["zeros"][:, columns].astype(jnp.float32) * scales,
-            (((1,), (0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-    if weight.format == "int2":
-        scales = scales * (1 / 64)
     integers = how.x == "int8"
     for start in range(0, tile.k, how.depth):
+        w = decode(refs, columns, start, how.depth, weight.format, how.packed, exact=False)
+        if how.unit == tpu_float8.UNIT:
+            w = tpu_float8.sixteenths(w)
         products = jax.lax.dot_general(
             refs["x"][:, pl.ds(start, how.depth)],
-            decode(refs, columns, start, how.depth, weight.format, exact=False).astype(how.w),
+            w.astype(how.w),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.int32 if integers else jnp.float32,
         )
@@ -427,5 +465,28 @@ def sums_of(refs, columns, weight, how, tile, products_ref=None):
                 row = products[first + piece * tile.m :][: tile.m].astype(jnp.float32)
                 total = (total * 256.0 if integers else total) + row
             group = start // weight.group_size + copy
-            y = y + total * scales[group : group + 1]
+            if scales_ref is None:
+                scale = scales[group : group + 1] * how.unit
+            else:
+                scale = _everywhere(scales_ref, group, columns, tile.m)
+            y = y + total * scale
+    # Zero points last: their product would keep its sums in registers all the while.
+    if weight.zeros:
+        y = y - jax.lax.dot_general(
+            refs["sums"][...],
+            refs["zeros"][:, columns].astype(jnp.float32) * scales,
+            (((1,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
     return y
+
+
+def _everywhere(scales_ref, group: int, columns: pl.Slice, rows: int) -> jax.Array:
+    """``(rows, columns)``: the scales of a group, in all rows."""
+    blocks = range(columns.start // _LANES, (columns.start + columns.size) // _LANES)
+    shape = rows, _LANES
+    # Of 128 outputs at a time the row is loaded into all sublanes at once.
+    return jnp.concatenate(
+        [jnp.broadcast_to(scales_ref[block, pl.ds(group, 1)], shape) for block in blocks], axis=1
+    )

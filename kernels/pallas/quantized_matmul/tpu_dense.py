@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import reference, tpu_float8
+from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
@@ -38,6 +38,7 @@ class Decoding:
       slab: inputs whose products are summed before the sums go to VMEM.
       staged: whether bf16 weights less their zero points wait in VMEM for their scales.
       unit: what a 1 among decoded weights stands for, before zero points and scales.
+      packed: whether the cores look up bytes.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Decoding:
     slab: int
     staged: bool
     unit: float
+    packed: bool
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip) -> "Decoding":
@@ -63,6 +65,7 @@ class Decoding:
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32",
             chip.mxu if wide else 4 * chip.mxu, chip.name in _STAGED, unit(weight.format, chip),
+            wide,
         )  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def finish(refs, y, outputs, options) -> jax.Array:
 def _decode(refs, w_ref, block, start, how) -> None:
     """Stores bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
     dtype, here = jnp.dtype(how.dtype), (_words(block), pl.ds(start, _LANES))
-    w = decode(refs, block, start, _LANES, how.format, exact=False)
+    w = decode(refs, block, start, _LANES, how.format, how.packed, exact=False)
     if how.unit == tpu_float8.UNIT:
         w = tpu_float8.sixteenths(w)
     w = w.astype(dtype)
@@ -330,7 +333,7 @@ def _spread(ref, block, start, group_size):
     return pltpu.bitcast(spread, ref.dtype)
 
 
-def decode(refs, outputs, start, size, format, exact=True):
+def decode(refs, outputs, start, size, format, packed=False, exact=True):
     """Values of some outputs' codes, inputs from ``start``: a dtype that holds them exactly.
 
     Args:
@@ -339,6 +342,7 @@ def decode(refs, outputs, start, size, format, exact=True):
       start: first input, a multiple of 128.
       size: inputs; 128 for int2.
       format: a key of ``FORMATS``.
+      packed: whether the cores look up bytes, as v6e and 7x do.
       exact: False leaves values of int2 multiplied by 64.
 
     Returns:
@@ -353,21 +357,5 @@ def decode(refs, outputs, start, size, format, exact=True):
         return top.astype(jnp.bfloat16) * jnp.bfloat16(1 / 64) if exact else top
     codes = refs["w"][outputs, pl.ds(start, size)]
     if format == "codebook":
-        index = codes.astype(jnp.int32) & 15
-        shape = (index.shape[0], _LANES)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
-        values = jnp.full((1, _LANES), refs["table"][0], jnp.float32)
-        for code in range(1, 16):
-            values = jnp.where(lane == code, refs["table"][code], values)
-        # One permutation of lanes looks up 1024 codes.
-        codes = jnp.concatenate(
-            [
-                jnp.take_along_axis(
-                    jnp.broadcast_to(values, shape), index[:, at : at + _LANES], axis=1,
-                    mode="promise_in_bounds",
-                )
-                for at in range(0, size, _LANES)
-            ],
-            axis=1,
-        )  # fmt: skip
+        return tpu_codebook.decode(codes, refs["table"], packed)
     return codes

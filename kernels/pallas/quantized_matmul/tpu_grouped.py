@@ -195,7 +195,7 @@ def _few(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
                 lambda v, i, j, step: (pinned(v, i, step), v.tile[i], 0),
             ),
         )
-    scratch = tpu.scratch_of(tile, steps, how, chip)
+    scratch = tpu.scratch_of(tile, steps, weight, how, chip)
 
     def body(refs, v, y_ref, *own):
         _few_kernel(
@@ -212,19 +212,21 @@ def _few(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array:
 
 
 def _few_kernel(
-    refs, v, y_ref, products_ref=None, acc_ref=None, *, weight, how, tile, options, steps
+    refs, v, y_ref, products_ref=None, scales_ref=None, acc_ref=None, *, weight, how, tile,
+    options, steps,
 ):  # fmt: skip
     """One visit, or one more tile of its inputs."""
     visit = pl.program_id(1)
-    tpu.keep_order(products_ref, visit == 0)
     step = pl.program_id(2)
     works = v.first[visit] < v.last[visit]
+    tpu.keep_scales(refs, scales_ref, how, works)
+    tpu.keep_order(products_ref, visit == 0)
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
 
         @pl.when(works)
         def _(columns=columns):
-            y = tpu.sums_of(refs, columns, weight, how, tile, products_ref)
+            y = tpu.sums_of(refs, columns, weight, how, tile, products_ref, scales_ref)
             if steps == 1:
                 _keep(v, visit, y_ref, columns, tpu.finish(refs, y, columns, options))
                 return

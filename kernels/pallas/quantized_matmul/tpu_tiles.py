@@ -1,7 +1,8 @@
 """Sizes of the TPU kernels' tiles, from ``tpu_tiles.json``.
 
 For each chip and each of the two kernels ("few" rows, whose sums are scaled, and "dense", whose
-weights are) the file says the rows of a tile, and pairs (most inputs, outputs of a tile). A product
+weights are) the file says the rows of a tile, and pairs (most inputs, outputs of a tile); also, if
+it matters, of how many outputs at a time up to 16 rows in small groups keep their sums. A product
 of more rows than "few" has takes the dense kernel where that one can; of quantized rows it takes
 twice as many, and the kernel of codes has the dense one's tiles.
 """
@@ -68,6 +69,8 @@ def few(chip: str, m: int, n: int, k: int, group_size: int, depth: int, pieces: 
     rows = max(32, sizes["rows"] * 4 // pieces // 32 * 32)
     rows = min(rows, -(-m // 8) * 8)
     columns = 256 if rows <= 64 else LANES
+    if depth > group_size and rows <= 16:
+        columns = sizes.get("small_groups", columns)
     tile_n = min(tile_n, -(-n // columns) * columns)
     return Tile(rows, tile_n, tile_k, columns)
 

@@ -1,0 +1,50 @@
+"""Codes of a codebook as bf16 on TPUs: looked up by gathers along sublanes, one instruction each.
+
+In every lane a register holds 8 words or 32 bytes, one below the other, of which a gather takes
+one for each number of an index. The cores of v6e and 7x gather bytes: 16 values of bf16 fill a
+register, and a gather looks up 2048 codes. Those of v5 gather words of 32 bits: the values of
+codes 0 to 7 and of 8 to 15 are in a register each, and two gathers look up 1024 codes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES, _WORDS = 128, 8
+
+
+def decode(codes: jax.Array, table, packed: bool) -> jax.Array:
+    """The values of codes.
+
+    Args:
+      codes: int4 ``(outputs, inputs)``, multiples of 64 and 128.
+      table: f32 ``(16,)`` in SMEM.
+      packed: whether the cores gather bytes.
+
+    Returns:
+      bf16 ``(outputs, inputs)``.
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, (16, _LANES), 0)
+    values = jnp.full(row.shape, table[0], jnp.float32)
+    for code in range(1, 16):
+        values = jnp.where(row == code, table[code], values)
+    if packed:
+        # Bytes 2 c and 2 c + 1 of a lane are those of the value of code c.
+        pair = (codes.astype(jnp.int16) & jnp.int16(15)) * jnp.int16(0x202) + jnp.int16(0x100)
+        bytes_ = pltpu.bitcast(values.astype(jnp.bfloat16), jnp.int8)
+        return pltpu.bitcast(_gather(bytes_, pltpu.bitcast(pair, jnp.int8)), jnp.bfloat16)
+    words = codes.astype(jnp.int32)
+    low, high = (_gather(half, words & 7) for half in (values[:_WORDS], values[_WORDS:]))
+    return jnp.where(words < 0, high, low).astype(jnp.bfloat16)
+
+
+def _gather(entries: jax.Array, index: jax.Array) -> jax.Array:
+    """``entries[index[r, c], c % 128]`` of one register's entries, in the shape of the index."""
+    rows = entries.shape[0]
+    blocks = index.reshape(-1, rows, index.shape[1])
+    parts = []
+    for start in range(0, index.shape[1], _LANES):
+        part = blocks[:, :, start : start + _LANES]
+        source = jnp.broadcast_to(entries[None], part.shape)
+        parts.append(jnp.take_along_axis(source, part, axis=1, mode="promise_in_bounds"))
+    return jnp.concatenate(parts, axis=2).reshape(index.shape)
