@@ -1,8 +1,8 @@
 """Operations inside a caller's ``jax.shard_map``, which by default accounts for what varies.
 
 A kernel in there has to say over which mesh axes its results vary; gradients of what is the same on
-several devices are sums over them. Kernels are traced and compiled here, not interpreted: JAX 0.10's
-interpreter does not end on several devices.
+several devices are sums over them. Kernels are traced and compiled here, not interpreted: the
+interpreter of JAX 0.10 does not end on several devices.
 """
 
 import functools
