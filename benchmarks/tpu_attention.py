@@ -92,7 +92,9 @@ def _config(mask: str) -> tpu_walk.Config:
     )  # fmt: skip
 
 
-def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
+def _own(
+    schedule: Schedule, chip: chips.Chip, mask: str, kernel: str, segments: bool = False
+) -> float:
     config = dataclasses.replace(_config(mask), wide=chip.mxu > tpu_walk.LANES)
     steps = config.blocks.columns(config.group) if kernel == "dkv" else config.blocks.rows
     if kernel == "forward":
@@ -101,8 +103,11 @@ def _own(schedule: Schedule, chip: chips.Chip, mask: str, kernel: str) -> float:
         walk = tpu_walk.gradient_walk(config, kernel != "dkv", DIM * 2)
     turns = HEADS // walk.wide(0)
     counts = collections.Counter(steps.code.reshape(-1).tolist())
-    limited = [counts[code] * turns for code in sorted(counts) if code > listed.FULL]
-    computed = [counts[listed.FULL] * turns] if counts[listed.FULL] else []
+    # Of segments a full block, too, writes what is masked.
+    lowest = listed.FULL + (not segments)
+    limited = [counts[code] * turns for code in sorted(counts) if code >= lowest]
+    full = 0 if segments else counts[listed.FULL]
+    computed = [full * turns] if full else []
     computed += [sum(limited)] if limited else []
     results = config.blocks.column_blocks if kernel == "dkv" else config.blocks.row_blocks
     pairs = walk.sizes[walk.by_rows] // walk.tile[1]
@@ -156,6 +161,19 @@ def cases() -> list[Case]:
     for mask in ("full", "tenth"):
         basis = f"attention full {LENGTH}" if mask == "tenth" else ""
         out.append(_case(mask, "forward", f"attention {mask} {LENGTH}", basis, shapes))
+    # Options of a kernel that has no other kernel beside it.
+    name = f"attention soft cap causal {LENGTH}"
+    basis = f"attention causal {LENGTH}"
+    out.append(_case("causal", "forward", name, basis, shapes | {"soft_cap": 30.0}))
+    of = _case("causal", "forward", f"attention segments causal {LENGTH}", basis, shapes)
+    out.append(
+        dataclasses.replace(
+            of,
+            options=of.options | {"segments": True},
+            cycles=functools.partial(_own, mask="causal", kernel="forward", segments=True),
+            inner=lambda schedule: schedule.regions,
+        )
+    )
     # Gradients last: their programs have forward kernels, too.
     for kernel in ("forward", "dq", "dkv"):
         for mask in ("causal", "window"):

@@ -267,7 +267,9 @@ def _inputs(walk: Walk, q, k, v, extras) -> dict[str, tuple[jax.Array, Part]]:
         if name in extras:
             ids = _padded(extras[name], sizes[side], -1 - side)
             if walk.by_rows == (side == 0):
-                inputs[name] = (ids[:, :, None], walk.down_rows(side))
+                # Spread over lanes here: in the kernel that would take more registers than it has.
+                spread = jnp.broadcast_to(ids[:, :, None], (*ids.shape, LANES))
+                inputs[name] = (spread, walk.down_rows(side))
             else:
                 inputs[name] = (ids[:, None, None], walk.along_lanes(side, per_head=False))
     for name in ("k_scale", "v_scale"):

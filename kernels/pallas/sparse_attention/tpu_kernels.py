@@ -61,7 +61,8 @@ def _limits(refs, by_rows):
         elif rule is not None:
             allowed = rule(*_positions(refs, refs.limits.shape, by_rows))
         if refs.segments is not None:
-            same = refs.segments[...] == refs.kv_segments[...]
+            sides = (refs.segments, refs.kv_segments)[:: 1 if by_rows else -1]
+            same = lanes(sides[0][...], refs.limits.shape[1]) == sides[1][...]
             allowed = same if allowed is None else allowed & same
         shape = refs.limits.shape
         highest = jnp.full(shape, jnp.inf, jnp.float32)

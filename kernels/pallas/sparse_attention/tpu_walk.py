@@ -275,8 +275,9 @@ class Walk:
         return Part(spec, lambda ref, tile: ref.at[self._head(tile, wide), :, tile.at[side]])
 
     def down_rows(self, side: int) -> Part:
-        """A number a position, the same for all heads, of an array (batch, positions, 1)."""
-        spec = self.spec((None, self.sizes[side], 1), lambda i, b, h, _: (i[0], b[side], 0))
+        """A number a position in 128 lanes, the same for all heads: (batch, positions, 128)."""
+        shape = (None, self.sizes[side], LANES)
+        spec = self.spec(shape, lambda i, b, h, _: (i[0], b[side], 0))
         return Part(spec, lambda ref, tile: ref.at[tile.at[side]])
 
     def bitmap(self) -> Part:
