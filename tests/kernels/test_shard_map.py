@@ -49,14 +49,10 @@ def test_numbers_and_gradients_are_those_outside(name, rng):
         )
 
 
-@pytest.mark.parametrize(
-    "chip, rows",
-    [("v5e", 8), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("7x", 8), ("v6e", 512)))],
-)
 @pytest.mark.parametrize("name", CASES)
-def test_tpu_kernels_say_how_results_vary(name, chip, rows, rng, monkeypatch):
-    monkeypatch.setattr(chips, "chip_of", lambda *arrays: chips.BY_NAME[chip])
-    traced(CASES[name](rng, rows, "bfloat16"), "mosaic_tpu")
+def test_tpu_kernels_say_how_results_vary(name, rng, monkeypatch):
+    monkeypatch.setattr(chips, "chip_of", lambda *arrays: chips.V5E)
+    traced(CASES[name](rng, 8, "bfloat16"), "mosaic_tpu")
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11")
@@ -95,6 +91,7 @@ def program(mesh, name):
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
 def test_compiles():
     names = [name for name in CASES if "," not in name or name.endswith("split outputs")]
+    names.remove("dispatch")
     requests = [
         ("tests.kernels.test_shard_map:program", {"mesh": [2, 2], "name": name}) for name in names
     ]
