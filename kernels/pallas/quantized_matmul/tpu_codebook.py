@@ -26,11 +26,14 @@ def decode(codes: jax.Array, table, packed: bool) -> jax.Array:
     """
     row = jax.lax.broadcasted_iota(jnp.int32, (16, _LANES), 0)
     values = jnp.full(row.shape, table[0], jnp.float32)
+    first = 8 if packed else 0
     for code in range(1, 16):
-        values = jnp.where(row == code, table[code], values)
+        values = jnp.where(row == (code + first) % 16, table[code], values)
     if packed:
-        # Bytes 2 c and 2 c + 1 of a lane are those of the value of code c.
-        pair = (codes.astype(jnp.int16) & jnp.int16(15)) * jnp.int16(0x202) + jnp.int16(0x100)
+        # A bf16 between 128 and 144 ends in its distance from 128, which is i = c + 8 for a signed
+        # code c; bytes 2 i and 2 i + 1 of a lane are those of its value.
+        bits = pltpu.bitcast(codes.astype(jnp.bfloat16) + jnp.bfloat16(136), jnp.int16)
+        pair = bits * jnp.int16(0x202) + jnp.int16(0x7B00)  # (bits - 0x4300) * 0x202 + 0x100
         bytes_ = pltpu.bitcast(values.astype(jnp.bfloat16), jnp.int8)
         return pltpu.bitcast(_gather(bytes_, pltpu.bitcast(pair, jnp.int8)), jnp.bfloat16)
     words = codes.astype(jnp.int32)

@@ -3,8 +3,8 @@
 The decoded tile, all inputs of some outputs in bf16, then serves every tile of rows, so what the
 decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
 Sums go through VMEM after each slab of inputs, and decoded weights at every 128: what the matrix
-unit returns for a tile of rows is more than the registers hold. Of int4 in groups of 128 no loop of
-the compiler's schedules spills one; decoding other formats may (benchmarks/results).
+unit returns for a tile of rows is more than the registers hold. Of the compiler's schedules in
+benchmarks/results only loops that look up a codebook on v6e and 7x spill some.
 """
 
 import dataclasses
@@ -25,6 +25,9 @@ from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 # Chips whose registers do not hold what else waits there. On v6e, where they do, it costs 2%.
 _STAGED = ("7x",)
+
+# Rows of a tile, on v6e and 7x, up to which decoded weights lie in memory as bf16.
+_FEW = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +159,14 @@ def matmul(
 
 
 def scratch(tile: Tile, k: int) -> list:
-    """Memory of the kernel: the decoded weights of a tile, and sums of a block of them."""
+    """Memory of the kernel: the decoded weights of a tile, and sums of a block of them.
+
+    Weights are words of two outputs' bf16, which take whole registers. Of few rows on v6e the
+    compiler would keep too many of those, and not of bf16, of which they take halves.
+    """
+    words = tile.m > _FEW or tile.columns == _LANES
     return [
-        pltpu.VMEM((tile.n // 2, k), jnp.int32),
+        pltpu.VMEM((tile.n // 2, k), jnp.int32) if words else pltpu.VMEM((tile.n, k), jnp.bfloat16),
         pltpu.VMEM((tile.m, tile.columns), jnp.float32),
     ]
 
@@ -265,7 +273,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
                 _decode(refs, w_ref, block, first, how)
         y = jax.lax.dot_general(
             refs["x"][:, inputs],
-            pltpu.bitcast(w_ref[_words(block), inputs], jnp.bfloat16),
+            _load(w_ref, block, inputs),
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -295,7 +303,7 @@ def finish(refs, y, outputs, options) -> jax.Array:
 
 def _decode(refs, w_ref, block, start, how) -> None:
     """Stores bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
-    dtype, here = jnp.dtype(how.dtype), (_words(block), pl.ds(start, _LANES))
+    dtype, inputs = jnp.dtype(how.dtype), pl.ds(start, _LANES)
     w = decode(refs, block, start, _LANES, how.format, how.packed, exact=False)
     if how.unit == tpu_float8.UNIT:
         w = tpu_float8.sixteenths(w)
@@ -303,11 +311,26 @@ def _decode(refs, w_ref, block, start, how) -> None:
     if "zeros" in refs:
         w = w - _spread(refs["zeros"], block, start, how.group_size).astype(dtype)
         if how.staged and dtype == jnp.bfloat16:
-            w_ref[here] = pltpu.bitcast(w, jnp.int32)
-            w = pltpu.bitcast(w_ref[here], jnp.bfloat16)
+            _store(w_ref, block, inputs, w)
+            w = _load(w_ref, block, inputs)
     if "scales" in refs:
         w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
-    w_ref[here] = pltpu.bitcast(w.astype(jnp.bfloat16), jnp.int32)
+    _store(w_ref, block, inputs, w.astype(jnp.bfloat16))
+
+
+def _store(w_ref, block, inputs, w) -> None:
+    """Keeps decoded weights of some outputs."""
+    if w_ref.dtype == jnp.bfloat16:
+        w_ref[block, inputs] = w
+    else:
+        w_ref[_words(block), inputs] = pltpu.bitcast(w, w_ref.dtype)
+
+
+def _load(w_ref, block, inputs) -> jax.Array:
+    """Decoded weights of some outputs."""
+    if w_ref.dtype == jnp.bfloat16:
+        return w_ref[block, inputs]
+    return pltpu.bitcast(w_ref[_words(block), inputs], jnp.bfloat16)
 
 
 def _words(block: pl.Slice) -> pl.Slice:

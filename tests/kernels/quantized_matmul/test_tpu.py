@@ -65,7 +65,7 @@ class TestMosaicTpu(test_reference.TestXla):
         cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
 
     @pytest.mark.parametrize("format", list(cases.BITS))
-    def test_many_rows(self, rng, format):
+    def test_many_rows(self, rng, format, m=520):
         # Two tiles of rows, of which one decodes, and more inputs than are multiplied at a time.
         k = 1024 if format == "int2" else 640
         # Scales of 128 inputs, of fewer, and of all: those scale sums.
@@ -74,7 +74,7 @@ class TestMosaicTpu(test_reference.TestXla):
             rng, format, (136, k), group_size, zeros=format.startswith("int"),
             scale_dtype="bfloat16" if format == "int4" else "float32",
         )  # fmt: skip
-        x = cases.rows(rng, (520, k), "bfloat16")
+        x = cases.rows(rng, (m, k), "bfloat16")
         bias = jnp.asarray(rng.normal(size=136), jnp.float32)
         if format == "fp8":
             case.codes = case.codes.at[7, 300].set(0x7F)  # not a number
@@ -157,8 +157,9 @@ class TestOtherChips(TestMosaicTpu):
     def test_quantized_activations(self, rng, format="int4", dtype="float8_e4m3fn"):
         super().test_quantized_activations(rng, format, dtype)
 
-    def test_many_rows(self, rng, format="int4"):
-        super().test_many_rows(rng, format)
+    @pytest.mark.parametrize("m", [200, 520])
+    def test_many_rows(self, rng, m, format="int4"):
+        super().test_many_rows(rng, format, m)
 
     @pytest.mark.parametrize(
         ("format", "group_size", "precision"),
