@@ -3,8 +3,8 @@
 The decoded tile, all inputs of some outputs in bf16, then serves every tile of rows, so what the
 decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
 Sums go through VMEM after each slab of inputs, and decoded weights at every 128: what the matrix
-unit returns for a tile of rows is more than the registers hold. Of the compiler's schedules in
-benchmarks/results only loops that look up a codebook on v6e and 7x spill some.
+unit returns for a tile of rows is more than the registers hold. No loop of the compiler's
+schedules in benchmarks/results spills one.
 """
 
 import dataclasses
