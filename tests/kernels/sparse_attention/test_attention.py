@@ -299,3 +299,27 @@ def test_any_shape_interpreted(name, queries, keys, group, dim, dtype):
     sizes = {"queries": queries, "keys": keys, "heads": group, "kv_heads": 1, "dim": dim}
     run = functools.partial(attention, return_logsumexp=True, **INTERPRETED)
     check(run, *cases.operands(keys, **sizes), cases.mask(name, queries, keys), dtype)
+
+
+def composed() -> st.SearchStrategy:
+    """Masks of two rules or three, in any composition."""
+    rules = st.sampled_from([x for n, x in cases.MASKS.items() if n not in ("per head", "blocks")])
+    return st.recursive(
+        rules,
+        lambda inner: (
+            st.builds(lambda a, b: a | b, inner, inner)
+            | st.builds(lambda a, b: a & b, inner, inner)
+            | st.builds(lambda a: ~a, inner)
+        ),
+        max_leaves=3,
+    )
+
+
+@fuzz(2)
+@given(composed(), st.integers(1, 260), st.sampled_from([(2, 1), (1, 1)]), st.booleans())
+def test_any_gradients_interpreted(mask, length, heads, padded):
+    ids = np.random.default_rng(length).integers(-1, 2, (1, length))
+    extras = {"segment_ids": ids} if padded else {}
+    TestInterpretedTpu().gradients(
+        mask, queries=length, keys=length, heads=heads[0], kv_heads=heads[1], **extras
+    )

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.sparse_attention import (
     Mask,
@@ -21,6 +23,7 @@ from jaxcomp.kernels.sparse_attention import (
     window,
 )
 
+from tests.fuzz import fuzz
 from tests.kernels.sparse_attention import cases
 
 LENGTHS = (300, 5, 2, 129)
@@ -223,3 +226,19 @@ def test_wrong_operands_are_refused():
         decode_attention(q, k, v, lengths, segment_ids=jnp.zeros((1, 1), jnp.int32))
     with pytest.raises(NotImplementedError, match="it runs on TPU, not on cpu"):
         decode_attention(q, k, v, lengths, implementation="mosaic_tpu")
+
+
+@fuzz(3)
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    st.integers(0, 100),
+    st.sampled_from([(1, 1), (4, 2), (6, 2)]),
+    st.sampled_from(["causal", "window causal", "fixed", "not window"]),
+    st.sampled_from([None, "int8", "float8_e4m3fn"]),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_any_lengths_interpreted(lengths, room, heads, mask, code, dtype):
+    check(
+        TestInterpretedTpu().run, cases.MASKS[mask], dtype, code, tuple(lengths),
+        max(lengths) + room, *heads,
+    )  # fmt: skip

@@ -201,6 +201,23 @@ def test_any_shape(rows, shape, block, density):
     cases.assert_close(block_sparse_matmul(x, w), cases.product(x, dense), "float32")
 
 
+@fuzz(2)
+@given(
+    st.integers(1, 300),
+    st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    st.floats(0, 1),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_any_shape_interpreted(rows, shape, density, dtype):
+    rng = np.random.default_rng(rows)
+    mask = rng.random([-(-size // 128) for size in shape]) < density
+    mask[0, 0] = True  # The kernel refuses none.
+    w, dense = cases.blocks(rng, shape, (128, 128), mask, dtype)
+    x = cases.rows(rng, (rows, shape[1]), dtype)
+    options = {"implementation": "mosaic_tpu", "interpret": cases.INTERPRET}
+    cases.assert_close(block_sparse_matmul(x, w, **options), cases.product(x, dense), dtype)
+
+
 class TestErrors:
     values = jnp.ones((3, 4, 6))
     rows, columns = np.array([0, 0, 2]), np.array([0, 1, 1])

@@ -162,6 +162,22 @@ def test_any_sparsity(rows, outputs, groups, ratio):
     np.testing.assert_array_equal(again.positions, w.positions)
 
 
+@fuzz(2)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 2),
+    st.sampled_from([("float32", None), ("bfloat16", None), ("int4", 128), ("int4", 64)]),
+)
+def test_any_shape_interpreted(rows, outputs, inputs, values):
+    rng = np.random.default_rng(rows)
+    w, dense = cases.nm(rng, (outputs, 512 * inputs), dtype=values[0], group_size=values[1])
+    dtype = "float32" if values[0] == "float32" else "bfloat16"
+    x = cases.rows(rng, (rows, w.shape[1]), dtype)
+    y = nm_matmul(x, w, implementation="mosaic_tpu", interpret=cases.INTERPRET)
+    cases.assert_close(y, cases.product(x, dense), dtype)
+
+
 def test_groups_with_fewer_values():
     w = nm_sparse(jnp.array([[0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0]]))
     assert nm_matmul(jnp.ones((1, 8)), w).tolist() == [[5.0]]
