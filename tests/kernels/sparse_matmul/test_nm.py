@@ -162,10 +162,11 @@ def test_any_sparsity(rows, outputs, groups, ratio):
     np.testing.assert_array_equal(again.positions, w.positions)
 
 
+# Outputs enough that a row's largest is not one of its sums that cancel.
 @fuzz(2)
 @given(
     st.integers(1, 40),
-    st.integers(1, 300),
+    st.integers(32, 300),
     st.integers(1, 2),
     st.sampled_from([("float32", None), ("bfloat16", None), ("int4", 128), ("int4", 64)]),
 )
