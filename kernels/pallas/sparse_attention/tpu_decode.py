@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.calls import on_tpu
@@ -28,6 +27,17 @@ from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
+from jaxcomp.kernels.sparse_attention.tpu_columns import (
+    SUBLANES,
+    WORD,
+    Rows,
+    columns_of,
+    divided,
+    iota,
+    multiple,
+    taken,
+    up,
+)
 from jaxcomp.kernels.sparse_attention.tpu_kernels import (
     LOWEST,
     MASKED,
@@ -39,9 +49,6 @@ from jaxcomp.kernels.sparse_attention.tpu_kernels import (
 )
 from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E
 
-SUBLANES = 8
-# Codes of eight bits in a word, as memory is read.
-WORD = 4
 # Bytes of keys in a block: enough that starting a step costs little beside reading it.
 BLOCK_BYTES = 1 << 20
 # Scores of a block: they and what is masked are in vector memory beside keys and values.
@@ -87,186 +94,6 @@ def unfit(
             f"and heads that share a key head, not {q.shape[1]} x {q.shape[2] // k.shape[2]}"
         )
     return None
-
-
-# -- rows and columns ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of queries, by the key head that they look at, and which of them share registers.
-
-    - A head's rows are its queries, and of each the query heads of its group; padded, they divide
-      the sublanes or fill them.
-    - Heads are in sets, which have rows and columns of their own. Codes of eight bits that share
-      words of memory are a set, which can be read by itself; else there is one set.
-    - Planes are as many rows as one head has, or as there are sublanes. Of a column, only rows of
-      its own head count, and they are in one plane: merged, planes have the rows of one.
-    - A merged row has a result in every lane, of the head of the lane's columns. Where heads do not
-      divide the lanes columns of a lane have different ones: all rows are then one plane.
-
-    Attributes:
-      queries: newest tokens of a sequence.
-      group: query heads of a key head.
-      heads: key heads of a set.
-      sets: their number.
-    """
-
-    queries: int
-    group: int
-    heads: int
-    sets: int
-
-    @classmethod
-    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> "Rows":
-        """Those of queries and a cache."""
-        kv_heads = k.shape[-2]
-        # Mosaic reads rows at a stride where they fill the lanes once.
-        apart = k.dtype.itemsize == 1 and kv_heads % WORD == 0
-        apart = apart and k.shape[-1] == v.shape[-1] == LANES
-        heads = WORD if apart else kv_heads
-        return cls(q.shape[1], q.shape[2] // kv_heads, heads, kv_heads // heads)
-
-    @property
-    def each(self) -> int:
-        """Rows of a key head, padded."""
-        rows = self.queries * self.group
-        return 1 << (rows - 1).bit_length() if rows <= SUBLANES else _up(rows, SUBLANES)
-
-    @property
-    def merges(self) -> bool:
-        """Whether a lane's columns are all of one head."""
-        return LANES % self.heads == 0
-
-    @property
-    def merged(self) -> int:
-        """Rows of a plane."""
-        if self.merges:
-            return max(self.each, SUBLANES)
-        return _up(self.each * self.heads, SUBLANES)
-
-    @property
-    def planes(self) -> int:
-        """Of a set."""
-        return -(-self.each * self.heads // self.merged)
-
-    @property
-    def count(self) -> int:
-        """All rows of a set."""
-        return self.merged * self.planes
-
-    def stacked(self, q: jax.Array) -> jax.Array:
-        """(batch, queries, heads, dim) as (batch, sets, rows, dim)."""
-        batch, dim = q.shape[0], q.shape[-1]
-        q = q.reshape(batch, self.queries, -1, self.group, dim)
-        q = jnp.swapaxes(q, 1, 2).reshape(batch, -1, self.queries * self.group, dim)
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, self.each - q.shape[2]), (0, 0)))
-        q = q.reshape(batch, self.sets, -1, dim)
-        return jnp.pad(q, ((0, 0), (0, 0), (0, self.count - q.shape[2]), (0, 0)))
-
-    def apart(self, out: jax.Array) -> jax.Array:
-        """(batch, sets, rows, dim) as (batch, queries, heads, dim)."""
-        batch, dim = out.shape[0], out.shape[-1]
-        out = out[:, :, : self.heads * self.each].reshape(batch, -1, self.each, dim)
-        out = out[:, :, : self.queries * self.group]
-        out = out.reshape(batch, -1, self.queries, self.group, dim)
-        return jnp.swapaxes(out, 1, 2).reshape(batch, self.queries, -1, dim)
-
-    def within(self, shape: tuple[int, ...]) -> jax.Array:
-        """Of each row which of its head's: a query's number times ``group``, and a head's in it."""
-        return _divided(_iota(shape, len(shape) - 2), self.each)[1]
-
-    def query_heads(self) -> np.ndarray:
-        """Query heads of merged rows' lanes, int (sets, merged, 128); any where there is none."""
-        of, row, lane = np.indices((self.sets, self.merged, LANES))
-        head = lane % self.heads if self.merges else row // self.each % self.heads
-        return (of * self.heads + head) * self.group + row % self.each % self.group
-
-    def own(self, plane: int) -> jax.Array:
-        """Whether a lane's head is the row's, bool (merged, 128)."""
-        shape = self.merged, LANES
-        row_head = _divided(plane * self.merged + _iota(shape, 0), self.each)[0]
-        return row_head == _divided(_iota(shape, 1), self.heads)[1]
-
-    def merge(self, products: jax.Array) -> jax.Array:
-        """(rows, columns) as (merged, columns): of each column its head's plane."""
-        found, width = products[: self.merged], products.shape[1]
-        head = _divided(_iota((self.merged, LANES), 1), self.heads)[1]
-        for plane in range(1, self.planes):
-            first = plane * self.merged
-            later = lanes(head * self.each >= first, width)
-            found = jnp.where(later, products[first : first + self.merged], found)
-        return found
-
-    def split(self, weights: jax.Array) -> jax.Array:
-        """(merged, columns) as (rows, columns), with zeros for columns of other heads."""
-        if not self.merges or self.heads == 1:
-            return weights
-        width = weights.shape[1]
-        parts = [jnp.where(lanes(self.own(i), width), weights, 0.0) for i in range(self.planes)]
-        return jnp.concatenate(parts)
-
-    def across(self, x: jax.Array, join) -> jax.Array:
-        """(merged, 128): of all lanes of a head, joined by ``jnp.maximum`` or ``jnp.add``."""
-        shift = self.heads if self.merges else 1
-        while shift < LANES:
-            x = join(x, pltpu.roll(x, shift, 1))
-            shift *= 2
-        return x
-
-    def by_row(self, x: jax.Array) -> jax.Array:
-        """(merged, 128), equal for all lanes of a head, to (rows, 128) of equal lanes."""
-        if not self.merges or self.heads == 1:
-            return x
-        shape = self.merged, LANES
-        parts = []
-        for plane in range(self.planes):
-            head = _divided(plane * self.merged + _iota(shape, 0), self.each)[0] & (LANES - 1)
-            parts.append(_taken(x, head, 1))
-        return jnp.concatenate(parts)
-
-
-def _columns(heads: int, part: Any) -> tuple[jax.Array, jax.Array]:
-    """Positions of 128 columns, counted from a multiple of 128, and their key heads.
-
-    Args:
-      heads: of a set.
-      part: number of the columns, counted in 128 from that position's.
-
-    Returns:
-      int32 (1, 128) each.
-    """
-    shape = 1, LANES
-    if LANES % heads == 0:
-        position, head = _divided(_iota(shape, 1), heads)
-        return part * (LANES // heads) + position, head
-    return _divided(part * LANES + _iota(shape, 1), heads)
-
-
-def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _multiple(x, of: int):
-    return x if isinstance(x, int) else pl.multiple_of(x, of)
-
-
-def _taken(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
-
-
-def _up(x: int, to: int) -> int:
-    return -(-x // to) * to
-
-
-def _divided(x, by: int):
-    """Quotient and remainder of numbers that are not negative."""
-    if isinstance(x, int):
-        return divmod(x, by)
-    if by & (by - 1) == 0:
-        return x >> (by.bit_length() - 1), x & (by - 1)
-    by = x.dtype.type(by)  # no 64-bit number, where a program enables those
-    return jax.lax.div(x, by), jax.lax.rem(x, by)
 
 
 # -- the kernel ------------------------------------------------------------------------------------
@@ -393,7 +220,7 @@ def _add(config: Config, refs, count, length, first) -> None:
         values = _operand(config, refs.v, of, start, width, refs.q.dtype)
         if count is not None and not jnp.issubdtype(refs.v.dtype, jnp.integer):
             # What lies past the end may be anything, and not a number times zero is not zero.
-            filled = start + _iota((width, 1), 0) < count * rows.heads
+            filled = start + iota((width, 1), 0) < count * rows.heads
             values = jnp.where(filled, values, jnp.zeros_like(values))
         # Sums of one set are few. Those of all heads at once wait for each other in memory.
         parts = sums(width) if rows.sets == 1 else 1
@@ -453,10 +280,10 @@ def _operand(config: Config, ref, of, start, width: int, dtype) -> jax.Array:
         return ref[0, pl.ds(start, width), :].astype(dtype)
     words, sets = width // WORD, config.rows.sets
     if config.interpreted:  # It knows no references of another type.
-        every = ref[0, pl.ds(_multiple(start * sets, LANES), width * sets), :]
+        every = ref[0, pl.ds(multiple(start * sets, LANES), width * sets), :]
         own = every.reshape(words, sets, WORD, every.shape[1])[:, of]
         return own.reshape(width, every.shape[1]).astype(dtype)
-    first = _multiple(_divided(start, WORD)[0] * sets, LANES // WORD)
+    first = multiple(divided(start, WORD)[0] * sets, LANES // WORD)
     every = ref.bitcast(jnp.int32).at[0, pl.ds(first, words * sets)]
     own = every[pl.ds(of, words, stride=sets), :] if sets > 1 else every[...]
     return pltpu.bitcast(own, ref.dtype).astype(dtype)
@@ -485,9 +312,9 @@ def _by_tile(config: Config, make, start, width: int) -> jax.Array:
         # All but the position is known where parts are those of whole positions.
         group, part = divmod(number, heads)
         if aligned:
-            group += _divided(start, LANES * heads)[0]
+            group += divided(start, LANES * heads)[0]
         else:
-            group, part = _divided(_divided(start, LANES)[0] + number, heads)
+            group, part = divided(divided(start, LANES)[0] + number, heads)
         tiles.append(make(group * LANES, part))
     return jnp.concatenate(tiles, axis=1)
 
@@ -496,7 +323,7 @@ def _k_position(config: Config, first, start, width: int) -> jax.Array:
     """Positions of columns, int32 (1, width)."""
 
     def position(group, part):
-        return _columns(config.rows.heads, part)[0] + (first + group)
+        return columns_of(config.rows.heads, part)[0] + (first + group)
 
     return _by_tile(config, position, start, width)
 
@@ -505,7 +332,7 @@ def _allow(config: Config, refs, start, width: int, count, length, first) -> Non
     """Writes ``allowed``, of columns of every set: not 0 where a row looks at the position."""
     rows = config.rows
     k_position = _k_position(config, first, start, width)
-    query = _divided(rows.within((rows.merged, LANES)), rows.group)[0]
+    query = divided(rows.within((rows.merged, LANES)), rows.group)[0]
     allowed = config.mask.allowed(lanes(length - rows.queries + query, width), k_position)
     if count is not None:
         allowed &= k_position < first + count
@@ -523,8 +350,8 @@ def _allowed(config: Config, refs, of, start, width: int, count) -> jax.Array:
         if count is not None:
             allowed &= _k_position(config, 0, start, width) < count
     if not rows.merges:
-        row_head = _divided(_iota((rows.merged, LANES), 0), rows.each)[0]
-        head = _by_tile(config, lambda group, part: _columns(rows.heads, part)[1], start, width)
+        row_head = divided(iota((rows.merged, LANES), 0), rows.each)[0]
+        head = _by_tile(config, lambda group, part: columns_of(rows.heads, part)[1], start, width)
         allowed &= lanes(row_head, width) == head
     return allowed
 
@@ -533,7 +360,7 @@ def _span_weights(config: Config, refs, of, start, width: int, length, first) ->
     """What adaptive spans leave of weights, (merged, width)."""
     rows = config.rows
     k_position = _k_position(config, first, start, width)
-    query = _divided(rows.within((rows.merged, LANES)), rows.group)[0]
+    query = divided(rows.within((rows.merged, LANES)), rows.group)[0]
     q_position = lanes(length - rows.queries + query, width)
     distance = jnp.abs(q_position - k_position).astype(jnp.float32)
     soft = (config.span_ramp + lanes(refs.span[of], width) - distance) * (1 / config.span_ramp)
@@ -552,20 +379,20 @@ def _spread(config: Config, refs, count) -> None:
       count: positions, if not all, past which they are zeros.
     """
     heads, shape = config.rows.heads, refs.spread.shape[2:]
-    row = _iota(shape, 0)
+    row = iota(shape, 0)
     of_values = row >= heads
-    column = (row - jnp.where(of_values, heads, 0)) * LANES + _iota(shape, 1)
-    position, head = _divided(column, heads)
+    column = (row - jnp.where(of_values, heads, 0)) * LANES + iota(shape, 1)
+    position, head = divided(column, heads)
     position &= LANES - 1
     factor = jnp.where(of_values, 1.0, config.factor)
 
     def one(of, group):
-        place = pl.ds(_multiple(group * LANES, LANES), LANES)
+        place = pl.ds(multiple(group * LANES, LANES), LANES)
         found = jnp.zeros(shape, jnp.float32)
         for number in range(heads):
             which = pl.ds(of * heads + number, 1)
             held = jnp.where(of_values, refs.v_scale[which, place], refs.k_scale[which, place])
-            found = jnp.where(head == number, _taken(held, position, 1), found)
+            found = jnp.where(head == number, taken(held, position, 1), found)
         found *= factor
         if count is not None:
             found = jnp.where(position < count - group * LANES, found, 0.0)
@@ -581,7 +408,7 @@ def _scales(config: Config, refs, of, start, width: int, values: bool) -> jax.Ar
     before = config.rows.heads if values else 0
 
     def row(position, part):
-        return refs.spread[of, _divided(position, LANES)[0], pl.ds(before + part, 1)]
+        return refs.spread[of, divided(position, LANES)[0], pl.ds(before + part, 1)]
 
     return _by_tile(config, row, start, width)
 
@@ -592,7 +419,7 @@ def _finish(config: Config, refs, length) -> None:
     for of in range(rows.sets):
         totals = rows.by_row(rows.across(refs.total[of], jnp.add))
         # Queries before the sequence's start look at nothing, whatever the mask says.
-        query = _divided(rows.within(totals.shape), rows.group)[0]
+        query = divided(rows.within(totals.shape), rows.group)[0]
         some = (totals > 0) & (query >= rows.queries - length)
         safe = jnp.where(some, totals, 1.0)
         share = lanes(jnp.where(some, 1.0 / safe, 0.0), refs.sum.shape[-1])
@@ -711,7 +538,7 @@ def attention(
     if config.rule:
         scratch["allowed"] = pltpu.VMEM((rows.merged, config.columns), jnp.float32)
     if k_scale is not None:
-        shape = rows.sets, block // LANES, _up(2 * rows.heads, SUBLANES), LANES
+        shape = rows.sets, block // LANES, up(2 * rows.heads, SUBLANES), LANES
         scratch["spread"] = pltpu.VMEM(shape, jnp.float32)
     read = batch * config.steps * block * kv_heads
     names = [*scalars, *operands, *results, *scratch]
@@ -754,12 +581,12 @@ def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> d
     """
     batch, count = lengths.shape[0], -(-capacity // block)
     filled = jnp.clip(lengths - start, 0, capacity)
-    blocks = _divided(filled + (block - 1), block)[0]
+    blocks = divided(filled + (block - 1), block)[0]
     found = rows_of.lists(mask, queries, whole_capacity, block)
     if found and (whole_capacity == capacity or capacity % block == 0):
         steps = min(count, found.longest)
         if batch * steps <= rows_of.MOST_LISTED:
-            listed, number = found.at(lengths - queries, _divided(start, block)[0], blocks)
+            listed, number = found.at(lengths - queries, divided(start, block)[0], blocks)
             last = jnp.clip(number, 1, steps)[:, None] - 1
             listed = jnp.take_along_axis(listed, jnp.minimum(jnp.arange(steps), last), axis=1)
             listed = jnp.clip(listed, 0, count - 1)
@@ -771,7 +598,7 @@ def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> d
     if reach is None:
         return {"steps": count, "filled": filled, "last": last}
     nearest = jnp.maximum(lengths - queries - reach - start, 0)
-    first = _divided(nearest, block)[0]
+    first = divided(nearest, block)[0]
     steps = min(count, (max(reach, 0) + queries - 2) // block + 2)
     return {"steps": steps, "filled": filled, "first": first, "last": last}
 
@@ -786,7 +613,7 @@ def block_size(capacity: int, row_bytes: int, scores: int) -> int:
     """
     wanted = min(BLOCK_BYTES // row_bytes, BLOCK_SCORES // scores)
     wanted = max(wanted // LANES * LANES, LANES)
-    return min(wanted, 1024, _up(capacity, LANES))
+    return min(wanted, 1024, up(capacity, LANES))
 
 
 def columns_at_once(rows: int, columns: int) -> int:
