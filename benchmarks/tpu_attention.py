@@ -154,6 +154,13 @@ def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case
     )
 
 
+def _splash_case(name: str, mask: str, kernel: str, size: int, shapes: dict) -> Case:
+    of = {"forward": "splash_mha_fwd"}.get(kernel, f"splash_mha_{kernel}")
+    options = shapes | {"mask": mask, "size": size, "gradient": GRADIENTS[kernel]}
+    count = functools.partial(_splash, mask=mask, size=size, kernel=kernel)
+    return Case(name, of, f"{_MODULE}:splash", options, count, inner=blocks)
+
+
 def cases() -> list[Case]:
     """Masks of all blocks, of a tenth, and the two that splash attention has too."""
     shapes = {"queries": LENGTH, "heads": HEADS, "kv_heads": HEADS, "dim": DIM}
@@ -179,10 +186,9 @@ def cases() -> list[Case]:
         for mask in ("causal", "window"):
             of = mask if kernel == "forward" else f"{mask} {kernel}"
             basis = f"splash {of} {LENGTH}"
-            options = shapes | {"mask": mask, "size": programs.BLOCK, "gradient": GRADIENTS[kernel]}
-            count = functools.partial(_splash, mask=mask, size=programs.BLOCK, kernel=kernel)
-            name = {"forward": "splash_mha_fwd"}.get(kernel, f"splash_mha_{kernel}")
-            out.append(Case(basis, name, f"{_MODULE}:splash", options, count, inner=blocks))
+            out.append(_splash_case(basis, mask, kernel, programs.BLOCK, shapes))
+            large = f"{basis} in blocks of {2 * programs.BLOCK}"
+            out.append(_splash_case(large, mask, kernel, 2 * programs.BLOCK, shapes))
             out.append(_case(mask, kernel, f"attention {of} {LENGTH}", basis, shapes))
     for cache, width in (("bfloat16", 2), ("int8", 1)):
         scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged

@@ -117,12 +117,10 @@ def other_formats() -> list[Case]:
             def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
                 """By the loop that multiplies: up to 16 rows are quantized once, before."""
                 dtype = "int8" if chip.multiplies("int8") else "float8_e4m3fn"
-                how = tpu.arithmetic(
-                    chip, "bfloat16", Weight(None, None, None, None, format, group, (n, k)),
-                    reference.Options(None, dtype if quantized else None, "bfloat16"),
-                )  # fmt: skip
-                pieces = how.pieces * how.copies
-                tile = tpu_tiles.few(chip.name, m, n, k, group, how.depth, pieces)
+                weight = Weight(None, None, None, None, format, group, (n, k))
+                options = reference.Options(None, dtype if quantized else None, "bfloat16")
+                how = tpu.arithmetic(chip, "bfloat16", weight, options)
+                tile = tpu.tile_of(chip, m, weight, how)
                 loops = [max(schedule.loops, key=lambda loop: loop.bundles)]
                 whole = dataclasses.replace(schedule, loops=loops)
                 return tune_compiled.few_cycles(whole, tile, n, k) * -(-m // tile.m)

@@ -5,7 +5,7 @@ program enables those. And inside a shard_map it has to be said over which mesh 
 those over which any operand does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,25 @@ def on_tpu(body: Callable[..., None], *, out_shape: Any, **options: Any) -> Call
             return pl.pallas_call(body, out_shape=shapes, **options)(*operands)
 
     return call
+
+
+def by_name(body: Callable[..., None], names: Sequence[str], scalars: int) -> Callable[..., None]:
+    """A kernel that finds its operands by name.
+
+    Args:
+      body: takes them as a dict of references, then results and scratch memory.
+      names: of the operands.
+      scalars: how many come before them that only index maps read.
+
+    Returns:
+      The kernel.
+    """
+
+    def kernel(*refs):
+        refs = refs[scalars:]
+        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
+
+    return kernel
 
 
 def on_gpu(body: Callable[..., None], **options: Any) -> Callable[..., Any]:

@@ -178,9 +178,7 @@ def tiled(case: Case, chip: Chip, weight: Weight) -> tuple[str, tpu_tiles.Tile, 
     kernel = "dense" if case.m > tpu_tiles.table(chip.name, "few")["rows"] and tile else "few"
     if kernel == "few":
         how = tpu.arithmetic(chip, jnp.bfloat16, weight, options)
-        tile = tpu_tiles.few(
-            chip.name, case.m, case.n, case.k, case.group_size, how.depth, how.pieces * how.copies
-        )
+        tile = tpu.tile_of(chip, case.m, weight, how)
 
     def call(width, x, weight):
         own = dataclasses.replace(tile, n=width)

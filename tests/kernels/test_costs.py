@@ -37,6 +37,7 @@ def test_attention_reads_keys_for_each_block_of_queries():
     found = costs(jax.grad(loss, (0, 1)), q, k)
     pairs, head, numbers = 2 * 4 * 3 * 512**2, 1024 * 128 * 2, 1024 * 4
     products = {"forward": 2, "dq": 3, "dkv": 4}
+    assert found.keys() == {f"sparse_attention_{name}" for name in products}
     for name, cost in found.items():
         assert cost.flops == 2 * pairs * 128 * products[name.removeprefix("sparse_attention_")]
         assert cost.transcendentals == pairs

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxcomp.kernels import chips, offline, schedules, tune, tune_compiled, tuning
-from jaxcomp.kernels.quantized_matmul import tpu_tiles
+from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
 
 import jaxcomp as jc
 from jaxcomp.formats import CompressedArray, InputQuant, Int, quantize
@@ -216,6 +216,27 @@ def test_a_tile_that_does_not_compile_is_told(monkeypatch):
     assert calls == [[256, 512], [256], [512]]
     assert found["errors"] == {"512": "no memory"} and found["spills"] == {"256": 2}
     assert found["cycles"] == {"256": 4 * 100}  # Four tiles of outputs, all inputs in one.
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8", "codebook"])
+@pytest.mark.parametrize("chip", [chips.V5E, chips.V6E])
+def test_what_is_measured_is_what_runs(monkeypatch, chip, format):
+    """With the width that the table has, tiles are those of a product that is not told."""
+    found, make = [], tpu.scratch_of
+
+    def watched(tile, *rest):
+        found.append(tile)
+        return make(tile, *rest)
+
+    monkeypatch.setattr(tpu, "scratch_of", watched)
+    case = tune.Case(format, None, 16, 4096, 4096, 32)
+    weight, x = tune_compiled.weight_shapes(case), jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
+    _, tile, call = tune.tiled(case, chip, weight)
+    options = reference.Options(None, None, "bfloat16")
+    jax.eval_shape(lambda x, weight: call(tile.n, x, weight), x, weight)
+    jax.eval_shape(lambda x, weight: tpu.matmul(x, weight, None, options, chip), x, weight)
+    measured, runs = found
+    assert measured == runs
 
 
 def test_compiling_without_the_compiler_or_a_topology(monkeypatch, capsys):

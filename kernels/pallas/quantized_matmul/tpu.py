@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.calls import on_tpu
+from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.quantized_matmul import (
     layout,
@@ -280,14 +280,9 @@ def matmul(
         )  # fmt: skip
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
-    names = tuple(operands)
-
-    def kernel(*refs):
-        refs = refs[len(scalars) :]
-        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
 
     y = on_tpu(
-        kernel,
+        by_name(body, tuple(operands), len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=grid,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.calls import on_tpu
+from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import tpu_dense
 from jaxcomp.kernels.quantized_matmul.reference import Options
@@ -96,7 +96,6 @@ def matmul(
     if bias is not None:
         spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
-    names = tuple(operands)
     slab = _SLAB // 2 if chip.name == "v6e" and tm <= _FEWER else _SLAB
     body = functools.partial(
         _kernel,
@@ -104,12 +103,8 @@ def matmul(
         options=options,
     )  # fmt: skip
 
-    def kernel(*refs):
-        refs = refs[len(scalars) :]
-        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
-
     y = on_tpu(
-        kernel,
+        by_name(body, tuple(operands), len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(-(-n // tn), padded // tm),

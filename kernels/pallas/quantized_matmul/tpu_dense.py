@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.calls import on_tpu
+from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
@@ -130,15 +130,10 @@ def matmul(
         operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
-    names = tuple(operands)
     body = functools.partial(_kernel, how=how, options=options, columns=tile.columns)
 
-    def kernel(*refs):
-        refs = refs[len(scalars) :]
-        body(dict(zip(names, refs, strict=False)), *refs[len(names) :])
-
     y = on_tpu(
-        kernel,
+        by_name(body, tuple(operands), len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(-(-n // tn), rows),
