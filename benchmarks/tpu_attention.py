@@ -125,11 +125,16 @@ def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: 
     return total(schedule, fullest * results * HEADS, results * HEADS, [steps.count * HEADS])
 
 
+def _decode_blocks(schedule: Schedule) -> list[Bundles]:
+    """A block that is full, and one in which a cache ends; each may hold branches and loops."""
+    return [region for region in schedule.outer if region.used.get("MXU", 0) > PRODUCTS]
+
+
 def _decode(schedule: Schedule, chip: chips.Chip, block: int) -> float:
     """All blocks are full: the code of one in which a cache ends has loops, and does not run."""
     del chip
-    places = [schedule.regions.index(region) for region in blocks(schedule)]
-    parts = schedule.regions[places[0] - 1 : places[-1] + 2]
+    places = [schedule.outer.index(region) for region in _decode_blocks(schedule)]
+    parts = schedule.outer[places[0] - 1 : places[-1] + 2]
     if len(places) != 2 or len(parts) != 4:
         return float("nan")
     first, _, edge, last = (region.bundles for region in parts)
@@ -138,6 +143,34 @@ def _decode(schedule: Schedule, chip: chips.Chip, block: int) -> float:
         return float("nan")
     each = schedule.step().bundles - (first + edge - loops + last)
     return each * (CAPACITY // block) * BATCH + (first + last) * BATCH
+
+
+def _decode_cases() -> list[Case]:
+    """Caches of one kind each, and what else makes a block's code another."""
+    kinds = {
+        "bfloat16 cache": {},
+        "int8 cache": {"cache": "int8"},
+        "fp8 cache": {"cache": "float8_e4m3fn"},
+        "soft cap with fp8 cache": {"cache": "float8_e4m3fn", "soft_cap": 50.0},
+        "span with bfloat16 cache": {"span": True},
+    }
+    cases = []
+    for name, options in kinds.items():
+        width, scale = (1, 4) if "cache" in options else (2, 0)
+        scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged
+        block = tpu_decode.block_size(CAPACITY, KV_HEADS * DIM * width, scores)
+        cases.append(
+            Case(
+                f"decode {name} of {BATCH}x{CAPACITY}",
+                "sparse_attention_decode",
+                f"{_MODULE}:decode",
+                {"capacity": CAPACITY, "batch": BATCH, **options},
+                functools.partial(_decode, block=block),
+                BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + scale),
+                inner=_decode_blocks,
+            )
+        )
+    return cases
 
 
 def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case:
@@ -190,18 +223,4 @@ def cases() -> list[Case]:
             large = f"{basis} in blocks of {2 * programs.BLOCK}"
             out.append(_splash_case(large, mask, kernel, 2 * programs.BLOCK, shapes))
             out.append(_case(mask, kernel, f"attention {of} {LENGTH}", basis, shapes))
-    for cache, width in (("bfloat16", 2), ("int8", 1)):
-        scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged
-        block = tpu_decode.block_size(CAPACITY, KV_HEADS * DIM * width, scores)
-        out.append(
-            Case(
-                f"decode {cache} cache of {BATCH}x{CAPACITY}",
-                "sparse_attention_decode",
-                f"{_MODULE}:decode",
-                {"capacity": CAPACITY, "batch": BATCH, "cache": cache if width == 1 else None},
-                functools.partial(_decode, block=block),
-                BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + (4 if width == 1 else 0)),
-                inner=blocks,
-            )
-        )
-    return out
+    return out + _decode_cases()

@@ -59,12 +59,14 @@ class Schedule:
       loops: in order of their first bundle; grid steps are the loop of depth 1.
       slots: unit -> slots of a bundle.
       regions: what branches skip and holds no branch itself, in order.
+      outer: what branches skip with one branch around, which skips the whole of a step, in order.
     """
 
     name: str
     loops: list[Loop]
     slots: dict[str, int]
     regions: list[Bundles] = dataclasses.field(default_factory=list)
+    outer: list[Bundles] = dataclasses.field(default_factory=list)
 
     def step(self) -> Loop:
         """The loop over grid steps, without loops inside it."""
@@ -121,11 +123,17 @@ def parse(bundles: str, used: str, name: str = "") -> Schedule:
             loop.add(units, rows[address])
             loop.longest = max(loop.longest, run)
         run = 0 if "sbr.rel" in line else run
-    return Schedule(name, loops, dict(zip(units, slots, strict=True)), _regions(bundles, used))
+    spans = _spans(bundles)
+    leaves = [
+        s for s in spans if not any(s[0] <= start < s[1] for start, _ in spans if start != s[0])
+    ]
+    outer = [s for s in spans if sum(a <= s[0] and s[1] <= b for a, b in spans) == 2]
+    regions, parts = ([_total(units, rows[a:b]) for a, b in of] for of in (leaves, outer))
+    return Schedule(name, loops, dict(zip(units, slots, strict=True)), regions, parts)
 
 
-def _regions(bundles: str, used: str) -> list[Bundles]:
-    units, _, rows = utilization(used)
+def _spans(bundles: str) -> list[tuple[int, int]]:
+    """First bundles of what branches skip, and of what follows, in order."""
     begun: dict[str, int] = {}
     spans = []
     for line in bundles.splitlines():
@@ -137,14 +145,14 @@ def _regions(bundles: str, used: str) -> list[Bundles]:
             spans += [(begun.pop(n), address) for n in _JOINED.findall(line) if n in begun]
         if branch := _BRANCH.search(line):
             begun[branch[1]] = address + 1
-    regions = []
-    for start, end in sorted(spans):
-        if not any(start <= other < end for other, _ in spans if other != start):
-            region = Bundles()
-            for row in rows[start:end]:
-                region.add(units, row)
-            regions.append(region)
-    return regions
+    return sorted(spans)
+
+
+def _total(units: list[str], rows: list[list[int]]) -> Bundles:
+    total = Bundles()
+    for row in rows:
+        total.add(units, row)
+    return total
 
 
 def schedules(folder: pathlib.Path, kernel: str) -> list[Schedule]:

@@ -42,6 +42,22 @@ def test_bundles_of_loops_and_of_what_a_branch_skips():
     assert [(r.bundles, r.used["MXU"], r.spills) for r in found.regions] == [(2, 1, 1)]
 
 
+def test_outer_branches_of_a_step():
+    """Those inside a branch around all, with what they hold."""
+    bundles = """
+   0x0   : > { %1 = sbr.rel (%p0) target = $region1 }
+   0x1   : > { %2 = sbr.rel (%p1) target = $region2 }
+   0x2   : > { %3 = sbr.rel (%p2) target = $region3 }
+   0x3   : > { %4 = vmatmul %2 }
+   0x4 PF: > { %5 = vst [vmem:spill] %4 } /* Start/End empty region 3 */
+   0x5 PF: > { %6 = vadd %5 } /* Start/End empty region 2 */
+   0x6 PF: > { %7 = vadd %6 } /* Start/End empty region 1 */
+"""
+    found = schedules.parse(bundles, USED)
+    assert [(r.bundles, r.used["MXU"]) for r in found.outer] == [(3, 1)]
+    assert [r.bundles for r in found.regions] == [1]
+
+
 def test_steps_with_one_block_of_outputs_have_no_loops():
     step = schedules.Loop(bundles=100, depth=1)
     decodes, finds = (schedules.Bundles(bundles, {"MXU": 200}) for bundles in (50, 30))

@@ -23,9 +23,7 @@ def sixteenths(codes: jax.Array) -> jax.Array:
     Returns:
       float8_e4m3b11fnuz of the same shape.
     """
-    # Four codes are in a word, and no sum of theirs reaches the next one.
-    words = pltpu.bitcast(codes, jnp.int32)
-    size_bits = jnp.int32(0x7F7F7F7F)
-    size = words & size_bits
-    sign = (words ^ size) & (size + size_bits)  # None of zeros.
-    return pltpu.bitcast(size | sign, jnp.float8_e4m3b11fnuz)
+    # Four codes are in a word, and no sum of theirs reaches the next one. Zeros lose their signs.
+    words, size_bits = pltpu.bitcast(codes, jnp.int32), jnp.int32(0x7F7F7F7F)
+    kept = ((words & size_bits) + size_bits) | size_bits
+    return pltpu.bitcast(words & kept, jnp.float8_e4m3b11fnuz)

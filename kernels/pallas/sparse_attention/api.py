@@ -266,7 +266,8 @@ def decode_attention(
     Args:
       q: queries (batch, queries, heads, head_dim): the last tokens of each sequence, few of them.
       k: cached keys (batch, capacity, kv_heads, head_dim) of q's dtype, or int8 or fp8 with
-        ``k_scale``, the queries' own among them.
+        ``k_scale``, the queries' own among them. Codes of e4m3 that are not numbers, which
+        quantizing to it gives of no numbers, may be read as 480 and -480.
       v: cached values (batch, capacity, kv_heads, value_dim), likewise.
       lengths: int (batch,), tokens in the cache; query ``i`` is at ``length - queries + i``.
       mask: any mask, of ``capacity`` positions; ``causal()`` if None. Queries never look beyond the

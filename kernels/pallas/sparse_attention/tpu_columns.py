@@ -109,29 +109,33 @@ class Rows:
         head = lane % self.heads if self.merges else row // self.each % self.heads
         return (of * self.heads + head) * self.group + row % self.each % self.group
 
-    def own(self, plane: int) -> jax.Array:
-        """Whether a lane's head is the row's, bool (merged, 128)."""
-        shape = self.merged, LANES
-        row_head = divided(plane * self.merged + iota(shape, 0), self.each)[0]
-        return row_head == divided(iota(shape, 1), self.heads)[1]
+    def lane_heads(self) -> jax.Array:
+        """Heads of lanes' columns where rows are merged, int32 (merged, 128)."""
+        return divided(iota((self.merged, LANES), 1), self.heads)[1]
 
-    def merge(self, products: jax.Array) -> jax.Array:
+    def own(self, plane: int, lane_heads: jax.Array) -> jax.Array:
+        """Whether a lane's head is the row's, bool (merged, 128)."""
+        if self.each == self.merged:
+            return lane_heads == plane
+        row = plane * self.merged + iota((self.merged, LANES), 0)
+        return divided(row, self.each)[0] == lane_heads
+
+    def merge(self, products: jax.Array, lane_heads: jax.Array) -> jax.Array:
         """(rows, columns) as (merged, columns): of each column its head's plane."""
         found, width = products[: self.merged], products.shape[1]
-        head = divided(iota((self.merged, LANES), 1), self.heads)[1]
         for plane in range(1, self.planes):
             first = plane * self.merged
-            later = lanes(head * self.each >= first, width)
+            later = lanes(lane_heads * self.each >= first, width)
             found = jnp.where(later, products[first : first + self.merged], found)
         return found
 
-    def split(self, weights: jax.Array) -> jax.Array:
+    def split(self, weights: jax.Array, lane_heads: jax.Array) -> jax.Array:
         """(merged, columns) as (rows, columns), with zeros for columns of other heads."""
         if not self.merges or self.heads == 1:
             return weights
         width = weights.shape[1]
-        parts = [jnp.where(lanes(self.own(i), width), weights, 0.0) for i in range(self.planes)]
-        return jnp.concatenate(parts)
+        own = [lanes(self.own(i, lane_heads), width) for i in range(self.planes)]
+        return jnp.concatenate([jnp.where(of, weights, 0.0) for of in own])
 
     def across(self, x: jax.Array, join) -> jax.Array:
         """(merged, 128): of all lanes of a head, joined by ``jnp.maximum`` or ``jnp.add``."""

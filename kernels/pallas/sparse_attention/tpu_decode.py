@@ -5,7 +5,9 @@ it lies in memory, all key heads of a position beside each other: a position and
 column. To pick out one head's keys the whole cache would have to be copied, so queries of all heads
 are multiplied with all columns, which the matrix unit has time for; of the products only those with
 a column's own head are kept, merged into as many rows as one head has (``Rows``), and all else is
-done with these. Of codes of eight bits, four heads' columns are read by themselves.
+done with these. Of codes of eight bits, four heads' columns are read by themselves. Those of e4m3
+are multiplied as they are on 7x; elsewhere four are converted at a time (``tpu_float8``), and the
+two codes that are not numbers are then 480 and -480.
 
 Which blocks hold anything that a query may look at depends on the sequence's length; the others are
 neither read nor computed: where a distance bounds the mask, arithmetic finds them, else lists do
@@ -24,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
+from jaxcomp.kernels.quantized_matmul import tpu_float8
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention import tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
@@ -59,6 +62,12 @@ PRODUCTS = 1 << 16
 # matrix unit to fill and to empty: on 7x, with 64 heads, 1300 bundles of a bf16 block, not 998, and
 # 1913 of an int8 one, not 1555. With as many v5e (and v5p, whose units are the same) and v6e spill.
 WITHOUT_LOOP, WITHOUT_LOOP_ON = 1 << 17, {"7x": 1 << 18}
+
+# Names of what some kernels lack: operands, scalars and memory.
+MAYBE = (
+    "k_scale", "v_scale", "bits", "span", "first", "listed", "number",
+    "spread", "allowed", "bit", "distance",
+)  # fmt: skip
 
 
 def unfit(
@@ -113,6 +122,8 @@ class Config:
       soft_cap: bound of the scores.
       span_ramp: length of the spans' ramps.
       without_loop: products of a block that are computed without a loop.
+      float8: names of the floats of eight bits that the matrix unit takes beside bfloat16.
+      code_parts: of the code of a full block, see ``_code_parts``.
       interpreted: whether the kernel is.
     """
 
@@ -125,7 +136,17 @@ class Config:
     soft_cap: float | None
     span_ramp: float
     without_loop: int
+    float8: frozenset[str]
+    code_parts: int
     interpreted: bool
+
+    def in_words(self, dtype: jax.typing.DTypeLike) -> bool:
+        """Whether codes are converted by ``tpu_float8``, which makes a number of each."""
+        return dtype == jnp.float8_e4m3fn and jnp.dtype(dtype).name not in self.float8
+
+    def unit(self, dtype: jax.typing.DTypeLike) -> float:
+        """What a 1 among converted keys or values stands for."""
+        return tpu_float8.UNIT if self.in_words(dtype) else 1.0
 
     @property
     def columns(self) -> int:
@@ -152,8 +173,11 @@ def _kernel(config: Config, refs) -> None:
       refs: scalars and operands by name, None where there are none; "out" and "lse"; and memory.
         Of merged rows the "top" score so far, the "highest" with this block and the "total" of
         weights, by lanes; the "sum" of weighted values and "sums" of parts; a block's "scores",
-        what is "allowed" of them, and scales that are "spread" over its columns.
+        what is "allowed" of them, the "distance" of their positions, and scales that are "spread"
+        over its columns. And what is made once, as it would wait for its use in registers: heads of
+        lanes, "lane_heads", and the "bit" of a row in the words of "bits".
     """
+    rows = config.rows
     sequence, step = pl.program_id(0), pl.program_id(1)
     length, filled = refs.lengths[sequence], refs.filled[sequence]
     if refs.listed is None:
@@ -170,7 +194,10 @@ def _kernel(config: Config, refs) -> None:
         refs.highest[...] = jnp.full_like(refs.highest, LOWEST)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
-        touch(refs.scores, refs.spread, refs.allowed, refs.sums)
+        refs.lane_heads[...] = rows.lane_heads()
+        if not config.rule:
+            refs.bit[...] = jnp.left_shift(1, rows.within(refs.bit.shape) & (rows_of.BITS - 1))
+        touch(refs.scores, refs.spread, refs.allowed, refs.distance, refs.sums)
 
     inside = here + config.block <= filled
     where = {"length": length, "first": refs.start[0] + here}
@@ -212,16 +239,12 @@ def _add(config: Config, refs, count, length, first) -> None:
     def add(of, start):
         weights = jnp.exp2(refs.scores[of, :, pl.ds(start, width)] - lanes(refs.top[of], width))
         if refs.span is not None:
-            weights *= _span_weights(config, refs, of, start, width, length, first)
+            weights *= _span_weights(config, refs, of, start, width)
         refs.total[of] += folded(weights)
         if refs.v_scale is not None:
             weights *= _scales(config, refs, of, start, width, values=True)
-        shares = rows.split(weights).astype(refs.q.dtype)
-        values = _operand(config, refs.v, of, start, width, refs.q.dtype)
-        if count is not None and not jnp.issubdtype(refs.v.dtype, jnp.integer):
-            # What lies past the end may be anything, and not a number times zero is not zero.
-            filled = start + iota((width, 1), 0) < count * rows.heads
-            values = jnp.where(filled, values, jnp.zeros_like(values))
+        shares = rows.split(weights, refs.lane_heads[...]).astype(refs.q.dtype)
+        values = _operand(config, refs.v, of, start, width, refs.q.dtype, count)
         # Sums of one set are few. Those of all heads at once wait for each other in memory.
         parts = sums(width) if rows.sets == 1 else 1
         for part in range(parts):
@@ -229,20 +252,59 @@ def _add(config: Config, refs, count, length, first) -> None:
             refs.sums[part] = dot(shares[:, along], values[along], transposed=False)
         refs.sum[of] += functools.reduce(jnp.add, [refs.sums[part] for part in range(parts)])
 
-    def allow(start):
-        _allow(config, refs, start, width, count, length, first)
+    def find_positions(start):
+        if config.rule:
+            _allow(config, refs, start, width, count, length, first)
+        if refs.span is not None:
+            _distances(config, refs, start, width, length, first)
 
-    each = functools.partial(_each, config.columns, width, loop)
-    if refs.k_scale is not None:
-        _spread(config, refs, count)
-    if config.rule:
-        each(allow)
-    for of in range(rows.sets):
-        each(functools.partial(score, of))
-    for of in range(rows.sets):
-        fade(of)
-    for of in range(rows.sets):
-        each(functools.partial(add, of))
+    def spread():
+        if refs.k_scale is not None:
+            _spread(config, refs, count)
+
+    def each(body):
+        return functools.partial(_each, config.columns, width, loop, body)
+
+    def of_sets(body):
+        return [functools.partial(body, of) for of in range(rows.sets)]
+
+    before = [spread, each(find_positions)]
+    scores, adds = ([each(body) for body in of_sets(body)] for body in (score, add))
+    scores.append(_joined(of_sets(fade)))
+    if count is not None:
+        _apart([*before, *scores, *adds])
+        return
+    parts = {
+        1: [[*before, *scores, *adds]],
+        2: [[*before, *scores], adds],
+        3: [before, scores, adds],
+        4: [before, scores, *([one] for one in adds)],
+    }
+    _apart([_joined(part) for part in parts[config.code_parts]])
+
+
+def _joined(bodies):
+    """One body of several."""
+
+    def all_of_them():
+        for body in bodies:
+            body()
+
+    return all_of_them
+
+
+def _apart(bodies) -> None:
+    """Runs bodies, each in code of its own.
+
+    In one block of code the compiler would decode values while weights are computed: they wait for
+    the matrix unit, and are more than the registers.
+    """
+    if len(bodies) == 1:
+        bodies[0]()
+        return
+    for number, body in enumerate(bodies):
+        # The compiler must not know that they hold, nor that two are equal, which it would join.
+        pl.when(pl.program_id(0) > -1 - number)(body)
 
 
 def _each(columns: int, width: int, loop: bool, body) -> None:
@@ -261,7 +323,8 @@ def _each(columns: int, width: int, loop: bool, body) -> None:
 def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
     """Scores over log 2, (merged, width), of a set's columns from ``start``, before any mask."""
     keys = _operand(config, refs.k, of, start, width, refs.q.dtype)
-    scores = config.rows.merge(dot(refs.q[of], keys, transposed=True))
+    products = dot(refs.q[of], keys, transposed=True)
+    scores = config.rows.merge(products, refs.lane_heads[...])
     if refs.k_scale is None:
         scores *= config.factor
     else:
@@ -271,22 +334,66 @@ def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
     return scores
 
 
-def _operand(config: Config, ref, of, start, width: int, dtype) -> jax.Array:
+def _operand(config: Config, ref, of, start, width: int, dtype, count=None) -> jax.Array:
     """Keys or values of a set's columns from ``start``, as the matrix unit takes them.
 
     They are read in words: codes of eight bits would be put together from pieces of eight rows.
+
+    Args:
+      config: of the kernel.
+      ref: of a block of keys or values.
+      of: number of the set.
+      start: first column.
+      width: columns.
+      dtype: of the result.
+      count: positions, if not all, past which they are zeros: there may be anything, and not a
+        number times zero is not zero.
     """
     if ref.dtype.itemsize > 1:
-        return ref[0, pl.ds(start, width), :].astype(dtype)
+        held = ref[0, pl.ds(start, width), :].astype(dtype)
+        if count is None:
+            return held
+        filled = start + iota((width, 1), 0) < count * config.rows.heads
+        return jnp.where(filled, held, jnp.zeros_like(held))
     words, sets = width // WORD, config.rows.sets
     if config.interpreted:  # It knows no references of another type.
         every = ref[0, pl.ds(multiple(start * sets, LANES), width * sets), :]
         own = every.reshape(words, sets, WORD, every.shape[1])[:, of]
-        return own.reshape(width, every.shape[1]).astype(dtype)
-    first = multiple(divided(start, WORD)[0] * sets, LANES // WORD)
-    every = ref.bitcast(jnp.int32).at[0, pl.ds(first, words * sets)]
-    own = every[pl.ds(of, words, stride=sets), :] if sets > 1 else every[...]
-    return pltpu.bitcast(own, ref.dtype).astype(dtype)
+        own = pltpu.bitcast(own.reshape(width, every.shape[1]), jnp.int32)
+    else:
+        first = multiple(divided(start, WORD)[0] * sets, LANES // WORD)
+        every = ref.bitcast(jnp.int32).at[0, pl.ds(first, words * sets)]
+        own = every[pl.ds(of, words, stride=sets), :] if sets > 1 else every[...]
+    numbers = jnp.issubdtype(ref.dtype, jnp.integer) or config.in_words(ref.dtype)
+    if count is not None and not numbers:
+        own = _filled(own, count * config.rows.heads - start, config.rows.heads)
+    codes = pltpu.bitcast(own, ref.dtype)
+    if dtype == jnp.bfloat16 and ref.dtype.name in config.float8:
+        return codes
+    if config.in_words(ref.dtype):
+        codes = tpu_float8.sixteenths(codes)
+    return codes.astype(dtype)
+
+
+def _filled(words: jax.Array, count, heads: int) -> jax.Array:
+    """Words of four codes, of rows in order, with zeros from a code on.
+
+    Args:
+      words: int32.
+      count: codes before that one, a multiple of ``heads``.
+      heads: of a position.
+    """
+    row, pieces = iota((SUBLANES, words.shape[1]), 0), []
+    for first in range(0, words.shape[0], SUBLANES):
+        # The number that a loop changes comes first: else what rows are compared with is the same
+        # in each of its turns, and kept, in more registers than there are.
+        left = (count - WORD * first) - WORD * row
+        kept = jnp.where(left > 0, -1, 0)
+        if heads % WORD:
+            some = jnp.left_shift(1, 8 * jnp.clip(left, 0, WORD - 1)) - 1
+            kept = jnp.where(left < WORD, some, kept)
+        pieces.append(words[first : first + SUBLANES] & kept)
+    return jnp.concatenate(pieces)
 
 
 def _highest(scores: jax.Array) -> jax.Array:
@@ -336,6 +443,8 @@ def _allow(config: Config, refs, start, width: int, count, length, first) -> Non
     allowed = config.mask.allowed(lanes(length - rows.queries + query, width), k_position)
     if count is not None:
         allowed &= k_position < first + count
+    if not rows.merges:
+        allowed &= _own_heads(config, start, width)
     refs.allowed[:, pl.ds(start, width)] = jnp.where(allowed, 1.0, 0.0)
 
 
@@ -345,24 +454,36 @@ def _allowed(config: Config, refs, of, start, width: int, count) -> jax.Array:
     if config.rule:
         allowed = refs.allowed[:, place] != 0
     else:
-        bit = jnp.left_shift(1, rows.within((rows.merged, LANES)) & (rows_of.BITS - 1))
-        allowed = (refs.bits[pl.ds(of, 1), place] & lanes(bit, width)) != 0
+        # A load can spread a row of one register over all rows, and none of several.
+        pieces = [refs.bits[pl.ds(of, 1), pl.ds(start + i, LANES)] for i in range(0, width, LANES)]
+        allowed = jnp.concatenate([(piece & refs.bit[...]) for piece in pieces], axis=1) != 0
         if count is not None:
             allowed &= _k_position(config, 0, start, width) < count
-    if not rows.merges:
-        row_head = divided(iota((rows.merged, LANES), 0), rows.each)[0]
-        head = _by_tile(config, lambda group, part: columns_of(rows.heads, part)[1], start, width)
-        allowed &= lanes(row_head, width) == head
+        if not rows.merges:
+            allowed &= _own_heads(config, start, width)
     return allowed
 
 
-def _span_weights(config: Config, refs, of, start, width: int, length, first) -> jax.Array:
-    """What adaptive spans leave of weights, (merged, width)."""
+def _own_heads(config: Config, start, width: int) -> jax.Array:
+    """Whether a column's head is the row's, bool (merged, width), of rows that are not merged."""
+    rows = config.rows
+    row_head = divided(iota((rows.merged, LANES), 0), rows.each)[0]
+    head = _by_tile(config, lambda group, part: columns_of(rows.heads, part)[1], start, width)
+    return lanes(row_head, width) == head
+
+
+def _distances(config: Config, refs, start, width: int, length, first) -> None:
+    """Writes ``distance``, of columns of every set."""
     rows = config.rows
     k_position = _k_position(config, first, start, width)
     query = divided(rows.within((rows.merged, LANES)), rows.group)[0]
-    q_position = lanes(length - rows.queries + query, width)
-    distance = jnp.abs(q_position - k_position).astype(jnp.float32)
+    distance = jnp.abs(lanes(length - rows.queries + query, width) - k_position)
+    refs.distance[:, pl.ds(start, width)] = distance.astype(jnp.float32)
+
+
+def _span_weights(config: Config, refs, of, start, width: int) -> jax.Array:
+    """What adaptive spans leave of weights, (merged, width)."""
+    distance = refs.distance[:, pl.ds(start, width)]
     soft = (config.span_ramp + lanes(refs.span[of], width) - distance) * (1 / config.span_ramp)
     return jnp.clip(soft, 0.0, 1.0)
 
@@ -384,7 +505,8 @@ def _spread(config: Config, refs, count) -> None:
     column = (row - jnp.where(of_values, heads, 0)) * LANES + iota(shape, 1)
     position, head = divided(column, heads)
     position &= LANES - 1
-    factor = jnp.where(of_values, 1.0, config.factor)
+    units = config.unit(refs.k.dtype), config.unit(refs.v.dtype)
+    factor = jnp.where(of_values, units[1], config.factor * units[0])
 
     def one(of, group):
         place = pl.ds(multiple(group * LANES, LANES), LANES)
@@ -468,10 +590,12 @@ def attention(
     merged = rows.sets, rows.merged, LANES
     lengths, first = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
     visits = _visits(mask, lengths, first, queries, capacity, whole_capacity or capacity, block)
+    float8 = frozenset(n for n in (chip.products if chip else ()) if n.startswith("float8"))
     config = Config(
         rows, mask, rows_of.is_rule(mask, segment_ids is not None), block, visits.pop("steps"),
         scale / soft_cap if soft_cap else scale * LOG2_E, soft_cap, span_ramp,
-        WITHOUT_LOOP_ON.get(chip.name if chip else "", WITHOUT_LOOP), bool(interpret),
+        WITHOUT_LOOP_ON.get(chip.name if chip else "", WITHOUT_LOOP), float8,
+        _code_parts(chip, rows, v.dtype.name, span is not None, bool(soft_cap)), bool(interpret),
     )  # fmt: skip
     scalars = {"lengths": lengths, "start": first} | visits
     if layer is not None:
@@ -534,17 +658,20 @@ def attention(
         "sum": pltpu.VMEM((rows.sets, rows.count, out_dim), jnp.float32),
         "sums": pltpu.VMEM((sums(config.columns), rows.count, out_dim), jnp.float32),
         "scores": pltpu.VMEM((rows.sets, rows.merged, config.columns), jnp.float32),
+        "lane_heads": pltpu.VMEM((rows.merged, LANES), jnp.int32),
     }
     if config.rule:
         scratch["allowed"] = pltpu.VMEM((rows.merged, config.columns), jnp.float32)
+    else:
+        scratch["bit"] = pltpu.VMEM((rows.merged, LANES), jnp.int32)
+    if span is not None:
+        scratch["distance"] = pltpu.VMEM((rows.merged, config.columns), jnp.float32)
     if k_scale is not None:
         shape = rows.sets, block // LANES, up(2 * rows.heads, SUBLANES), LANES
         scratch["spread"] = pltpu.VMEM(shape, jnp.float32)
     read = batch * config.steps * block * kv_heads
     names = [*scalars, *operands, *results, *scratch]
-    lacking = dict.fromkeys(
-        ("k_scale", "v_scale", "bits", "span", "first", "listed", "number", "spread", "allowed")
-    )
+    lacking = dict.fromkeys(MAYBE)
 
     def body(*refs):
         _kernel(config, types.SimpleNamespace(**lacking | dict(zip(names, refs, strict=True))))
@@ -569,6 +696,42 @@ def attention(
         name="sparse_attention_decode",
     )(*scalars.values(), *(x for x, _ in operands.values()))
     return rows.apart(out), jnp.moveaxis(rows.apart(lse)[..., 0], 1, 2)
+
+
+def _code_parts(chip: Chip | None, rows: Rows, dtype: str, span: bool, soft_cap: bool) -> int:
+    """In how many parts the code of a full block is: most are as fast in one, and some spill there.
+
+    What each takes was found with the compiler. A part more costs up to a tenth of the cycles, and
+    these are fewer than the bytes' except on 7x, where codes that are converted take fewer in two.
+
+    Args:
+      chip: a TPU, or None.
+      rows: of queries.
+      dtype: of the cache.
+      span: whether there are adaptive spans.
+      soft_cap: whether there is a soft cap.
+
+    Returns:
+      1; 2 with the sums in code of their own; 3 with also the scales and masks in such; 4 with
+      those of each set.
+    """
+    name, several = chip.name if chip else "", rows.sets > 1
+    if jnp.dtype(dtype).itemsize > 1:
+        return 1
+    if not rows.merges:
+        return 3
+    if span and name == "7x":
+        return 2
+    if span:
+        return 4 if (name, dtype) == ("v6e", "int8") else 3
+    if dtype != "int8":
+        converted = chip is None or dtype not in chip.products
+        return (2 if several else 3) if converted else 1
+    if name == "7x":
+        return 2 if several else 1
+    if name == "v6e" or (rows.sets == 2 and not soft_cap):
+        return 1
+    return 2 if rows.sets > 2 else 3
 
 
 def _visits(mask, lengths, start, queries, capacity, whole_capacity, block) -> dict:

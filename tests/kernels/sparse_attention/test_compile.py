@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from jaxcomp.kernels import schedules
 
 from tests.kernels import aot
 from tests.kernels.sparse_attention.test_sharding import COLLECTIVES
@@ -74,3 +75,14 @@ def test_compiles_on_eight_devices(chip):
         for kernel in ("forward", "dq", "dkv"):
             assert f"sparse_attention_{kernel}" in result["hlo"]
         assert "tpu_custom_call" in result["hlo"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+def test_decoding_spills_nothing(tmp_path):
+    """Codes that are converted, and those past a sequence's end, took more than the registers."""
+    options = {"cache": "float8_e4m3fn"}
+    (result,) = aot.compile_cases("v6e", [(PROGRAMS + "decode", options)], tmp_path)
+    (found,) = schedules.schedules(tmp_path, "sparse_attention_decode")
+    assert result["error"] is None and len(found.loops) > 1
+    assert not any(loop.spills for loop in found.loops)

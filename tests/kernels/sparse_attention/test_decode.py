@@ -1,5 +1,6 @@
 """Decoding against attention over the part of the cache that is filled, in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import chips
 from jaxcomp.kernels.sparse_attention import (
     Mask,
     blocks,
@@ -193,6 +195,14 @@ class TestInterpretedTpu(TestPlain):
             monkeypatch.setattr(tpu_decode, "WITHOUT_LOOP", 0)
         sizes = {"heads": heads, "kv_heads": kv_heads, "lengths": (300, 2)}
         check(self.run, None, "bfloat16" if code else "float32", code, **sizes)
+
+
+@pytest.mark.parametrize("code", ["float8_e4m3fn", "float8_e5m2"])
+def test_codes_that_the_matrix_unit_takes(monkeypatch, code):
+    """As on 7x; elsewhere they are converted."""
+    chip = dataclasses.replace(chips.CPU, products=chips.V7X.products)
+    monkeypatch.setattr(chips, "CPU", chip)
+    check(TestInterpretedTpu().run, None, "bfloat16", code, (300, 2), heads=8, kv_heads=4)
 
 
 def test_listed_blocks_are_those_of_the_row():
