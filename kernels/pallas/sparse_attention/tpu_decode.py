@@ -701,8 +701,8 @@ def attention(
 def _code_parts(chip: Chip | None, rows: Rows, dtype: str, span: bool, soft_cap: bool) -> int:
     """In how many parts the code of a full block is: most are as fast in one, and some spill there.
 
-    What each takes was found with the compiler. A part more costs up to a tenth of the cycles, and
-    these are fewer than the bytes' except on 7x, where codes that are converted take fewer in two.
+    What each takes was found with the compiler. More parts cost up to an eighth of the cycles, and
+    these are mostly fewer than the bytes'. On 7x codes that are converted take fewer in two.
 
     Args:
       chip: a TPU, or None.
