@@ -175,7 +175,8 @@ def tiled(case: Case, chip: Chip, weight: Weight) -> tuple[str, tpu_tiles.Tile, 
 
     options = reference.Options(None, None, "bfloat16")
     tile = tpu_tiles.dense(chip.name, case.m, case.n, case.k, chip.mxu)
-    kernel = "dense" if case.m > tpu_tiles.table(chip.name, "few")["rows"] and tile else "few"
+    many = tpu.many_rows(case.m, jnp.bfloat16, weight, chip, options)
+    kernel = "dense" if tile and many else "few"
     if kernel == "few":
         how = tpu.arithmetic(chip, jnp.bfloat16, weight, options)
         tile = tpu.tile_of(chip, case.m, weight, how)

@@ -36,6 +36,8 @@ from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 _LANES = 128
 # Longest product whose sums are scaled as one. Of twice that v5 spills registers.
 _DEEPEST = 1024
+# Rows of a tile up to which a chip has registers for several blocks of outputs at once.
+_TOGETHER = {"v6e": 16, "7x": 32}
 # Most bytes of memory for the products of a tile.
 _PRODUCTS = 4 << 20
 
@@ -134,10 +136,13 @@ def many_rows(m: int, x_dtype, weight: Weight, chip: Chip, options: Options) -> 
       and rounded to it, for bf16 rows only; None for the kernel of few rows.
     """
     few, dtype = tpu_tiles.table(chip.name, "few")["rows"], options.activation_dtype
+    wide = chip.mxu > _LANES
+    # With a copy of each for each group of a unit. On v5 decoding to bf16 takes longer than those.
+    rows = m * max(_LANES // weight.group_size, 1) if wide else m
     if dtype is None:
-        return "dense" if m > few and x_dtype == jnp.bfloat16 else None
-    # Sums of so few more rows are scaled sooner than their weights are.
-    if m <= 2 * few:
+        return "dense" if rows > few and x_dtype == jnp.bfloat16 else None
+    # On v5 sums of so few more are scaled sooner than their weights are.
+    if rows <= (few if wide else 2 * few):
         return None
     if tpu_codes.fits(weight, chip, dtype):
         return "codes"
@@ -229,6 +234,7 @@ def matmul(
         _kernel(
             refs, y_ref, **dict(zip(scratch, own, strict=True)),
             weight=static(weight), how=how, tile=tile, options=options, axes=len(grid),
+            apart=apart(chip, tile, options),
         )  # fmt: skip
 
     def by_group(array):
@@ -380,6 +386,13 @@ def keep_scales(refs, scales_ref, how: Arithmetic, always: jax.Array) -> None:
                 scales_ref[block] = scales.astype(jnp.float32) * how.unit
 
 
+def apart(chip: Chip, tile: tpu_tiles.Tile, options: Options) -> bool:
+    """Whether blocks of outputs are not scheduled with each other, which would spill registers."""
+    # 7x sums bf16 products where it multiplies.
+    spills = options.activation_dtype is not None or chip.name == "v6e"
+    return spills and tile.m > _TOGETHER.get(chip.name, tile.m)
+
+
 def keep_order(products_ref, first: jax.Array) -> None:
     """Touches the products' memory in a branch of its own.
 
@@ -400,7 +413,7 @@ def keep_order(products_ref, first: jax.Array) -> None:
 
 def _kernel(
     refs, y_ref, products_ref=None, scales_ref=None, acc_ref=None, rows_ref=None,
-    row_scales_ref=None, sums_ref=None, *, weight, how, tile, options, axes,
+    row_scales_ref=None, sums_ref=None, *, weight, how, tile, options, axes, apart,
 ):  # fmt: skip
     """One tile of y, or one more tile of inputs added to it."""
     j, k, steps = pl.program_id(axes - 2), pl.program_id(axes - 1), pl.num_programs(axes - 1)
@@ -417,22 +430,30 @@ def _kernel(
             refs["sums"] = sums_ref.at[k]
     for start in range(0, tile.n, tile.columns):
         columns = pl.ds(start, min(tile.columns, tile.n - start))
-        y = sums_of(refs, columns, weight, how, tile, products_ref, scales_ref)
-        if acc_ref is None:
-            y_ref[:, columns] = finish(refs, y, columns, options)
-        else:
+
+        def multiply(columns=columns):
+            y = sums_of(refs, columns, weight, how, tile, products_ref, scales_ref)
+            if acc_ref is None:
+                y_ref[:, columns] = finish(refs, y, columns, options)
+                return
 
             @pl.when(k == 0)
-            def _(y=y, columns=columns):
+            def _():
                 acc_ref[:, columns] = y
 
             @pl.when(k > 0)
-            def _(y=y, columns=columns):
+            def _():
                 acc_ref[:, columns] += y
 
             @pl.when(k == steps - 1)
-            def _(columns=columns):
+            def _():
                 y_ref[:, columns] = finish(refs, acc_ref[:, columns], columns, options)
+
+        if apart:
+            # Each in a branch of its own, always taken; equal conditions would be merged.
+            pl.when(j >= -start)(multiply)
+        else:
+            multiply()
 
 
 def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None):

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import tpu_dense
+from jaxcomp.kernels.quantized_matmul import tpu_dense, tpu_factors
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
@@ -21,8 +21,8 @@ from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 # Inputs whose products are summed before the sums go to VMEM.
 _SLAB = 512
-# Rows up to which v6e, whose matrix units keep no sums, has registers for half of that only.
-_FEWER = 256
+# Rows of whose sums v6e, whose matrix units keep none, has registers for half of that only.
+_HALF = range(129, 257)
 
 
 def fits(weight: Weight, chip: Chip, dtype: str) -> bool:
@@ -88,7 +88,7 @@ def matmul(
             ),
         ),
         # What decoding leaves of two bits is 64 times the code.
-        "output_scales" if tpu_dense.by_channel(weight) else "scales": (
+        "output_scales" if tpu_factors.by_channel(weight) else "scales": (
             weight.scales.astype(jnp.float32) * (1 / 64 if weight.format == "int2" else 1.0),
             pl.BlockSpec((k // weight.group_size, tn), lambda j, i, *layer: (0, j)),
         ),
@@ -96,7 +96,7 @@ def matmul(
     if bias is not None:
         spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
-    slab = _SLAB // 2 if chip.name == "v6e" and tm <= _FEWER else _SLAB
+    slab = _SLAB // 2 if chip.name == "v6e" and tm in _HALF else _SLAB
     body = functools.partial(
         _kernel,
         format=weight.format, group_size=weight.group_size, slab=slab, columns=tile.columns,

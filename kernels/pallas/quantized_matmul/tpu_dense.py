@@ -4,7 +4,7 @@ The decoded tile, all inputs of some outputs in bf16, then serves every tile of 
 decoding costs is divided by their number. The first tile of rows is multiplied while it is decoded.
 Sums go through VMEM after each slab of inputs, and decoded weights at every 128: what the matrix
 unit returns for a tile of rows is more than the registers hold. No loop of the compiler's
-schedules in benchmarks/results spills one.
+schedules in benchmarks/results spills one. What scales weights is in ``tpu_factors``.
 """
 
 import dataclasses
@@ -17,17 +17,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_float8
+from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_factors, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
-# Chips whose registers do not hold what else waits there. On v6e, where they do, it costs 2%.
-_STAGED = ("7x",)
-
-# Rows of a tile, on v6e and 7x, up to which decoded weights lie in memory as bf16.
-_FEW = 256
+# Chips whose matrix units have a slab each and keep no sums: one would wait for the other's.
+_APART = ("v6e",)
+# Rows of a tile up to which there both have a part of each slab: their sums fit into registers.
+_FEW = 128
+# Formats, by chip, of which weights wait in VMEM for their scales: registers do not hold them.
+_STAGED = {"v6e": ("int2", "fp8", "codebook"), "7x": ("codebook",)}
+# Those of them that take so many instructions to decode that transposed scales wait for them.
+_SLOW = {"v6e": ("fp8", "codebook")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Decoding:
       group_size: inputs that share a scale.
       dtype: that codes are multiplied with scales in.
       slab: inputs whose products are summed before the sums go to VMEM.
-      staged: whether bf16 weights less their zero points wait in VMEM for their scales.
+      staged: whether bf16 weights wait in VMEM for their scales.
       unit: what a 1 among decoded weights stands for, before zero points and scales.
       packed: whether the cores look up bytes.
+      rows: whether scales lie as ``tpu_factors.from_rows`` spreads them.
+      sums: in how many places products are summed before these are added up.
     """
 
     format: str
@@ -51,12 +56,14 @@ class Decoding:
     staged: bool
     unit: float
     packed: bool
+    rows: bool
+    sums: int
 
     @classmethod
-    def of(cls, weight: Weight, chip: Chip) -> "Decoding":
-        """The one of a weight on a chip."""
+    def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
+        """The one of a weight on a chip, for tiles of m rows."""
         wide = chip.mxu > _LANES
-        factors = [] if by_channel(weight) else [weight.scales]
+        factors = [] if tpu_factors.by_channel(weight) else [weight.scales]
         factors += [] if weight.zeros is None else [weight.zeros]
         # v6e and 7x compute in bf16, in which codes of 8 bits are exact, also less whole zero
         # points, and times bf16 scales round once. (Values of a codebook are rounded to it before,
@@ -64,11 +71,17 @@ class Decoding:
         once = all(array.dtype == jnp.bfloat16 for array in factors)
         once = once and (wide or not factors)
         # The four matrix units of v5 take 512 inputs at a time. Of two wide ones each takes 256,
-        # and with sums of both the compiler runs out of registers.
+        # and with sums of both of many rows the compiler runs out of registers.
+        apart = chip.name in _APART
+        slab = 512 if not wide or (apart and m <= _FEW) else chip.mxu
+        staged = weight.format in _STAGED.get(chip.name, ()) or weight.zeros is not None
+        # Where the matrix units are busy, rows of zero points as well would spill registers, and so
+        # would scales that wait for what is slowly decoded.
+        slow = weight.format in _SLOW.get(chip.name, ())
+        hard = m > _FEW if slow else m > 2 * _FEW and weight.zeros is not None
         return cls(
-            weight.format, weight.group_size, "bfloat16" if once else "float32",
-            chip.mxu if wide else 4 * chip.mxu, chip.name in _STAGED, unit(weight.format, chip),
-            wide,
+            weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
+            wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
         )  # fmt: skip
 
 
@@ -105,7 +118,7 @@ def matmul(
     rows = padded // tm
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
-    how = Decoding.of(weight, chip)
+    how = Decoding.of(weight, chip, tm)
     by_row = pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))
     operands = {
         "x": (jnp.pad(x, ((0, padded - m), (0, 0))), by_row),
@@ -117,16 +130,16 @@ def matmul(
             ),
         ),
     }
-    by_column = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
-    for name, array in factors(weight, how).items():
-        by_output = pl.BlockSpec((tn, array.shape[1]), lambda j, i, *layer: (j, 0))
-        operands[name] = (array, by_column if name == "output_scales" else by_output)
+    for name, array in tpu_factors.factors(weight, how.unit, how.rows).items():
+        shape, index = tpu_factors.block(array, tn, how.rows or name == "output_scales")
+        operands[name] = array, pl.BlockSpec(shape, lambda j, i, *layer, index=index: index(j))
     if row_scales is not None:
         operands["row_scales"] = (
             jnp.pad(row_scales, ((0, padded - m), (0, 0))),
             pl.BlockSpec((tm, 1), lambda j, i, *layer: (i, 0)),
         )
     if bias is not None:
+        by_column = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -139,7 +152,7 @@ def matmul(
             grid=(-(-n // tn), rows),
             in_specs=[spec for _, spec in operands.values()],
             out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
-            scratch_shapes=scratch(tile, k),
+            scratch_shapes=scratch(tile, k, how),
         ),
         out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
@@ -153,16 +166,14 @@ def matmul(
     return y[:m]
 
 
-def scratch(tile: Tile, k: int) -> list:
+def scratch(tile: Tile, k: int, how: Decoding) -> list:
     """Memory of the kernel: the decoded weights of a tile, and sums of a block of them.
 
-    Weights are words of two outputs' bf16, which take whole registers. Of few rows on v6e the
-    compiler would keep too many of those, and not of bf16, of which they take halves.
+    Weights are words of two outputs' bf16, which take whole registers.
     """
-    words = tile.m > _FEW or tile.columns == _LANES
     return [
-        pltpu.VMEM((tile.n // 2, k), jnp.int32) if words else pltpu.VMEM((tile.n, k), jnp.bfloat16),
-        pltpu.VMEM((tile.m, tile.columns), jnp.float32),
+        pltpu.VMEM((tile.n // 2, k), jnp.int32),
+        pltpu.VMEM((how.sums, tile.m, tile.columns), jnp.float32),
     ]
 
 
@@ -186,11 +197,15 @@ def keep_in_memory(acc_ref) -> None:
 
     Sums that one block of code alone stores and loads the compiler would keep in registers, of
     which there are too few. A step with one tile of rows has only one such block.
+
+    Args:
+      acc_ref: ``(.., rows, outputs)``.
     """
+    some = *acc_ref.shape[:-2], 8, acc_ref.shape[-1]
 
     @pl.when(pl.program_id(0) == 0)
     def _():
-        acc_ref[:8] = jnp.zeros((8, acc_ref.shape[1]), acc_ref.dtype)
+        acc_ref[..., :8, :] = jnp.zeros(some, acc_ref.dtype)
 
 
 def unit(format: str, chip: Chip) -> float:
@@ -200,39 +215,6 @@ def unit(format: str, chip: Chip) -> float:
     if format == "fp8" and not chip.multiplies("float8_e4m3fn"):
         return tpu_float8.UNIT
     return 1.0
-
-
-def by_channel(weight: Weight) -> bool:
-    """Whether each output has one scale, which then scales its sums and no weights."""
-    return weight.group_size == weight.shape[1]
-
-
-def factors(weight: Weight, how: Decoding) -> dict[str, jax.Array]:
-    """What decoded weights or sums are scaled with, by the names that the kernel has for it.
-
-    Args:
-      weight: with any stack axes.
-      how: it is decoded.
-
-    Returns:
-      f32 "output_scales" ``(*stack, 1, outputs)`` or "scales", and perhaps "zeros", both
-      ``(*stack, outputs, groups)``, whose groups fill whole registers of 128 lanes.
-    """
-    found = {}
-    if by_channel(weight):
-        found["output_scales"] = weight.scales.astype(jnp.float32) * how.unit
-    else:
-        found["scales"] = _spreadable(weight.scales * how.unit)
-    if weight.zeros is not None:
-        found["zeros"] = _spreadable(weight.zeros / how.unit)
-    return found
-
-
-def _spreadable(array: jax.Array) -> jax.Array:
-    """``(.., groups, outputs)`` with the groups along lanes: bf16 as it is, else f32."""
-    array = array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
-    array = jnp.swapaxes(array, -1, -2)
-    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % _LANES)])
 
 
 def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None:
@@ -250,7 +232,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
     Args:
       refs: with "x", and perhaps "row_scales".
       w_ref: decoded weights.
-      acc_ref: f32 of the shape of the result.
+      acc_ref: f32 ``(sums, rows, outputs)``.
       block: a slice of outputs.
       options: what is fused.
       how: the weights are decoded.
@@ -261,7 +243,8 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
       ``(rows, outputs)``.
     """
     k = refs["x"].shape[1]
-    for start in range(0, k, how.slab):
+    starts = range(0, k, how.slab)
+    for slab, start in enumerate(starts):
         inputs = pl.ds(start, min(how.slab, k - start))
         if not decoded:
             for first in range(start, start + inputs.size, _LANES):
@@ -272,11 +255,16 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        y = acc_ref[...] + y if start else y
+        sums = acc_ref.at[slab % how.sums]
+        y = sums[...] + y if slab >= how.sums else y
         if start + how.slab < k or not decoded:
-            acc_ref[...] = y
+            sums[...] = y
     # Registers that decode would be too few for what follows, too.
-    return finish(refs, y if decoded else acc_ref[...], block, options)
+    last = len(starts) - 1
+    y = y if decoded else acc_ref[last % how.sums]
+    for slab in range(max(last - how.sums + 1, 0), last):
+        y = y + acc_ref[slab % how.sums]
+    return finish(refs, y, block, options)
 
 
 def finish(refs, y, outputs, options) -> jax.Array:
@@ -299,56 +287,29 @@ def finish(refs, y, outputs, options) -> jax.Array:
 def _decode(refs, w_ref, block, start, how) -> None:
     """Stores bf16 weights ``(outputs, 128)`` of the inputs from ``start``."""
     dtype, inputs = jnp.dtype(how.dtype), pl.ds(start, _LANES)
+    spread = tpu_factors.from_rows if how.rows else tpu_factors.from_lanes
     w = decode(refs, block, start, _LANES, how.format, how.packed, exact=False)
     if how.unit == tpu_float8.UNIT:
         w = tpu_float8.sixteenths(w)
     w = w.astype(dtype)
     if "zeros" in refs:
-        w = w - _spread(refs["zeros"], block, start, how.group_size).astype(dtype)
+        w = w - spread(refs["zeros"], block, start, how.group_size).astype(dtype)
+    if "scales" in refs:
         if how.staged and dtype == jnp.bfloat16:
             _store(w_ref, block, inputs, w)
             w = _load(w_ref, block, inputs)
-    if "scales" in refs:
-        w = w * _spread(refs["scales"], block, start, how.group_size).astype(dtype)
+        w = w * spread(refs["scales"], block, start, how.group_size).astype(dtype)
     _store(w_ref, block, inputs, w.astype(jnp.bfloat16))
 
 
 def _store(w_ref, block, inputs, w) -> None:
     """Keeps decoded weights of some outputs."""
-    if w_ref.dtype == jnp.bfloat16:
-        w_ref[block, inputs] = w
-    else:
-        w_ref[_words(block), inputs] = pltpu.bitcast(w, w_ref.dtype)
+    w_ref[tpu_factors.words(block), inputs] = pltpu.bitcast(w, w_ref.dtype)
 
 
 def _load(w_ref, block, inputs) -> jax.Array:
     """Decoded weights of some outputs."""
-    if w_ref.dtype == jnp.bfloat16:
-        return w_ref[block, inputs]
-    return pltpu.bitcast(w_ref[_words(block), inputs], jnp.bfloat16)
-
-
-def _words(block: pl.Slice) -> pl.Slice:
-    """Where the decoded weights of some outputs are: two outputs' in a word."""
-    return pl.ds(pl.multiple_of(block.start >> 1, block.size // 2), block.size // 2)
-
-
-def _spread(ref, block, start, group_size):
-    """``(outputs, 128)``: each input's entry of ``(outputs, groups)``."""
-    group = start // group_size
-    entries = ref[block, pl.ds(group // _LANES * _LANES, _LANES)]
-    # Lanes are moved 32 bits at a time: two outputs' bf16 at once.
-    words = pltpu.bitcast(entries, jnp.int32)
-    first = group % _LANES
-    if group_size >= _LANES:
-        spread = jnp.broadcast_to(words[:, first : first + 1], words.shape)
-    else:
-        # One permutation, whichever the number of groups.
-        lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
-        spread = jnp.take_along_axis(
-            words, first + jax.lax.div(lane, group_size), axis=1, mode="promise_in_bounds"
-        )
-    return pltpu.bitcast(spread, ref.dtype)
+    return pltpu.bitcast(w_ref[tpu_factors.words(block), inputs], jnp.bfloat16)
 
 
 def decode(refs, outputs, start, size, format, packed=False, exact=True):

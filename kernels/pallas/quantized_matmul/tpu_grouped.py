@@ -26,6 +26,7 @@ from jaxcomp.kernels.quantized_matmul import (
     reference,
     tpu,
     tpu_dense,
+    tpu_factors,
     tpu_rows,
     tpu_tiles,
 )
@@ -259,7 +260,7 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda j, visit, v: index(v, visit, j))
 
-    how = tpu_dense.Decoding.of(weight, chip)
+    how = tpu_dense.Decoding.of(weight, chip, tile.m)
     operands = {
         "x": (
             jnp.pad(x, ((0, -m % tile.m), (0, 0))),
@@ -273,11 +274,12 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
             ),
         ),
     }
-    by_column = spec((None, 1, tile.n), lambda v, i, j: (v.expert[i], 0, j))
-    for name, array in tpu_dense.factors(weight, how).items():
-        shape = (None, tile.n, array.shape[2])
-        by_output = spec(shape, lambda v, i, j: (v.expert[i], j, 0))
-        operands[name] = (array, by_column if name == "output_scales" else by_output)
+    for name, array in tpu_factors.factors(weight, how.unit, how.rows).items():
+        shape, index = tpu_factors.block(array, tile.n, how.rows or name == "output_scales")
+        operands[name] = (
+            array,
+            spec((None, *shape), lambda v, i, j, index=index: (v.expert[i], *index(j))),
+        )
     if row_scales is not None:
         operands["row_scales"] = (
             jnp.pad(row_scales, ((0, -m % tile.m), (0, 0))),
@@ -287,7 +289,7 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     return _call(
         body, operands, bounds, weight, bias, options, interpret,
         rows=(m, tile.m), outputs=tile.n, steps=(),
-        scratch=tpu_dense.scratch(tile, k),
+        scratch=tpu_dense.scratch(tile, k, how),
         memory=48 << 20, name=f"grouped_matmul_dense_{weight.format}",
     )  # fmt: skip
 

@@ -1,0 +1,124 @@
+"""Scales and zero points of groups on TPUs, spread over the inputs of their group.
+
+A decoded weight ``(outputs, inputs)`` has inputs along lanes, so that each of its registers needs
+one more with an entry that is the same in all lanes of a group. Making it is the work of the units
+that move lanes, which on v6e and 7x take longer than decoding and, of up to 256 rows, than
+multiplying. Two ways:
+
+- ``from_lanes``: groups lie along lanes, and a permutation moves an entry to its lanes;
+- ``from_rows``: outputs lie along lanes, a load brings a group's entries to as many sublanes as it
+  has inputs, and that is transposed. On v6e and 7x this is faster. On v5 it is slower, and with
+  zero points, too, the compiler runs out of registers.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
+from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+
+def by_channel(weight: Weight) -> bool:
+    """Whether each output has one scale, which then scales its sums and no weights."""
+    return weight.group_size == weight.shape[1]
+
+
+def factors(weight: Weight, unit: float, rows: bool) -> dict[str, jax.Array]:
+    """What decoded weights or sums are scaled with, by the names that a kernel has for it.
+
+    Args:
+      weight: with any stack axes.
+      unit: what a 1 among decoded weights stands for.
+      rows: whether they are spread by ``from_rows``.
+
+    Returns:
+      f32 "output_scales" ``(*stack, 1, outputs)`` or "scales", and perhaps "zeros", both in bf16 or
+      f32 ``(*stack, outputs, groups)`` with whole registers of groups; for ``from_rows``
+      ``(*stack, groups, outputs)``, bf16 as words of two outputs.
+    """
+    spreadable = _by_rows if rows else _by_lanes
+    found = {}
+    if by_channel(weight):
+        found["output_scales"] = weight.scales.astype(jnp.float32) * unit
+    else:
+        found["scales"] = spreadable(weight.scales * unit)
+    if weight.zeros is not None:
+        found["zeros"] = spreadable(weight.zeros / unit)
+    return found
+
+
+def block(array: jax.Array, outputs: int, rows: bool) -> tuple[tuple[int, int], Callable]:
+    """The block of ``factors`` of a tile of outputs.
+
+    Args:
+      array: of ``factors``.
+      outputs: of a tile.
+      rows: whether outputs are its last axis.
+
+    Returns:
+      Its shape, without stack axes, and the function of the tile's number that is its index.
+    """
+    if not rows:
+        return (outputs, array.shape[-1]), lambda j: (j, 0)
+    return (array.shape[-2], outputs // _outputs_of(array)), lambda j: (0, j)
+
+
+def words(block: pl.Slice) -> pl.Slice:
+    """Where some outputs are among words of two outputs."""
+    return pl.ds(pl.multiple_of(block.start >> 1, block.size // 2), block.size // 2)
+
+
+def from_lanes(ref, block: pl.Slice, start: int, group_size: int) -> jax.Array:
+    """``(outputs, 128)``: each input's entry of ``(outputs, groups)``, inputs from ``start``."""
+    group = start // group_size
+    entries = ref[block, pl.ds(group // _LANES * _LANES, _LANES)]
+    # Lanes are moved 32 bits at a time: two outputs' bf16 at once.
+    pairs = pltpu.bitcast(entries, jnp.int32)
+    first = group % _LANES
+    if group_size >= _LANES:
+        spread = jnp.broadcast_to(pairs[:, first : first + 1], pairs.shape)
+    else:
+        # One permutation, whichever the number of groups.
+        lane = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1)
+        spread = jnp.take_along_axis(
+            pairs, first + jax.lax.div(lane, group_size), axis=1, mode="promise_in_bounds"
+        )
+    return pltpu.bitcast(spread, ref.dtype)
+
+
+def from_rows(ref, block: pl.Slice, start: int, group_size: int) -> jax.Array:
+    """``(outputs, 128)``: each input's entry of ``(groups, outputs)``, inputs from ``start``."""
+    pairs = _outputs_of(ref) == 2
+    lanes = words(block) if pairs else block
+    size = min(group_size, _LANES)
+    groups = [(start + lane) // group_size for lane in range(0, _LANES, size)]
+    parts = []
+    for first in range(0, lanes.size, _LANES):
+        own = pl.ds(pl.multiple_of(lanes.start + first, _LANES), _LANES)
+        entries = [jnp.broadcast_to(ref[pl.ds(group, 1), own], (size, _LANES)) for group in groups]
+        parts.append(jnp.concatenate(entries).T)
+    spread = jnp.concatenate(parts)
+    return pltpu.bitcast(spread, jnp.bfloat16) if pairs else spread
+
+
+def _by_lanes(array: jax.Array) -> jax.Array:
+    """``(.., groups, outputs)`` with the groups along lanes: bf16 as it is, else f32."""
+    array = array if array.dtype == jnp.bfloat16 else array.astype(jnp.float32)
+    array = jnp.swapaxes(array, -1, -2)
+    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % _LANES)])
+
+
+def _by_rows(array: jax.Array) -> jax.Array:
+    """``(.., groups, outputs)`` in 32 bits: words of two outputs' bf16, or f32."""
+    if array.dtype != jnp.bfloat16:
+        return array.astype(jnp.float32)
+    array = jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, array.shape[-1] % 2)])
+    return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:-1], -1, 2), jnp.int32)
+
+
+def _outputs_of(array) -> int:
+    """Of how many outputs a number of ``_by_rows`` is."""
+    return 2 if array.dtype == jnp.int32 else 1
