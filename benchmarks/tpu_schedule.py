@@ -61,7 +61,7 @@ def quantized_matmul() -> list[Case]:
     cases = []
     for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
         size = n * k / 2 + n * (k // 128) * 2
-        for m in (1, 16, 256, 2048):
+        for m in (1, 16, *((128,) if n == k else ()), 256, 2048):
 
             def few(schedule, chip, m=m, n=n, k=k):
                 tile = tpu_tiles.few(chip.name, m, n, k, 128, 128, 1)
@@ -101,7 +101,10 @@ OTHERS = {
 
 
 def other_formats() -> list[Case]:
-    """Other weights of 4096x4096: of 16 rows against their bytes, of 2048 against bf16."""
+    """Other weights of 4096x4096: of 16 rows against their bytes, of 2048 against bf16.
+
+    W4A8 in groups also of 64 rows, the most whose sums are scaled on v6e and 7x.
+    """
     from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
     from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
@@ -111,7 +114,7 @@ def other_formats() -> list[Case]:
         arrays = 1 + options.get("zeros", False)
         width = 4 if options.get("scale_dtype") == "float32" else 2
         size = n * k * FORMATS[format].bits / 8 + arrays * n * (k // group) * width
-        for m in (16, 2048):
+        for m in (16, *((64,) if name == "W4A8 g128" else ()), 2048):
             quantized = "activation_dtype" in options
 
             def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
@@ -132,14 +135,14 @@ def other_formats() -> list[Case]:
                     times = [sum(times)]
                 return tune_compiled.dense_cycles(schedule, tile, n, times)
 
-            many = ("rows_" if quantized else f"dense_{format}") if m > 16 else format
+            many = ("rows_" if quantized else f"dense_{format}") if m > 64 else format
             cases.append(
                 Case(
                     f"format {name} M={m} 4096x4096", f"quantized_matmul_{many}",
                     f"{_MODULE}:quantized", {"m": m, "n": n, "k": k, **options},
-                    dense if m > 16 else sums,
-                    size if m == 16 else 0.0,
-                    against="" if m == 16 else "many W4A16 g128 M=2048 4096x4096 in bf16",
+                    dense if m > 64 else sums,
+                    size if m <= 64 else 0.0,
+                    against="" if m <= 64 else "many W4A16 g128 M=2048 4096x4096 in bf16",
                 )
             )  # fmt: skip
     return cases
