@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxcomp.kernels import chips
 from jaxcomp.kernels.quantized_matmul import tpu_tiles
-from jaxcomp.kernels.schedules import Bundles, Schedule
+from jaxcomp.kernels.schedules import Bundles, Loop, Schedule
 from jaxcomp.kernels.sparse_matmul import nm, tpu, tpu_many, tpu_nm
 from jaxcomp.kernels.sparse_matmul.blocks import BlockSparse
 from jaxcomp.kernels.tune_compiled import dense_cycles
@@ -28,42 +28,70 @@ def cases() -> list[Case]:
     """2:4 weights in bf16 and int4, and weights with a tenth and with half of their blocks."""
     out = []
     for m in (16, 2048):
-        shape = {"m": m, "n": N, "k": K}
-        dense = f"dense M={m} {N}x{K} in bf16"
         # Few rows are held against bytes; bf16 is beside them to be seen.
         size = N * K * 2.0 if m == 16 else 0
-        out.append(Case(dense, "bf16_matmul", DENSE, shape, functools.partial(_dense, m=m), size))
-        against = dense if m > 16 else ""
-        sizes = {"rows": m, "outputs": N, "inputs": K}
-        # Bytes of 16 weights: half of the values, and four bits of positions for each four.
-        for name, group, stored in (("bf16", None, 18), ("int4 g128", GROUP, 6)):
-            size = N * K / 16 * stored + (4 * N * K / GROUP if group else 0)
-            out.append(
-                Case(
-                    f"2:4 {name} M={m} {N}x{K}",
-                    "nm_matmul",
-                    f"{MODULE}:nm",
-                    sizes | {"group_size": group},
-                    functools.partial(_nm, m=m, group_size=group),
-                    0 if against else size,
-                    against,
-                )
-            )
-        for density in (0.1, 0.5):
-            options = sizes | {"block": BLOCK, "density": density}
-            count = round(N // BLOCK * (K // BLOCK) * density)
-            out.append(
-                Case(
-                    f"blocks {density:.0%} of {BLOCK} M={m} {N}x{K}",
-                    "block_sparse_matmul",
-                    f"{MODULE}:blocks",
-                    options,
-                    functools.partial(_blocks, m=m, count=count),
-                    0 if against else count * BLOCK**2 * 2,
-                    against,
-                )
-            )
-    return out
+        shape = {"m": m, "n": N, "k": K}
+        count = functools.partial(_dense, m=m)
+        out.append(Case(_dense_name(m), "bf16_matmul", DENSE, shape, count, size))
+        out += [_nm_case(m, group_size) for group_size in (None, GROUP)]
+        out += [_blocks_case(m, BLOCK, density) for density in (0.1, 0.5)]
+    out += [_nm_case(64, group_size) for group_size in (None, GROUP)]
+    out += [_blocks_case(2048, block, 0.5) for block in (128, 512)]
+    return [*out, _gradient_case(2048, 0.5)]
+
+
+def _dense_name(m: int) -> str:
+    return f"dense M={m} {N}x{K} in bf16"
+
+
+def _nm_case(m: int, group_size: int | None) -> Case:
+    name, stored = ("int4 g128", 6) if group_size else ("bf16", 18)
+    # Bytes of 16 weights: half of the values, and four bits of positions for each four.
+    size = N * K / 16 * stored + (4 * N * K / group_size if group_size else 0)
+    return Case(
+        f"2:4 {name} M={m} {N}x{K}",
+        "nm_matmul",
+        f"{MODULE}:nm",
+        {"rows": m, "outputs": N, "inputs": K, "group_size": group_size},
+        functools.partial(_nm, m=m, group_size=group_size),
+        0 if m > 64 else size,
+        _dense_name(m) if m > 64 else "",
+    )
+
+
+def _blocks_case(m: int, block: int, density: float) -> Case:
+    weight = _weight(block, density)
+    return Case(
+        f"blocks {density:.0%} of {block} M={m} {N}x{K}",
+        "block_sparse_matmul",
+        f"{MODULE}:blocks",
+        {"rows": m, "outputs": N, "inputs": K, "block": block, "density": density},
+        functools.partial(_blocks, m=m, weight=weight),
+        0 if m > 64 else weight.values.size * 2,
+        _dense_name(m) if m > 64 else "",
+    )
+
+
+def _gradient_case(m: int, density: float) -> Case:
+    """The gradient to the values, which is as many products as the forward pass."""
+    weight = _weight(BLOCK, density)
+    return Case(
+        f"blocks {density:.0%} of {BLOCK} gradient to values M={m} {N}x{K}",
+        "transpose_jvp_block_sparse_matmul_dvalues",
+        f"{MODULE}:values_gradient",
+        {"rows": m, "outputs": N, "inputs": K, "block": BLOCK, "density": density},
+        functools.partial(_values_gradient, m=m, weight=weight),
+        against=_dense_name(m),
+        inner=Schedule.inner,
+    )
+
+
+def _weight(block: int, density: float) -> BlockSparse:
+    """Shapes of a weight in bf16."""
+    count = round(N // block * (K // block) * density)
+    values = jax.ShapeDtypeStruct((count, block, block), jnp.bfloat16)
+    listed = jax.ShapeDtypeStruct((count,), jnp.int32)
+    return BlockSparse(values, listed, listed, None, (N, K))
 
 
 def _dense(schedule: Schedule, chip: chips.Chip, m: int) -> float:
@@ -88,28 +116,20 @@ def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None) ->
     return float((fill + each) * -(-N // outputs))
 
 
-def _blocks(schedule: Schedule, chip: chips.Chip, m: int, count: int) -> float:
+def _blocks(schedule: Schedule, chip: chips.Chip, m: int, weight: BlockSparse) -> float:
     """By the kernel that the rows have."""
-    values = jax.ShapeDtypeStruct((count, BLOCK, BLOCK), jnp.bfloat16)
-    listed = jax.ShapeDtypeStruct((count,), jnp.int32)
-    weight = BlockSparse(values, listed, listed, None, (N, K))
     rows = tpu.product_rows(m, weight, 0, 2, 2)
     if not rows:
-        return _many_rows(schedule, tpu_many.tile(m, weight, 0, 2, 2, chip), m, count)
-    return _few_rows(schedule, weight, rows, count) * -(-m // rows)
+        return _many_rows(schedule, tpu_many.tile(m, weight, 0, 2, 2, chip), m, weight)
+    return _few_rows(schedule, weight, rows) * -(-m // rows)
 
 
-def _few_rows(schedule: Schedule, weight: BlockSparse, rows: int, count: int) -> float:
+def _few_rows(schedule: Schedule, weight: BlockSparse, rows: int) -> float:
     """Loops over outputs that clear and write sums around those over the blocks of a copy."""
-    copy = tpu.copy_size(weight)
-    _, together = tpu.held_together(rows, BLOCK, copy)
+    copy, count = tpu.copy_size(weight), len(weight.values)
+    _, together = tpu.held_together(rows, weight.block[0], copy)
     sizes = [min(copy, count - start) for start in range(0, count, copy)]
-    trips = [
-        N // BLOCK,
-        sum(size // together for size in sizes),
-        *([sum(size % together for size in sizes)] if together > 1 else []),
-        N // BLOCK,
-    ]
+    trips = [weight.grid[0], *_trips(sizes, together), weight.grid[0]]
     inner = [loop for loop in schedule.inner() if _computes(loop)]
     if len(inner) != len(trips):
         return float("nan")
@@ -117,18 +137,37 @@ def _few_rows(schedule: Schedule, weight: BlockSparse, rows: int, count: int) ->
     return _step(schedule) * len(sizes) + looped
 
 
-def _many_rows(schedule: Schedule, tile: tpu_many.Tile, m: int, count: int) -> float:
+def _trips(sizes: list[int], together: int) -> list[int]:
+    """Of loops over so many blocks at a time, and over those that are left."""
+    whole = sum(size // together for size in sizes)
+    return [whole, sum(size % together for size in sizes)] if together > 1 else [whole]
+
+
+def _values_gradient(schedule: Schedule, chip: chips.Chip, m: int, weight: BlockSparse) -> float:
+    """Loops that clear and write sums, once, around those over a copy's blocks for some rows."""
+    del chip
+    tiles = -(-m // tpu.gradient_rows(m, weight, 2))
+    copy, count = tpu.gradient_copy(weight), len(weight.values)
+    sizes = [min(copy, count - start) for start in range(0, count, copy)]
+    trips = [copy * len(sizes), *(tiles * n for n in _trips(sizes, 2)), copy * len(sizes)]
+    inner = [loop for loop in schedule.inner() if loop.used.get("VSTORE", 0)]
+    if len(inner) != len(trips):
+        return float("nan")
+    looped = sum(loop.bundles * trip for loop, trip in zip(inner, trips, strict=True))
+    return _step(schedule) * len(sizes) * tiles + looped
+
+
+def _many_rows(schedule: Schedule, tile: tpu_many.Tile, m: int, weight: BlockSparse) -> float:
     """A step for each row of blocks: a loop over some, and a branch for each number that is left.
 
     The blocks are spread evenly over the rows. The first step of a tile fills the ring.
     """
     fill, *loops = schedule.inner()
-    looped = {loop.bundles for loop in schedule.inner()}
     left = [part for part in schedule.regions if part.used.get("VSTORE", 0)]
-    left = [part.bundles for part in left if not _holds(part, looped)]
+    left = [part.bundles for part in left if not _holds(part, schedule.inner())]
     if len(loops) != 1 or len(left) != tile.together + 1:
         return float("nan")
-    tiles, grid = -(-m // tile.rows), N // BLOCK
+    tiles, grid, count = -(-m // tile.rows), weight.grid[0], len(weight.values)
     total = grid * (schedule.step().bundles - sum(left))
     total += fill.bundles * (tile.slots - tile.together)
     for row in range(grid):
@@ -144,15 +183,18 @@ def _computes(part: Bundles) -> bool:
 
 def _step(schedule: Schedule) -> int:
     """Bundles of a step outside of its loops, and of copies."""
-    looped = {loop.bundles for loop in schedule.inner()}
     copies = [
         region.bundles
         for region in schedule.regions
-        if not _computes(region) and not _holds(region, looped)
+        if not _computes(region) and not _holds(region, schedule.inner())
     ]
     return schedule.step().bundles - sum(copies)
 
 
-def _holds(region: Bundles, looped: set[int]) -> bool:
+def _holds(region: Bundles, loops: list[Loop]) -> bool:
     """Whether a region holds one of the loops, whose bundles are not the step's."""
-    return any(0 <= region.bundles - size < 16 for size in looped)
+    return any(
+        0 <= region.bundles - loop.bundles < 16
+        and region.used.get("MXU", 0) == loop.used.get("MXU", 0)
+        for loop in loops
+    )

@@ -10,6 +10,7 @@ the rows of x pass by.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def unfit(dtype: jax.typing.DTypeLike, weight: BlockSparse, chip: Chip | None) -
         return f"it takes 1 to {_MOST_BLOCKS} blocks, not {len(weight.values)}"
     size = jnp.dtype(dtype).itemsize
     tiles = [tpu_many.tile(_LANES, weight, axis, size, 4, chip) for axis in (0, 1)]
-    if not all((*tiles, _gradient_rows(_LANES, weight, size))):
+    if not all((*tiles, gradient_rows(_LANES, weight, size))):
         return f"128 rows of the {sum(weight.shape)} inputs and outputs do not fit into VMEM"
     return None
 
@@ -98,7 +99,7 @@ def gradients(
       Cotangents of x, and of the blocks of W: in the dtype of float values, in f32 for int8 ones.
     """
     dx = _product(dz, weight, None, Options(None, x.dtype.name), 1, chip, interpret)
-    return dx, _values_gradient(x, weight, dz, interpret)
+    return dx, _values_gradient(x, weight, dz, chip, interpret)
 
 
 def _product(x, weight, bias, options, axis, chip, interpret):
@@ -219,17 +220,19 @@ def held_together(rows: int, outputs: int, copy: int) -> tuple[int, int]:
     return held, min(max(held, 2 if fitting else 1), copy)
 
 
-def _values_gradient(x, weight, dz, interpret):
+def _values_gradient(x, weight, dz, chip, interpret):
     """``(blocks, bn, bk)``: dzᵀ x where the blocks are."""
     m, blocks, (bn, bk) = x.shape[0], len(weight.values), weight.block
     n, k = _padded(weight, 0), _padded(weight, 1)
-    tm = _gradient_rows(m, weight, x.dtype.itemsize)
+    tm = gradient_rows(m, weight, x.dtype.itemsize)
     x = reference.pad_columns(_pad_rows(x, tm), k)
     # Transposed once, rather than in each block.
     dz = reference.pad_columns(_pad_rows(dz, tm), n).T
-    copy = min(blocks, max(1, _SUMS // (bn * bk * 4)))
+    copy = gradient_copy(weight)
     return on_tpu(
-        functools.partial(_values_gradient_kernel, blocks=blocks),
+        functools.partial(
+            _values_gradient_kernel, blocks=blocks, depth=_gradient_depth(tm, weight, chip)
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(-(-blocks // copy), x.shape[0] // tm),
@@ -250,7 +253,9 @@ def _values_gradient(x, weight, dz, interpret):
     )(weight.rows, weight.columns, x, dz)
 
 
-def _values_gradient_kernel(rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_ref, *, blocks):
+def _values_gradient_kernel(
+    rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_ref, *, blocks, depth
+):
     """Adds what some rows of x and dz give to the blocks of one copy."""
     copy, bn, bk = out_ref.shape
     first = pl.program_id(0) * copy
@@ -266,8 +271,10 @@ def _values_gradient_kernel(rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_
     def add(start, count):
         for i in range(count):
             row, column = rows_ref[first + start + i], columns_ref[first + start + i]
-            dz, x = dz_ref[_columns(row, bn), :], x_ref[:, _columns(column, bk)]
-            sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
+            for part in range(0, x_ref.shape[0], depth):
+                rows = pl.ds(part, depth)
+                dz, x = dz_ref[_columns(row, bn), rows], x_ref[rows, _columns(column, bk)]
+                sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
 
     _each(jnp.minimum(copy, blocks - first), min(2, copy), add)
 
@@ -318,11 +325,25 @@ def product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
     return 0 if m > _LANES else _rows(m, row, _VMEM - 4 * _COPY)
 
 
-def _gradient_rows(m, weight, itemsize) -> int:
+def gradient_copy(weight: BlockSparse) -> int:
+    """Blocks whose gradients a grid step adds to."""
+    return min(len(weight.values), max(1, _SUMS // (math.prod(weight.block) * 4)))
+
+
+def gradient_rows(m, weight, itemsize) -> int:
     """Rows of a tile of the gradient to the values: two copies of x and dz each."""
     sums = _SUMS * (4 + 2 * jnp.dtype(reference.gradient_dtype(weight)).itemsize) // 4
     row = 2 * (_padded(weight, 0) + _padded(weight, 1)) * itemsize
     return _rows(m, row, _VMEM - 4 * _COPY - sums)
+
+
+def _gradient_depth(tm: int, weight: BlockSparse, chip: Chip) -> int:
+    """Rows of a tile that are multiplied at a time.
+
+    A matrix unit of fewer than the tile's would add up its products of large blocks in registers.
+    """
+    large = math.prod(weight.block) > _LARGEST**2 // 4
+    return _LANES if large and chip.mxu == _LANES and tm % _LANES == 0 else tm
 
 
 def _padded(weight: BlockSparse, axis: int) -> int:

@@ -24,8 +24,9 @@ _LANES = 128
 _VMEM = 48 << 20
 # Rows of a tile in bf16; in f32, whose products cost more, half of them.
 _TALLEST = 2048
-# Rows whose products with all blocks of a loop's step are finished before those of others begin.
+# Most rows of a chunk, and outputs: products of more would be spilled.
 _CHUNK = 1024
+_WIDEST = 256
 # Most blocks, and most products of bf16 numbers, that a step of the loop over blocks takes.
 _TOGETHER = 4
 _UNROLLED = 2 * 2048 * 256 * 256
@@ -42,12 +43,15 @@ class Tile:
       together: blocks that a step of the loop over them takes.
       slots: of the ring of blocks.
       depth: inputs whose products are added up before they are added to others.
+      chunk: rows whose products with all blocks of a loop's step are finished before those of
+        others begin.
     """
 
     rows: int
     together: int
     slots: int
     depth: int
+    chunk: int
 
 
 def tile(
@@ -82,7 +86,12 @@ def tile(
     # Sums of one product that wait for a second one of a wide matrix unit would be spilled.
     limit = _TOGETHER if chip.mxu == _LANES else min(depth // inputs, _TOGETHER)
     together = max(min(_UNROLLED // (rows * passes * out * inputs), limit), 1)
-    return Tile(rows, together, ahead + together, depth)
+    chunk = _CHUNK
+    if together > 2 and chip.mxu > _LANES:  # Sums of as many rows would wait in registers.
+        chunk //= 2
+        if weight.scales is not None:
+            chunk = min(chunk, -(-rows // 32) * 16)
+    return Tile(rows, together, ahead + together, depth, chunk)
 
 
 def matmul(
@@ -248,65 +257,94 @@ def _kernel(
     first, end = starts_ref[row], starts_ref[row + 1]
     pl.when(row == 0)(ring.fill)
 
-    def begin(rows):
-        shape = rows.size, y_ref.shape[1]
-        return jnp.broadcast_to(bias_ref[...], shape) if biased else jnp.zeros(shape, jnp.float32)
+    def begin(part):
+        rows, columns = part
+        zeros = jnp.zeros((rows.size, columns.size), jnp.float32)
+        return jnp.broadcast_to(bias_ref[:, columns], zeros.shape) if biased else zeros
 
-    def total(b, number, rows):
+    def so_far(part, begun):
+        if isinstance(begun, bool):
+            return sums_ref[part] if begun else begin(part)
+        return jnp.where(begun, sums_ref[part], begin(part))
+
+    def total(b, number, part, begun):
         """Sums up to some blocks; between products they leave the registers."""
         y = None
-        for product in _products(x_ref, held, from_ref, ring, b, number, rows, axis, sizes.depth):
+        for product in _products(x_ref, held, from_ref, ring, b, number, part, axis, sizes.depth):
             if y is None:
-                before = jnp.where(b > first, sums_ref[rows], begin(rows))
+                before = so_far(part, begun)
             else:
-                sums_ref[rows] = y
-                before = sums_ref[rows]
+                sums_ref[part] = y
+                before = sums_ref[part]
             y = before + product
         return y
 
     def add(i, _):
         b = first + i * together
         ring.take(b, together)
-        for rows in chunks:
-            sums_ref[rows] = total(b, together, rows)
+        for part in parts:
+            sums_ref[part] = total(b, together, part, b > first)
 
-    def finish(number):
+    def finish(number, begun):
         ring.take(end - number, number)
-        for rows in chunks:
-            y = total(end - number, number, rows) if number else begin(rows)
-            y_ref[rows] = reference.finish(y, None, options)
+        for part in parts:
+            y = total(end - number, number, part, begun) if number else begin(part)
+            y_ref[part] = reference.finish(y, None, options)
 
-    chunks = [
-        pl.ds(start, min(_CHUNK, sizes.rows - start)) for start in range(0, sizes.rows, _CHUNK)
+    parts = [
+        (rows, columns)
+        for rows in _cut(sizes.rows, sizes.chunk, 16)
+        for columns in _cut(y_ref.shape[1], _WIDEST, _LANES)
     ]
     # The last blocks of a row finish its outputs.
     whole = jax.lax.div(jnp.maximum(end - first - 1, 0), together)
     jax.lax.fori_loop(0, whole, add, None)
+    left = end - first - whole * together
     for number in range(together + 1):
-        pl.when(end - first - whole * together == number)(functools.partial(finish, number))
+        if not scaled or number == 0:
+            pl.when(left == number)(functools.partial(finish, number, whole > 0))
+            continue
+        # Products that are scaled wait longer: there is no register to choose sums in meanwhile.
+        for begun in (False, True):
+            found = (left == number) & ((whole > 0) == begun)
+            pl.when(found)(functools.partial(finish, number, begun))
 
 
-def _products(x_ref, held, from_ref, ring, b, number, rows, axis, depth):
-    """Products of some rows with blocks from ``b`` on, which are to be added up."""
+def _cut(size: int, most: int, unit: int) -> list[pl.Slice]:
+    """A size in about equal parts of at most so many, which are multiples of a unit."""
+    each = -(-size // (unit * -(-size // most))) * unit
+    return [pl.ds(start, min(each, size - start)) for start in range(0, size, each)]
+
+
+def _products(x_ref, held, from_ref, ring, b, number, part, axis, depth):
+    """Products of some rows and outputs with blocks from ``b`` on, which are to be added up."""
     values_ref, *scales_ref = held
     inputs = values_ref.shape[2 - axis]
+    rows, columns = part
     x, w, scales = [], [], []
     for i in range(number):
         slot = ring.slot(b + i)
         x.append(x_ref[rows, pl.ds(pl.multiple_of(from_ref[b + i] * inputs, inputs), inputs)])
-        w.append(values_ref[slot])
-        scales += [ref[slot] for ref in scales_ref]
+        w.append(values_ref[slot, columns] if axis == 0 else values_ref[slot, :, columns])
+        scales += [ref[slot, :, columns] if axis == 0 else ref[slot] for ref in scales_ref]
 
     def product(x, w):
         return reference.dot(x, w, ((1,), (1 - axis,)))
 
+    def cut(x, w):
+        """Of large blocks only so many inputs at a time are added up by the matrix unit."""
+        for start in range(0, inputs, depth):
+            some = slice(start, start + depth)
+            yield x[:, some], w[:, some] if axis == 0 else w[some]
+
     if scales and axis == 0:
-        yield from (product(x, w) * s for x, w, s in zip(x, w, scales, strict=True))
+        for *block, s in zip(x, w, scales, strict=True):
+            yield from (product(*part) * s for part in cut(*block))
         return
     if scales:
         x = [(a.astype(jnp.float32) * s).astype(a.dtype) for a, s in zip(x, scales, strict=True)]
-    # The matrix unit adds up what it can.
+    pairs = [part for block in zip(x, w, strict=True) for part in cut(*block)]
     joined = max(depth // inputs, 1)
-    for i in range(0, number, joined):
-        part = slice(i, i + joined)
-        yield product(jnp.concatenate(x[part], axis=1), jnp.concatenate(w[part], axis=1 - axis))
+    for i in range(0, len(pairs), joined):
+        x, w = zip(*pairs[i : i + joined], strict=True)
+        yield product(jnp.concatenate(x, axis=1), jnp.concatenate(w, axis=1 - axis))

@@ -224,14 +224,12 @@ def columns(tn: int, chip: Chip, few: bool) -> int:
 
 
 def _few_scratch(weight, rows, tn, outputs, dtype, chip):
-    """Products before their scales, and the scales of a tile with outputs in lanes."""
-    if weight.scales is None:
-        return {}
+    """Products that wait, and the scales of a tile with outputs in lanes."""
     k = weight.shape[1]
-    found = {
-        "products_ref": pltpu.VMEM((k // SLAB, rows, outputs), jnp.float32),
-        "scales_ref": pltpu.VMEM((k // weight.group_size, tn), jnp.float32),
-    }
+    found = {"products_ref": pltpu.VMEM((k // SLAB, rows, outputs), jnp.float32)}
+    if weight.scales is None:
+        return found
+    found["scales_ref"] = pltpu.VMEM((k // weight.group_size, tn), jnp.float32)
     if _codes(dtype, chip) == jnp.int8:
         found["w_ref"] = pltpu.VMEM((outputs * dtype.itemsize // 4, k), jnp.int32)
     return found
@@ -254,7 +252,7 @@ def _few_rows(
         number = _codes(x_ref.dtype, chip)
         unit = _UNIT if number == jnp.int8 else 1
         scales_ref[...] = refs["scales"][...].T * (1 / unit)
-        _keep_in_memory(products_ref.at[0])
+    _keep_in_memory(products_ref.at[0])
 
     def written(block, start):
         """The weights of a slab, as the matrix unit takes them."""
@@ -272,11 +270,11 @@ def _few_rows(
 
     def product(block, start):
         y = _dot(x_ref[:, pl.ds(PARTS * start, SLAB)], written(block, start))
-        if not coded:
-            return y
-        # By way of memory, or the compiler would multiply all before it scales any.
+        # By way of memory, or the compiler would multiply all before it scales or adds any.
         products_ref[start // LANES] = y
         y = products_ref[start // LANES]
+        if not coded:
+            return y
         first = PARTS * start // group_size
         return sum(
             y[i * m : (i + 1) * m] * scales_ref[pl.ds(first + i, 1), block]
@@ -338,26 +336,34 @@ def _many_rows(
         _blocks(y_ref.shape[1], FILLED, fill)
 
     _keep_in_memory(sums_ref)
-    depth = _depth(chip, k)
+    width, depth = _summed(chip, y_ref.shape[0], outputs, k)
 
-    def multiply(block):
-        for start in range(0, k, depth):
-            inputs = pl.ds(start, min(depth, k - start))
-            w = pltpu.bitcast(w_ref[_words(block, dtype), inputs], dtype)
-            y = _dot(x_ref[:, inputs], w)
-            y = sums_ref[...] + y if start else y
-            if start + depth < k:
-                sums_ref[...] = y
-        _finish(refs, y_ref, block, y, options)
+    def multiply(whole):
+        for part in range(0, outputs, width):
+            block = pl.ds(pl.multiple_of(whole.start + part, width), width)
+            of_sums = pl.ds(part, width)
+            for start in range(0, k, depth):
+                inputs = pl.ds(start, min(depth, k - start))
+                w = pltpu.bitcast(w_ref[_words(block, dtype), inputs], dtype)
+                y = _dot(x_ref[:, inputs], w)
+                y = sums_ref[:, of_sums] + y if start else y
+                if start + depth < k:
+                    sums_ref[:, of_sums] = y
+            _finish(refs, y_ref, block, y, options)
 
     _blocks(y_ref.shape[1], outputs, multiply)
 
 
-def _depth(chip: Chip, k: int) -> int:
-    """Inputs whose products are summed before the sums go to VMEM, so that registers suffice."""
+def _summed(chip: Chip, rows: int, outputs: int, k: int) -> tuple[int, int]:
+    """Outputs and inputs whose products are summed before the sums go to VMEM.
+
+    So that registers suffice: of few rows and all outputs the compiler would keep the sums there.
+    """
     if chip.name == "7x":  # Its matrix unit holds sums itself.
-        return k
-    return chip.mxu if chip.mxu > LANES else 4 * chip.mxu
+        return outputs, k
+    if chip.mxu > LANES:
+        return (LANES, 4 * chip.mxu) if rows <= LANES else (outputs, chip.mxu)
+    return outputs, 4 * chip.mxu
 
 
 def _keep_in_memory(ref) -> None:

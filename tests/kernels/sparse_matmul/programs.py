@@ -54,6 +54,17 @@ def blocks(
     return both, [*arguments, shape(rows, outputs, of=dtype)]
 
 
+def values_gradient(mesh, rows=16, outputs=4096, inputs=4096, chip=None, **options):
+    """The gradient to the values of a block-sparse weight, and the shapes of its arguments."""
+    run, (x, weight, _) = blocks(mesh, rows, outputs, inputs, chip=chip, **options)
+
+    def gradient(x, weight, dy):
+        return jax.vjp(lambda weight: run(x, weight), weight)[1](dy)[0].values
+
+    dy = _shapes(mesh)(rows, outputs, of=x.dtype)
+    return gradient, [x, weight, dy]
+
+
 def nm(
     mesh,
     rows=16,

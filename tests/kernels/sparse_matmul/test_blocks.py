@@ -166,6 +166,20 @@ class TestInterpretedTpu(TestXla):
             dw.values, got.values, atol=2e-6 * np.abs(np.asarray(got.values)).max()
         )
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+    def test_large_blocks(self, rng, dtype):
+        # Of which some outputs, inputs and, for the gradient to values, rows are taken at a time.
+        self.block = (384, 384)
+        w, dense = self.case(rng, [[1]], dtype=dtype, cut=0)
+        x = cases.rows(rng, (256, w.shape[1]), "bfloat16")
+        dy = cases.rows(rng, (256, w.shape[0]), "bfloat16")
+        y, pullback = jax.vjp(self.run, x, w)
+        cases.assert_close(y, cases.product(x, dense), "bfloat16")
+        dx, dw = pullback(dy)
+        cases.assert_close(dx, cases.double(dy) @ dense, "bfloat16")
+        if dtype == "bfloat16":
+            cases.assert_close(dw.values[0], cases.double(dy).T @ cases.double(x), "bfloat16")
+
     @pytest.mark.parametrize(("rows", "dtype"), [(5, "int8"), (144, "float32"), (144, "int8")])
     def test_one_of_several_layers(self, rng, rows, dtype):
         masks = [[1, 1, 0], [0, 1, 0]], [[0, 1, 1], [1, 0, 0]]

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from jaxcomp.kernels import schedules
 
 from tests.kernels import aot
 from tests.kernels.sparse_matmul.test_sharding import COLLECTIVES
@@ -32,6 +33,17 @@ def test_compiles(chip):
     errors = [(case, r["error"]) for case, r in zip(CASES, results, strict=False) if r["error"]]
     assert not errors and len(results) == len(CASES)
     assert all("tpu_custom_call" in result["hlo"] for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+def test_inner_loops_spill_nothing(tmp_path):
+    # One only, of those that had no registers before: a schedule takes long to write.
+    large = {"rows": 256, "block": 512, "values": "int8", "density": 0.5}
+    (result,) = aot.compile_cases("v6e", [(PROGRAMS + "blocks", large)], tmp_path)
+    assert result["error"] is None
+    (found,) = schedules.schedules(tmp_path, "block_sparse_matmul")
+    assert found.loops and not any(loop.spills for loop in found.loops)
 
 
 @pytest.mark.slow
