@@ -37,8 +37,17 @@ def blocks(schedule: Schedule) -> list[Bundles]:
     return [region for region in schedule.regions if region.used.get("MXU", 0) > PRODUCTS]
 
 
+def _own_blocks(schedule: Schedule) -> list[Bundles]:
+    """Those of our kernels, which may hold branches and loops.
+
+    Of decoding one block that is full, and one in which a cache ends.
+    """
+    return [region for region in schedule.outer if region.used.get("MXU", 0) > PRODUCTS]
+
+
 def total(
     schedule: Schedule,
+    regions: list[Bundles],
     steps: int,
     rows: int,
     computed: list[int],
@@ -49,6 +58,7 @@ def total(
 
     Args:
       schedule: of a kernel over blocks.
+      regions: of it, of which some compute a block.
       steps: of the grid.
       rows: how often a result begins and ends.
       computed: how often each region that computes a block runs.
@@ -59,17 +69,17 @@ def total(
     Returns:
       Their number; NaN where the schedule has other regions than the source.
     """
-    places = [schedule.regions.index(region) for region in blocks(schedule)]
+    places = [i for i, region in enumerate(regions) if region.used.get("MXU", 0) > PRODUCTS]
     first, last = places[0] - len(limited) - 1, places[-1]
-    if len(places) != len(computed) or first < 0 or last + 1 == len(schedule.regions):
+    if len(places) != len(computed) or first < 0 or last + 1 == len(regions):
         return float("nan")
     # Each of the source's branches: its region, how often it runs, and its loop's trips.
     edge, limit, compute = trips
-    taken = [(schedule.regions[first], rows, edge)]
-    between = schedule.regions[first + 1 : places[0]]
+    taken = [(regions[first], rows, edge)]
+    between = regions[first + 1 : places[0]]
     taken += [(region, n, limit) for region, n in zip(between, limited, strict=True)]
-    taken += [(schedule.regions[i], n, compute) for i, n in zip(places, computed, strict=True)]
-    taken.append((schedule.regions[last + 1], rows, edge))
+    taken += [(regions[i], n, compute) for i, n in zip(places, computed, strict=True)]
+    taken.append((regions[last + 1], rows, edge))
     loops = schedule.inner()
     if len(loops) != sum(again > 1 for _, _, again in taken):
         return float("nan")
@@ -112,7 +122,8 @@ def _own(
     results = config.blocks.column_blocks if kernel == "dkv" else config.blocks.row_blocks
     pairs = walk.sizes[walk.by_rows] // walk.tile[1]
     trips = (walk.results, pairs * walk.parts, pairs * walk.turns)
-    return total(schedule, steps.count * turns, results * turns, computed, limited, trips)
+    counts = steps.count * turns, results * turns, computed, limited, trips
+    return total(schedule, schedule.outer, *counts)
 
 
 def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: str) -> float:
@@ -122,18 +133,19 @@ def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: 
     steps = of.columns(1) if kernel == "dkv" else of.rows
     results = of.column_blocks if kernel == "dkv" else of.row_blocks
     fullest = max(collections.Counter(steps.major[0].tolist()).values())
-    return total(schedule, fullest * results * HEADS, results * HEADS, [steps.count * HEADS])
-
-
-def _decode_blocks(schedule: Schedule) -> list[Bundles]:
-    """A block that is full, and one in which a cache ends; each may hold branches and loops."""
-    return [region for region in schedule.outer if region.used.get("MXU", 0) > PRODUCTS]
+    return total(
+        schedule,
+        schedule.regions,
+        fullest * results * HEADS,
+        results * HEADS,
+        [steps.count * HEADS],
+    )
 
 
 def _decode(schedule: Schedule, chip: chips.Chip, block: int) -> float:
     """All blocks are full: the code of one in which a cache ends has loops, and does not run."""
     del chip
-    places = [schedule.outer.index(region) for region in _decode_blocks(schedule)]
+    places = [schedule.outer.index(region) for region in _own_blocks(schedule)]
     parts = schedule.outer[places[0] - 1 : places[-1] + 2]
     if len(places) != 2 or len(parts) != 4:
         return float("nan")
@@ -167,7 +179,7 @@ def _decode_cases() -> list[Case]:
                 {"capacity": CAPACITY, "batch": BATCH, **options},
                 functools.partial(_decode, block=block),
                 BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + scale),
-                inner=_decode_blocks,
+                inner=_own_blocks,
             )
         )
     return cases
@@ -183,7 +195,7 @@ def _case(mask: str, kernel: str, name: str, against: str, shapes: dict) -> Case
         shapes | {"mask": mask, "gradient": GRADIENTS[kernel]},
         functools.partial(_own, mask=mask, kernel=kernel),
         against=against,
-        inner=blocks,
+        inner=_own_blocks,
     )
 
 
@@ -194,6 +206,16 @@ def _splash_case(name: str, mask: str, kernel: str, size: int, shapes: dict) -> 
     return Case(name, of, f"{_MODULE}:splash", options, count, inner=blocks)
 
 
+def _segments_case(basis: str, shapes: dict) -> Case:
+    of = _case("causal", "forward", f"attention segments causal {LENGTH}", basis, shapes)
+    return dataclasses.replace(
+        of,
+        options=of.options | {"segments": True},
+        cycles=functools.partial(_own, mask="causal", kernel="forward", segments=True),
+        inner=lambda schedule: schedule.regions,
+    )
+
+
 def cases() -> list[Case]:
     """Masks of all blocks, of a tenth, and the two that splash attention has too."""
     shapes = {"queries": LENGTH, "heads": HEADS, "kv_heads": HEADS, "dim": DIM}
@@ -201,26 +223,19 @@ def cases() -> list[Case]:
     for mask in ("full", "tenth"):
         basis = f"attention full {LENGTH}" if mask == "tenth" else ""
         out.append(_case(mask, "forward", f"attention {mask} {LENGTH}", basis, shapes))
-    # Options of a kernel that has no other kernel beside it.
-    name = f"attention soft cap causal {LENGTH}"
-    basis = f"attention causal {LENGTH}"
-    out.append(_case("causal", "forward", name, basis, shapes | {"soft_cap": 30.0}))
-    of = _case("causal", "forward", f"attention segments causal {LENGTH}", basis, shapes)
-    out.append(
-        dataclasses.replace(
-            of,
-            options=of.options | {"segments": True},
-            cycles=functools.partial(_own, mask="causal", kernel="forward", segments=True),
-            inner=lambda schedule: schedule.regions,
-        )
-    )
     # Gradients last: their programs have forward kernels, too.
     for kernel in ("forward", "dq", "dkv"):
+        words = "" if kernel == "forward" else f" {kernel}"
         for mask in ("causal", "window"):
-            of = mask if kernel == "forward" else f"{mask} {kernel}"
-            basis = f"splash {of} {LENGTH}"
+            basis = f"splash {mask}{words} {LENGTH}"
             out.append(_splash_case(basis, mask, kernel, programs.BLOCK, shapes))
             large = f"{basis} in blocks of {2 * programs.BLOCK}"
             out.append(_splash_case(large, mask, kernel, 2 * programs.BLOCK, shapes))
-            out.append(_case(mask, kernel, f"attention {of} {LENGTH}", basis, shapes))
+            out.append(_case(mask, kernel, f"attention {mask}{words} {LENGTH}", basis, shapes))
+        # Options have no other kernel beside them.
+        basis = f"attention causal{words} {LENGTH}"
+        name = f"attention soft cap causal{words} {LENGTH}"
+        out.append(_case("causal", kernel, name, basis, shapes | {"soft_cap": 30.0}))
+        if kernel == "forward":
+            out.append(_segments_case(basis, shapes))
     return out + _decode_cases()

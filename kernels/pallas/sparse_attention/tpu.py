@@ -42,10 +42,15 @@ STEP = 512 * 512 // 4
 # A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
 # ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
 SCALAR_BYTES = (1 << 20) - (1 << 14)
-# Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing.
+# Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing; of
+# scaled keys at most one.
 MAXIMA = {"v5e": 0, "v5p": 0, "v6e": 1, "7x": 2}
 # Heads that fit in a step's word.
 MOST_GROUP = 1 << 8
+
+
+def _maxima(chip: Chip | None) -> int:
+    return MAXIMA.get(chip.name if chip else "", 2)
 
 
 def unfit(
@@ -152,7 +157,7 @@ def attention(
         interpret=interpret,
         logsumexp=logsumexp,
         wide=chip is None or chip.platform != "tpu" or chip.mxu > LANES,
-        maxima=MAXIMA.get(chip.name if chip else "", 2),
+        maxima=_maxima(chip) if k_scale is None else min(_maxima(chip), 1),
     )
     extras = {
         "segments": None if segment_ids is None else _ids(segment_ids, -1),
@@ -300,26 +305,27 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     if logsumexp:
         # One more array costs scalar arithmetic at every step, too.
         outputs["lse"] = jax.ShapeDtypeStruct(lse_shape, jnp.float32), walk.along_lanes(0)
+    kept = {
+        "scaled": ((rows, dim), q.dtype),
+        "total": ((rows, LANES), jnp.float32),
+        "sum": ((rows, out_dim), jnp.float32),
+    }
     passing = {
         "products": ((rows, columns), jnp.float32),
-        "fade": ((rows, LANES), jnp.float32),
         "weights": ((rows, columns), q.dtype),
         "sums": ((sums(columns), rows, out_dim), jnp.float32),
     }
-    if config.maxima:
-        passing["maxima"] = ((min(config.maxima, columns // LANES), rows, LANES), jnp.float32)
+    if not config.bounded:
+        kept["top"] = passing["fade"] = ((rows, LANES), jnp.float32)
+        if config.maxima:
+            passing["maxima"] = ((min(config.maxima, columns // LANES), rows, LANES), jnp.float32)
     out, *lse = run(
         forward_kernel,
         walk,
         batch,
         _inputs(walk, q, k, v, extras),
         outputs,
-        {
-            "scaled": ((rows, dim), q.dtype),
-            "top": ((rows, LANES), jnp.float32),
-            "total": ((rows, LANES), jnp.float32),
-            "sum": ((rows, out_dim), jnp.float32),
-        },
+        kept,
         passing,
         "sparse_attention_forward",
         dim + out_dim,

@@ -12,12 +12,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxcomp.kernels.sparse_attention.schedule import TABLE
-from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Kernel
+from jaxcomp.kernels.sparse_attention.tpu_walk import LANES, LOG2_E, Kernel, Left, Spanned, repeat
 
 # A score that is masked is far below the first maximum: its weight is zero even in a row that has
 # seen no other score.
 LOWEST, MASKED = -1e30, -2e38
+# Parts of a tile in which what spans leave of it is written.
+SPAN_PARTS = 8
 # Rows of a tile of registers, in the narrowest dtype that is kept in memory.
 TOUCHED = 16
 
@@ -76,40 +79,49 @@ def _limits(refs, by_rows):
     return limit
 
 
-def _scores(config, refs):
-    """Memory of scores over log 2, not masked: of ``refs.products``, which have all but the cap.
+def _scored(config, refs) -> None:
+    """Writes scores over log 2, not masked, of ``refs.products``, which have all but scale and cap.
 
     Args:
       config: of the kernel.
       refs: of the kernel; products are those of queries, keys and ``config.factor``.
     """
     if refs.scores is None:
-        return refs.products
+        return
     scores = refs.products[...]
     if refs.k_scale is not None:
         scores *= refs.k_scale[...]
     if config.soft_cap:
-        scores = jnp.tanh(scores) * (config.soft_cap * LOG2_E)
+        scores = jnp.tanh(scores)
+        if refs.slopes is not None:
+            refs.slopes[...] = 1 - scores * scores
+        scores *= config.soft_cap * LOG2_E
     refs.scores[...] = scores
-    return refs.scores
 
 
-def _masked(refs, scores, masked: bool):
-    """Scores, or what is left of them, by ``refs.limits``.
+def _scores(refs):
+    """Memory of scores."""
+    return refs.products if refs.scores is None else refs.scores
+
+
+def _masked(refs, scores, left: Left):
+    """What is left of scores.
 
     To mask again where they are needed again takes fewer registers than to keep the result.
     """
-    return jnp.minimum(scores, refs.limits[...]) if masked else scores
+    if left is Left.ALL:
+        return scores
+    return jnp.minimum(scores, refs.limits[...]) if left is Left.LIMITS else scores + refs.bias[...]
 
 
-def _highest(refs, scores, masked: bool):
+def _highest(refs, scores, left: Left):
     """Maxima of rows, (rows, 1), of those of each lane.
 
     A wide matrix unit gives products faster than their maxima are taken, which then wait in memory.
     What is masked is late enough as it is, and maxima of pairs wait least.
     """
     parts = [scores[:, i : i + LANES] for i in range(0, scores.shape[1], LANES)]
-    if masked:
+    if left is not Left.ALL:
         while len(parts) > 1:
             pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
             parts = [functools.reduce(jnp.maximum, pair) for pair in pairs]
@@ -122,19 +134,52 @@ def _highest(refs, scores, masked: bool):
     return functools.reduce(jnp.maximum, parts).max(axis=1, keepdims=True)
 
 
-def _slope(config, scores):
-    """The cap's derivative, of scores that it has been applied to."""
-    tanh = scores * (1 / (config.soft_cap * LOG2_E))
-    return 1 - tanh * tanh
+def _span_part(rows: int, trip):
+    size = rows // SPAN_PARTS
+    return pl.ds(pl.multiple_of(trip * size, size), size)
 
 
-def _span_weights(config, refs, shape, by_rows):
-    """m(distance), and its derivative to z."""
-    q, k = _positions(refs, shape, by_rows)
-    distance = jnp.abs(q - k).astype(jnp.float32)
-    soft = (config.ramp + refs.z - distance) * (1 / config.ramp)
-    inside = (soft > 0) & (soft < 1)
-    return jnp.clip(soft, 0, 1), jnp.where(inside, 1 / config.ramp, 0.0)
+def _spanned(config, refs, by_rows) -> Spanned | None:
+    """What writes log2 m(distance), of the adaptive span's weight m, to add to scores.
+
+    It has code of its own: what is computed beside products comes early, and would be spilled.
+    What the mask leaves out has no weight either.
+    """
+    if refs.span is None:
+        return None
+    rows, columns = refs.bias.shape
+    starts = (refs.q_start, refs.k_start)[:: 1 if by_rows else -1]
+    offset = starts[0] - starts[1]  # of the first row and the first column
+    nearest = jnp.maximum(jnp.maximum(offset - (columns - 1), -offset - (rows - 1)), 0)
+    farthest = jnp.maximum(offset + (rows - 1), columns - 1 - offset)
+
+    def write(left):
+        def part(trip):
+            at = _span_part(rows, trip)
+            down = offset + at.start + jax.lax.broadcasted_iota(jnp.int32, (at.size, 1), 0)
+            along = jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1)
+            distance = jnp.abs(down - along).astype(jnp.float32)
+            weight = jnp.clip((config.ramp + refs.z - distance) * (1 / config.ramp), 0, 1)
+            bias = jnp.maximum(jnp.log2(weight), MASKED)
+            if left is Left.LIMITS:
+                bias = jnp.minimum(bias, refs.limits[at])
+            refs.bias[at] = bias
+
+        repeat(SPAN_PARTS, part)
+
+    def gather():
+        """Adds to the gradient of z: of each score's, over m where there is a ramp."""
+
+        def part(trip):
+            at = _span_part(rows, trip)
+            bias = refs.bias[at]
+            ramp = (bias < 0) & (bias > MASKED)
+            refs.span_sum[at] += folded(jnp.where(ramp, refs.d_shares[at] * jnp.exp2(-bias), 0))
+
+        repeat(SPAN_PARTS, part)
+
+    inside, outside = farthest <= refs.z, nearest >= refs.z + config.ramp
+    return Spanned(write, gather, inside, outside)
 
 
 def lanes(x, width: int):
@@ -199,55 +244,74 @@ def _product(sums, a, b, like):
 # -- kernels: what a tile does first, its products, what is added from them, and last --------------
 
 
+def _kernel(config, refs, by_rows, start, steps, finish) -> Kernel:
+    limit, spanned = _limits(refs, by_rows), _spanned(config, refs, by_rows)
+    return Kernel(start, limit, spanned, steps, finish)
+
+
 def forward_kernel(config, refs, by_rows):
     """Outputs and log-sum-exps, by an online softmax."""
 
     def start():
         refs.scaled[...] = (refs.q[...].astype(jnp.float32) * config.factor).astype(refs.q.dtype)
-        refs.top[...] = jnp.full_like(refs.top, LOWEST)
+        if not config.bounded:
+            refs.top[...] = jnp.full_like(refs.top, LOWEST)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.sum[...] = jnp.zeros_like(refs.sum)
         touch(refs.scores, refs.products, refs.maxima, refs.weights, refs.fade, refs.sums)
 
-    def products():
+    def products(left):
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
 
-    def add(masked):
-        scores, before = _scores(config, refs), refs.top[...]
-        top = jnp.maximum(before, _highest(refs, _masked(refs, scores[...], masked), masked))
-        above = scores[...] - lanes(top, scores.shape[1])
-        weights = jnp.exp2(_masked(refs, above, masked))
-        if refs.span is not None:
-            weights *= _span_weights(config, refs, scores.shape, by_rows)[0]
+    def above(scores, left):
+        """Scores above the highest so far, to which earlier sums fade; bounded ones as they are."""
+        if config.bounded:
+            return _masked(refs, scores[...], left)
+        before = refs.top[...]
+        top = jnp.maximum(before, _highest(refs, _masked(refs, scores[...], left), left))
         refs.fade[...] = jnp.exp2(before - top)
         refs.top[...] = top
+        return _masked(refs, scores[...] - lanes(top, scores.shape[1]), left)
+
+    def faded(ref):
+        return ref[...] if config.bounded else lanes(refs.fade[...], ref.shape[1]) * ref[...]
+
+    def add(left):
+        _scored(config, refs)
+        if refs.scores is not None and not config.bounded and left is not Left.ALL:
+            # Those that wait in memory, unlike products, wait there as well when they are masked.
+            refs.scores[...] = _masked(refs, refs.scores[...], left)
+            left = Left.ALL
+        weights = jnp.exp2(above(_scores(refs), left))
         # Lane by lane: the lanes are added up once, at the end.
-        refs.total[...] = refs.fade[...] * refs.total[...] + folded(weights)
+        refs.total[...] = faded(refs.total) + folded(weights)
         if refs.v_scale is not None:
             weights *= refs.v_scale[...]
         refs.weights[...] = weights.astype(refs.q.dtype)
         added = _product(refs.sums, refs.weights, refs.v, refs.q)
-        refs.sum[...] = lanes(refs.fade[...], added.shape[1]) * refs.sum[...] + added
+        refs.sum[...] = faded(refs.sum) + added
 
     def finish():
         total = jnp.broadcast_to(refs.total[...].sum(axis=1, keepdims=True), refs.total.shape)
-        some = total > 0
-        safe = jnp.where(some, total, 1.0)
-        out = refs.sum[...] * lanes(jnp.where(some, 1.0 / safe, 0.0), refs.sum.shape[1])
-        refs.out[...] = out.astype(refs.out.dtype)
+        total = _waiting(refs.total, total)
+        inverse = jnp.where(total > 0, 1.0 / total, 0.0)
+        refs.out[...] = (refs.sum[...] * lanes(inverse, refs.sum.shape[1])).astype(refs.out.dtype)
         if refs.lse is None:
             return
-        lse = jnp.where(some, refs.top[...] * (1 / LOG2_E) + jnp.log(safe), -jnp.inf)
-        refs.lse[...] = lse.T[:1]
+        lse = jnp.log(refs.total[...])
+        if not config.bounded:
+            lse += refs.top[...] * (1 / LOG2_E)
+        refs.total[...] = jnp.where(refs.total[...] > 0, lse, -jnp.inf)
+        for i in range(0, refs.total.shape[0], LANES):
+            refs.lse[:, i : i + LANES] = refs.total[i : i + LANES].T[:1]
 
-    return Kernel(start, _limits(refs, by_rows), products, add, finish)
+    return _kernel(config, refs, by_rows, (start,), (products, add), finish)
 
 
 def query_kernel(config, refs, by_rows):
     """The gradients of queries and spans, from saved log-sum-exps."""
 
     def start():
-        refs.scaled[...] = (refs.q[...].astype(jnp.float32) * config.factor).astype(refs.q.dtype)
         refs.lse_column[...] = _column(refs.lse[...])
         refs.delta_column[...] = _column(refs.delta[...])
         refs.sum[...] = jnp.zeros_like(refs.sum)
@@ -255,29 +319,44 @@ def query_kernel(config, refs, by_rows):
             refs.span_sum[...] = jnp.zeros_like(refs.span_sum)
         touch(refs.scores, refs.products, refs.d_shares, refs.d_scores, refs.sums)
 
-    def products():
+    def scale():
+        refs.scaled[...] = (refs.q[...].astype(jnp.float32) * config.factor).astype(refs.q.dtype)
+
+    def products(left):
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+        _scored(config, refs)
+        if not config.apart:
+            of_values()
+
+    def of_values():
         refs.d_shares[...] = dot(refs.d_out[...], _operand(refs.v, refs.q), transposed=True)
 
-    def add(masked):
-        scores = _scores(config, refs)
-        lse = lanes(refs.lse_column[...], scores.shape[1])
-        shares = jnp.exp2(_masked(refs, scores[...], masked) - lse)
-        if config.wide:
-            shares = _waiting(refs.products, shares)
+    def share(left):
+        if config.apart:
+            refs.products[...] = shares(left)
+            of_values()
+
+    def shares(left):
+        lse = lanes(refs.lse_column[...], refs.products.shape[1])
+        return jnp.exp2(_masked(refs, _scores(refs)[...], left) - lse)
+
+    def add(left):
+        if config.apart:
+            found = refs.products[...]
+        else:
+            found = shares(left)
+            found = _waiting(refs.products, found) if config.wide else found
         d_shares = refs.d_shares[...]
         if refs.v_scale is not None:
             d_shares *= refs.v_scale[...]
-        d_scores = shares * (d_shares - lanes(refs.delta_column[...], scores.shape[1]))
+        d_scores = found * (d_shares - lanes(refs.delta_column[...], d_shares.shape[1]))
         if refs.span is not None:
-            weights, slopes = _span_weights(config, refs, scores.shape, by_rows)
-            refs.span_sum[...] += folded(d_scores * slopes)
-            d_scores *= weights
+            d_scores = _waiting(refs.d_shares, d_scores)
         if config.soft_cap:
-            d_scores *= _slope(config, scores[...])
+            d_scores *= refs.slopes[...]
         if refs.k_scale is not None:
             d_scores *= refs.k_scale[...]
-        if config.wide:
+        if config.wide and refs.span is None:
             d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
         refs.sum[...] += _product(refs.sums, refs.d_scores, refs.k, refs.q)
@@ -285,9 +364,10 @@ def query_kernel(config, refs, by_rows):
     def finish():
         refs.dq[...] = (refs.sum[...] * config.scale).astype(refs.dq.dtype)
         if refs.span is not None:
-            refs.d_span[...] = refs.span_sum[...].sum(axis=0, keepdims=True)
+            d_span = refs.span_sum[...].sum(axis=0, keepdims=True)
+            refs.d_span[...] = d_span * (1 / config.ramp)
 
-    return Kernel(start, _limits(refs, by_rows), products, add, finish)
+    return _kernel(config, refs, by_rows, (start, scale), (products, share, add), finish)
 
 
 def key_kernel(config, refs, by_rows):
@@ -308,24 +388,31 @@ def key_kernel(config, refs, by_rows):
             refs.v_sums,
         )
 
-    def products():
+    def products(left):
         refs.products[...] = dot(refs.scaled[...], refs.q[...], transposed=True)
+        _scored(config, refs)
 
-    def add(masked):
-        scores = _scores(config, refs)
-        lse = _spread(refs.lse, scores.shape[0])
-        shares = jnp.exp2(_masked(refs, scores[...], masked) - lse)
-        weights = shares
-        if refs.span is not None:
-            weights = shares * _span_weights(config, refs, scores.shape, by_rows)[0]
-        refs.weights[...] = weights.astype(refs.q.dtype)
+    def share(left):
+        lse = _spread(refs.lse, refs.products.shape[0])
+        shares = jnp.exp2(_masked(refs, _scores(refs)[...], left) - lse)
+        if not config.apart:
+            refs.weights[...] = shares.astype(refs.q.dtype)
         refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
-        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
         # They wait for the products of values, where their own products were.
-        weights = _waiting(refs.products, weights)
-        d_scores = weights * (refs.d_shares[...] - _spread(refs.delta, scores.shape[0]))
+        refs.products[...] = shares
+
+    def weigh(left):
+        if config.apart:
+            refs.weights[...] = refs.products[...].astype(refs.q.dtype)
+
+    def values(left):
+        refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
+
+    def add(left):
+        d_shares = refs.d_shares[...] - _spread(refs.delta, refs.products.shape[0])
+        d_scores = refs.products[...] * d_shares
         if config.soft_cap:
-            d_scores *= _slope(config, scores[...])
+            d_scores *= refs.slopes[...]
         d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
         refs.k_sum[...] += _product(refs.k_sums, refs.d_scores, refs.q, refs.q)
@@ -334,4 +421,5 @@ def key_kernel(config, refs, by_rows):
         refs.dk[...] = (refs.k_sum[...] * config.scale).astype(refs.dk.dtype)
         refs.dv[...] = refs.v_sum[...].astype(refs.dv.dtype)
 
-    return Kernel(start, _limits(refs, by_rows), products, add, finish)
+    steps = (products, share, weigh, values, add)
+    return _kernel(config, refs, by_rows, (start,), steps, finish)

@@ -7,6 +7,7 @@ of one step share its copies, some 250 cycles of scalar arithmetic, and what is 
 """
 
 import dataclasses
+import enum
 import functools
 import math
 import types
@@ -32,10 +33,17 @@ OPTIONAL = (
     "v_scale",
     "bitmap",
     "limits",
+    "bias",
+    "slopes",
     "scores",
     "maxima",
+    "top",
+    "fade",
     "lse",
 )
+# The highest score over log 2, of either sign, whose power needs no maximum subtracted: of what
+# float32 has, 2**-126 to 2**127, enough is left for values and for sums.
+BOUND = 80
 # Two heads share a step of blocks up to this size.
 LARGE_BLOCK = 512 * 512
 # Positions of a tile on the side that a block is walked along. A block's scores do not fit in
@@ -101,6 +109,16 @@ class Config:
         """Query heads of a step of the forward kernel."""
         lists = self.blocks.rows.lists
         return together(self.heads, self.kv_heads, lists, self.block_q * self.block_k)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether powers of capped scores are far within float32, without their maxima."""
+        return bool(self.soft_cap) and self.soft_cap * LOG2_E <= BOUND
+
+    @property
+    def apart(self) -> bool:
+        """Whether steps of gradients have code of their own: of caps, for 3 to 7% more cycles."""
+        return self.wide and bool(self.soft_cap)
 
     @property
     def factor(self) -> float:
@@ -298,21 +316,46 @@ class Walk:
         return tile.head if wide > 1 else 0
 
 
+class Left(enum.Enum):
+    """What is left of a tile's scores: all, by the mask's limits, or by a bias of mask and span."""
+
+    ALL = enum.auto()
+    LIMITS = enum.auto()
+    BIAS = enum.auto()
+
+
+class Spanned(NamedTuple):
+    """What a tile does for an adaptive span.
+
+    Attributes:
+      write: (what the mask leaves) writes what is left.
+      gather: adds to the span's gradient, after all else.
+      inside: whether nothing is left out by the span, traced.
+      outside: whether nothing is left.
+    """
+
+    write: Callable[[Left], None]
+    gather: Callable[[], None]
+    inside: Any
+    outside: Any
+
+
 class Kernel(NamedTuple):
     """What is done of a tile.
 
     Attributes:
-      start: what begins a result.
+      start: what begins a result, in steps.
       limit: (rule) writes what it masks.
-      products: computes those that a tile begins with.
-      add: (whether masked) adds to the result what comes of them.
+      spanned: what is done for an adaptive span, None without.
+      steps: (what is left of its scores) compute the tile, one after the other. In one piece of
+        code all that can be computed early is, and may be spilled: they may each have their own.
       finish: what ends a result.
     """
 
-    start: Callable[[], None]
+    start: tuple[Callable[[], None], ...]
     limit: Callable[[Any], None]
-    products: Callable[[], None]
-    add: Callable[[bool], None]
+    spanned: Spanned | None
+    steps: tuple[Callable[[Left], None], ...]
     finish: Callable[[], None]
 
 
@@ -380,6 +423,11 @@ def run(
     limits = max(codes) > FULL or segmented
     if config.soft_cap or "k_scale" in inputs:
         passing = {**passing, "scores": (walk.tile, jnp.float32)}
+    gradients = "d_scores" in passing
+    if config.soft_cap and gradients:
+        passing = {**passing, "slopes": (walk.tile, jnp.float32)}
+    if "span" in inputs:
+        passing = {**passing, "bias": (walk.tile, jnp.float32)}
     names = [*inputs, *outputs, *kept, *passing]
     parts = [part.of_tile for _, part in (*inputs.values(), *outputs.values())]
     parts += [walk.result] * len(kept)
@@ -427,23 +475,55 @@ def run(
                 of(Tile(0, part, 0, walk.place_of(part, minor(trip)))).limit(rule)
 
             # Heads share what is masked. Parts beside each other would share positions: too many.
-            _repeat(walk.parts * trips, work)
+            repeat(walk.parts * trips, work)
 
-        def add(masked):
+        def in_turn(tiles, apart, *told):
+            """Each step of all tiles that are beside each other, before the next."""
+            for number, steps in enumerate(zip(*tiles, strict=True)):
+
+                def work(steps=steps):
+                    for step in steps:
+                        step(*told)
+
+                if apart and number:
+                    # It always is, which the compiler does not know, nor that all have a condition.
+                    pl.when(word >= 1 - number)(work)
+                else:
+                    work()
+
+        def begin(turn):
+            in_turn([tile.start for tile in beside(turn, 0)], config.wide)
+
+        def compute(tiles, left):
+            # No tile's products wait for the other's weights.
+            in_turn([tile.steps for tile in tiles], config.apart and gradients, left)
+
+        def spanned(tiles, left):
+            """What is in the spans of the tiles' heads."""
+            spans = [tile.spanned for tile in tiles]
+            inside = functools.reduce(jnp.logical_and, [span.inside for span in spans])
+            outside = functools.reduce(jnp.logical_and, [span.outside for span in spans])
+            pl.when(inside)(functools.partial(compute, tiles, left))
+
+            @pl.when(~inside & ~outside)
+            def _():
+                for span in spans:
+                    span.write(left)
+                compute(tiles, Left.BIAS)
+                if "span_sum" in kept:
+                    for span in spans:
+                        span.gather()
+
+        def add(left):
             def work(number):
                 turn, trip = _split(number, walk.turns, trips)
-                tiles = beside(turn, trip)
-                # No tile's products wait for the other's weights.
-                for tile in tiles:
-                    tile.products()
-                for tile in tiles:
-                    tile.add(masked)
+                (spanned if "span" in inputs else compute)(beside(turn, trip), left)
 
-            _repeat(walk.turns * trips, work)
+            repeat(walk.turns * trips, work)
 
         @pl.when(first)
         def _():
-            _repeat(walk.results, lambda turn: [tile.start() for tile in beside(turn, 0)])
+            repeat(walk.results, begin)
 
         code = (word >> 2) & 0x3F
         limited = [here for here in codes if here > FULL or (here == FULL and segmented)]
@@ -451,15 +531,15 @@ def run(
             rule = blocks.rules[here - RULE].allowed if here >= RULE else here
             pl.when(code == here)(functools.partial(limit, None if here == FULL else rule))
         if FULL in codes and not segmented:
-            pl.when(code == FULL)(functools.partial(add, False))
+            pl.when(code == FULL)(functools.partial(add, Left.ALL))
         if limited:
-            pl.when(code >= limited[0])(functools.partial(add, True))
+            pl.when(code >= limited[0])(functools.partial(add, Left.LIMITS))
 
         @pl.when(last)
         def _():
             # Those that share a result have it in the same memory.
             own = walk.parts * min(walk.together, walk.wide(walk.major))
-            _repeat(walk.results, lambda turn: [t.finish() for t in beside(turn, 0)[:own]])
+            repeat(walk.results, lambda turn: [t.finish() for t in beside(turn, 0)[:own]])
 
     return on_tpu(
         body,
@@ -500,7 +580,7 @@ def _cost(walk: Walk, batch: int, inputs, outputs, width: int) -> pl.CostEstimat
     return pl.CostEstimate(flops=2 * width * pairs, transcendentals=pairs, bytes_accessed=moved)
 
 
-def _repeat(count: int, work: Callable[[Any], Any]) -> None:
+def repeat(count: int, work: Callable[[Any], Any]) -> None:
     """A loop, or the work itself where it is done once."""
     if count == 1:
         work(0)

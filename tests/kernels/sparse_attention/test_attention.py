@@ -87,6 +87,14 @@ class TestReference:
             span=np.array([3.0, 90.5], np.float32), span_ramp=24.0,
         )  # fmt: skip
 
+    def test_caps_that_all_scores_reach(self):
+        """The kernels take no maxima of scores that a low cap bounds."""
+        q, k, v = cases.operands(11, queries=150, keys=200, heads=2, kv_heads=1)
+        options = {"scale": 9.0, "soft_cap": 55.0}
+        check(self.run, np.abs(q), -np.abs(k), v, causal(30), **options)
+        check(self.run, q, k, v, causal(30), self.dtype, **options)
+        check(self.run, q, k, v, causal(30), **options | {"soft_cap": 90.0})
+
     @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn", "float8_e5m2"])
     def test_quantized_keys_and_values(self, code):
         kv_heads = 1 if code == "int8" else 2
@@ -141,6 +149,12 @@ class TestReference:
         self.gradients(
             causal(), queries=180, keys=180, heads=2, kv_heads=1, segment_ids=segments, span=span
         )
+
+    def test_spans_that_end_within_beyond_and_before_a_block(self):
+        sizes = {"queries": 300, "keys": 300, "kv_heads": 2}
+        span = np.array([500.0, 600.0, 5.3, 7.1], np.float32)
+        check(self.run, *cases.operands(12, **sizes), causal(150), span=span)
+        self.gradients(causal(150), span=span, lse_too=False, **sizes)
 
     def test_gradients_of_heads_with_masks_of_their_own(self):
         mask = per_head([causal(), window(40), ~full(), causal() & random(1)])

@@ -77,6 +77,25 @@ def test_compiles_on_eight_devices(chip):
         assert "tpu_custom_call" in result["hlo"]
 
 
+# Options that used to leave too few registers, with all that a gradient needs or all that waits.
+SPILLED = {
+    "v6e": [{"span": True, "gradient": True}, {"cache": "int8"}],
+    "7x": [{"soft_cap": 50.0, "gradient": True}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize("chip", SPILLED)
+def test_options_spill_nothing(chip, tmp_path):
+    results = aot.compile_cases(chip, [(PROGRAMS + "attend", x) for x in SPILLED[chip]], tmp_path)
+    assert not any(result["error"] for result in results)
+    found = schedules.schedules(tmp_path, "*sparse_attention")
+    # Two more kernels where there is a gradient.
+    assert len(found) == sum(3 if "gradient" in x else 1 for x in SPILLED[chip])
+    assert not [(s.name, loop.spills) for s in found for loop in s.loops if loop.spills]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
 def test_decoding_spills_nothing(tmp_path):
