@@ -42,8 +42,8 @@ STEP = 512 * 512 // 4
 # A core has 1 MiB of scalar memory, as far as the compiler gives it out on every chip of
 # ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
 SCALAR_BYTES = (1 << 20) - (1 << 14)
-# Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing; of
-# scaled keys at most one.
+# Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing.
+# Of scaled keys at most one does.
 MAXIMA = {"v5e": 0, "v5p": 0, "v6e": 1, "7x": 2}
 # Heads that fit in a step's word.
 MOST_GROUP = 1 << 8
