@@ -22,6 +22,7 @@ from jaxcomp.kernels.sparse_attention import (
     random,
     rows,
     tpu_decode,
+    tpu_decode_kernel,
     window,
 )
 
@@ -191,7 +192,7 @@ class TestInterpretedTpu(TestPlain):
     def test_heads(self, monkeypatch, heads, kv_heads, code, loops):
         """They share registers in other ways, and have loops where they are many."""
         if loops:
-            monkeypatch.setattr(tpu_decode, "PRODUCTS", 1 << 11)
+            monkeypatch.setattr(tpu_decode_kernel, "PRODUCTS", 1 << 11)
             monkeypatch.setattr(tpu_decode, "WITHOUT_LOOP", 0)
         sizes = {"heads": heads, "kv_heads": kv_heads, "lengths": (300, 2)}
         check(self.run, None, "bfloat16" if code else "float32", code, **sizes)
