@@ -47,6 +47,7 @@ class Decoding:
       packed: whether the cores look up bytes.
       rows: whether scales lie as ``tpu_factors.from_rows`` spreads them.
       sums: in how many places products are summed before these are added up.
+      kept: whether weights wait in VMEM to be multiplied even where no later step loads them.
     """
 
     format: str
@@ -58,6 +59,7 @@ class Decoding:
     packed: bool
     rows: bool
     sums: int
+    kept: bool
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
@@ -79,9 +81,14 @@ class Decoding:
         # would scales that wait for what is slowly decoded.
         slow = weight.format in _SLOW.get(chip.name, ())
         hard = m > _FEW if slow else m > 2 * _FEW and weight.zeros is not None
+        # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
+        # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
+        # it would only cost cycles.
+        kept = not wide and m <= _FEW
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
             wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
+            kept,
         )  # fmt: skip
 
 
@@ -186,13 +193,13 @@ def _kernel(refs, y_ref, w_ref, acc_ref, *, how, options, columns):
     def run(decoded):
         blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
 
-    keep_in_memory(acc_ref)
+    keep_in_memory(acc_ref, w_ref if how.kept else None)
     first = pl.program_id(1) == 0
     pl.when(first)(lambda: run(False))
     pl.when(jnp.logical_not(first))(lambda: run(True))
 
 
-def keep_in_memory(acc_ref) -> None:
+def keep_in_memory(acc_ref, w_ref=None) -> None:
     """Touches the sums' memory outside of what multiplies, in a branch of its own.
 
     Sums that one block of code alone stores and loads the compiler would keep in registers, of
@@ -200,12 +207,17 @@ def keep_in_memory(acc_ref) -> None:
 
     Args:
       acc_ref: ``(.., rows, outputs)``.
+      w_ref: decoded weights, words ``(outputs / 2, inputs)``, that are to be kept as well, or None.
     """
     some = *acc_ref.shape[:-2], 8, acc_ref.shape[-1]
 
     @pl.when(pl.program_id(0) == 0)
     def _():
         acc_ref[..., :8, :] = jnp.zeros(some, acc_ref.dtype)
+        if w_ref is not None:
+            # The compiler drops stores of weights that nothing else loads. What is loaded here is
+            # not used: the first sums overwrite it.
+            acc_ref[0, :8, :_LANES] = w_ref[:8, :_LANES].astype(acc_ref.dtype)
 
 
 def unit(format: str, chip: Chip) -> float:

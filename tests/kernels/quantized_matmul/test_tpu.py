@@ -64,9 +64,12 @@ class TestMosaicTpu(test_reference.TestXla):
         x = cases.rows(rng, (3, 512), "float32")
         cases.assert_close(self.run(x, case), cases.product(x, case), "float32")
 
-    @pytest.mark.parametrize("format", list(cases.BITS))
-    def test_many_rows(self, rng, format, m=520):
-        # Two tiles of rows, of which one decodes, and more inputs than are multiplied at a time.
+    @pytest.mark.parametrize(
+        ("format", "m"), [*((format, 520) for format in cases.BITS), ("int4", 100)]
+    )
+    def test_many_rows(self, rng, format, m):
+        # Two tiles of rows, of which one decodes, or one; and more inputs than are multiplied at a
+        # time.
         k = 1024 if format == "int2" else 640
         # Scales of 128 inputs, of fewer, and of all: those scale sums.
         group_size = {"int8": 64, "int4": 32, "int2": k, "fp8": k}.get(format, 128)
@@ -311,7 +314,11 @@ def test_compiles(chip):
 
 # What the compiler had no registers for before. Not on v5p, whose units are those of v5e.
 SPILLED = {
-    "v5e": [*WITH_LOOPS, {"m": 2048, "n": 4096, "k": 4096, "group_size": 32}],
+    "v5e": [
+        *WITH_LOOPS,
+        {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
+        {"m": 128, "n": 4096, "k": 4096},
+    ],
     "v6e": [
         {"m": 2048, "n": 4096, "k": 4096, "zeros": True},
         {"m": 2048, "n": 4096, "k": 4096, "activation_dtype": "int8"},
