@@ -263,15 +263,16 @@ def forward_kernel(config, refs, by_rows):
     def products(left):
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
 
-    def above(scores, left):
-        """Scores above the highest so far, to which earlier sums fade; bounded ones as they are."""
+    def weigh(scores, left):
+        """Powers of scores: above the highest so far, to which earlier sums fade, or bounded ones."""
         if config.bounded:
-            return _masked(refs, scores[...], left)
+            return jnp.exp2(_masked(refs, scores[...], left))
         before = refs.top[...]
         top = jnp.maximum(before, _highest(refs, _masked(refs, scores[...], left), left))
+        weights = jnp.exp2(_masked(refs, scores[...] - lanes(top, scores.shape[1]), left))
         refs.fade[...] = jnp.exp2(before - top)
         refs.top[...] = top
-        return _masked(refs, scores[...] - lanes(top, scores.shape[1]), left)
+        return weights
 
     def faded(ref):
         return ref[...] if config.bounded else lanes(refs.fade[...], ref.shape[1]) * ref[...]
@@ -282,7 +283,7 @@ def forward_kernel(config, refs, by_rows):
             # Those that wait in memory, unlike products, wait there as well when they are masked.
             refs.scores[...] = _masked(refs, refs.scores[...], left)
             left = Left.ALL
-        weights = jnp.exp2(above(_scores(refs), left))
+        weights = weigh(_scores(refs), left)
         # Lane by lane: the lanes are added up once, at the end.
         refs.total[...] = faded(refs.total) + folded(weights)
         if refs.v_scale is not None:
@@ -311,6 +312,8 @@ def forward_kernel(config, refs, by_rows):
 def query_kernel(config, refs, by_rows):
     """The gradients of queries and spans, from saved log-sum-exps."""
 
+    waits = config.wide or bool(config.soft_cap)
+
     def start():
         refs.lse_column[...] = _column(refs.lse[...])
         refs.delta_column[...] = _column(refs.delta[...])
@@ -332,9 +335,8 @@ def query_kernel(config, refs, by_rows):
         refs.d_shares[...] = dot(refs.d_out[...], _operand(refs.v, refs.q), transposed=True)
 
     def share(left):
-        if config.apart:
-            refs.products[...] = shares(left)
-            of_values()
+        refs.products[...] = shares(left)
+        of_values()
 
     def shares(left):
         lse = lanes(refs.lse_column[...], refs.products.shape[1])
@@ -345,7 +347,7 @@ def query_kernel(config, refs, by_rows):
             found = refs.products[...]
         else:
             found = shares(left)
-            found = _waiting(refs.products, found) if config.wide else found
+            found = _waiting(refs.products, found) if waits else found
         d_shares = refs.d_shares[...]
         if refs.v_scale is not None:
             d_shares *= refs.v_scale[...]
@@ -356,7 +358,7 @@ def query_kernel(config, refs, by_rows):
             d_scores *= refs.slopes[...]
         if refs.k_scale is not None:
             d_scores *= refs.k_scale[...]
-        if config.wide and refs.span is None:
+        if waits and refs.span is None:
             d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
         refs.sum[...] += _product(refs.sums, refs.d_scores, refs.k, refs.q)
@@ -367,7 +369,8 @@ def query_kernel(config, refs, by_rows):
             d_span = refs.span_sum[...].sum(axis=0, keepdims=True)
             refs.d_span[...] = d_span * (1 / config.ramp)
 
-    return _kernel(config, refs, by_rows, (start, scale), (products, share, add), finish)
+    steps = (products, share, add) if config.apart else (products, add)
+    return _kernel(config, refs, by_rows, (start, scale), steps, finish)
 
 
 def key_kernel(config, refs, by_rows):
@@ -398,14 +401,15 @@ def key_kernel(config, refs, by_rows):
         if not config.apart:
             refs.weights[...] = shares.astype(refs.q.dtype)
         refs.d_shares[...] = dot(_operand(refs.v, refs.q), refs.d_out[...], transposed=True)
+        if not config.apart:
+            of_values(left)
         # They wait for the products of values, where their own products were.
         refs.products[...] = shares
 
-    def weigh(left):
-        if config.apart:
-            refs.weights[...] = refs.products[...].astype(refs.q.dtype)
+    def weigh(_):
+        refs.weights[...] = refs.products[...].astype(refs.q.dtype)
 
-    def values(left):
+    def of_values(_):
         refs.v_sum[...] += _product(refs.v_sums, refs.weights, refs.d_out, refs.q)
 
     def add(left):
@@ -421,5 +425,5 @@ def key_kernel(config, refs, by_rows):
         refs.dk[...] = (refs.k_sum[...] * config.scale).astype(refs.dk.dtype)
         refs.dv[...] = refs.v_sum[...].astype(refs.dv.dtype)
 
-    steps = (products, share, weigh, values, add)
+    steps = (products, share, weigh, of_values, add) if config.apart else (products, share, add)
     return _kernel(config, refs, by_rows, (start,), steps, finish)
