@@ -264,7 +264,7 @@ def forward_kernel(config, refs, by_rows):
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
 
     def weigh(scores, left):
-        """Powers of scores: above the highest so far, to which earlier sums fade, or bounded ones."""
+        """Powers of scores: above the highest so far, to which sums fade, or of bounded ones."""
         if config.bounded:
             return jnp.exp2(_masked(refs, scores[...], left))
         before = refs.top[...]
