@@ -79,7 +79,7 @@ def test_compiles_on_eight_devices(chip):
 
 # Options that used to leave too few registers, with all that a gradient needs or all that waits.
 SPILLED = {
-    "v6e": [{"span": True, "gradient": True}, {"cache": "int8", "kv_heads": 32}],
+    "v6e": [{"span": True, "gradient": True}, {"cache": "int8", "queries": 16384}],
     "7x": [{"soft_cap": 50.0, "gradient": True}],
 }
 
