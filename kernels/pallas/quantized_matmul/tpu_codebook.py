@@ -9,6 +9,7 @@ codes 0 to 7 and of 8 to 15 are in a register each, and two gathers look up 1024
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import gathers
 
 _LANES, _WORDS = 128, 8
 
@@ -49,5 +50,5 @@ def _gather(entries: jax.Array, index: jax.Array) -> jax.Array:
     for start in range(0, index.shape[1], _LANES):
         part = blocks[:, :, start : start + _LANES]
         source = jnp.broadcast_to(entries[None], part.shape)
-        parts.append(jnp.take_along_axis(source, part, axis=1, mode="promise_in_bounds"))
+        parts.append(gathers.along(source, part, axis=1))
     return jnp.concatenate(parts, axis=2).reshape(index.shape)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import gathers
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
@@ -83,9 +84,7 @@ def from_lanes(ref, block: pl.Slice, start: int, group_size: int) -> jax.Array:
     else:
         # One permutation, whichever the number of groups.
         lane = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1)
-        spread = jnp.take_along_axis(
-            pairs, first + jax.lax.div(lane, group_size), axis=1, mode="promise_in_bounds"
-        )
+        spread = gathers.along(pairs, first + jax.lax.div(lane, group_size), axis=1)
     return pltpu.bitcast(spread, ref.dtype)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import gathers
 from jaxcomp.kernels.sparse_attention.tpu_kernels import lanes
 from jaxcomp.kernels.sparse_attention.tpu_walk import LANES
 
@@ -153,7 +154,7 @@ class Rows:
         parts = []
         for plane in range(self.planes):
             head = divided(plane * self.merged + iota(shape, 0), self.each)[0] & (LANES - 1)
-            parts.append(taken(x, head, 1))
+            parts.append(gathers.along(x, head, 1))
         return jnp.concatenate(parts)
 
 
@@ -182,11 +183,6 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 def multiple(x, of: int):
     """A number that is a multiple of another, which the compiler is told of one that is traced."""
     return x if isinstance(x, int) else pl.multiple_of(x, of)
-
-
-def taken(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """Entries by their numbers along an axis."""
-    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
 
 
 def up(x: int, to: int) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import gathers
 from jaxcomp.kernels.quantized_matmul import tpu_float8
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention.rules import Mask
@@ -18,7 +19,6 @@ from jaxcomp.kernels.sparse_attention.tpu_columns import (
     divided,
     iota,
     multiple,
-    taken,
 )
 from jaxcomp.kernels.sparse_attention.tpu_kernels import (
     LOWEST,
@@ -441,7 +441,7 @@ def _spread(config: Config, refs, count) -> None:
         for number in range(heads):
             which = pl.ds(of * heads + number, 1)
             held = jnp.where(of_values, refs.v_scale[which, place], refs.k_scale[which, place])
-            found = jnp.where(head == number, taken(held, position, 1), found)
+            found = jnp.where(head == number, gathers.along(held, position, 1), found)
         found *= factor
         if count is not None:
             found = jnp.where(position < count - group * LANES, found, 0.0)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import gathers
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import layers, nm, reference
@@ -469,4 +470,4 @@ def _spread(ref, block, start, width):
     lane = jax.lax.broadcasted_iota(jnp.int32, (block.size, LANES), 1)
     index = first - window + (jax.lax.div(lane, width) if width < LANES else 0 * lane)
     scales = ref[block, pl.ds(window, LANES)]
-    return jnp.take_along_axis(scales, index, axis=1, mode="promise_in_bounds")
+    return gathers.along(scales, index, axis=1)
