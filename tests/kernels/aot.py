@@ -7,8 +7,9 @@ from jaxcomp.kernels import offline
 from jaxcomp.kernels.offline import available
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "tpu7x:2x2x1"}
-# Parameters of a test that is not slow for all: one chip in every run.
-CHIPS = [pytest.param(c, marks=() if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES]
+# Parameters of a test that is not slow for all: one chip of either generation in every run.
+EVERY_RUN = ("v5e", "7x")
+CHIPS = [pytest.param(c, marks=() if c in EVERY_RUN else pytest.mark.slow) for c in TOPOLOGIES]
 ROOT = pathlib.Path(__file__).parents[2]
 
 __all__ = ["CHIPS", "TOPOLOGIES", "available", "compile_cases"]

@@ -311,7 +311,6 @@ def forward_kernel(config, refs, by_rows):
 
 def query_kernel(config, refs, by_rows):
     """The gradients of queries and spans, from saved log-sum-exps."""
-
     waits = config.wide or bool(config.soft_cap)
 
     def start():
