@@ -55,6 +55,22 @@ def by_name(body: Callable[..., None], names: Sequence[str], scalars: int) -> Ca
     return kernel
 
 
+def apart(bodies: Sequence[Callable[[], None]], number: jax.Array) -> None:
+    """Runs bodies of a kernel for TPUs one after the other, each in code of its own.
+
+    In one piece of code the compiler begins early what it can, and spills it until it is wanted.
+    Here each is in a branch that is always taken, which must not be known: nor that two have one
+    condition, which would be joined.
+
+    Args:
+      bodies: what to run.
+      number: int32, more than -2**30, best read from memory: the id of a program is known where its
+        axis has a single step.
+    """
+    for place, body in enumerate(bodies):
+        pl.when(number >= -(1 << 30) - place)(body)
+
+
 def on_gpu(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """``plgpu.kernel``, for any program.
 

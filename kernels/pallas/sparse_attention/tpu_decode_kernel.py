@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import gathers
+from jaxcomp.kernels.calls import apart
 from jaxcomp.kernels.quantized_matmul import tpu_float8
 from jaxcomp.kernels.sparse_attention import rows as rows_of
 from jaxcomp.kernels.sparse_attention.rules import Mask
@@ -199,7 +200,7 @@ def _add(config: Config, refs, count, length, first) -> None:
     scores, adds = ([each(body) for body in of_sets(body)] for body in (score, add))
     scores.append(_joined(of_sets(fade)))
     if count is not None:
-        _apart([*before, *scores, *adds])
+        apart([*before, *scores, *adds], length)
         return
     parts = {
         1: [[*before, *scores, *adds]],
@@ -207,7 +208,11 @@ def _add(config: Config, refs, count, length, first) -> None:
         3: [before, scores, adds],
         4: [before, scores, *([one] for one in adds)],
     }
-    _apart([_joined(part) for part in parts[config.code_parts]])
+    bodies = [_joined(part) for part in parts[config.code_parts]]
+    if len(bodies) == 1:
+        bodies[0]()
+    else:
+        apart(bodies, length)
 
 
 def _joined(bodies):
@@ -218,20 +223,6 @@ def _joined(bodies):
             body()
 
     return all_of_them
-
-
-def _apart(bodies) -> None:
-    """Runs bodies, each in code of its own.
-
-    In one block of code the compiler would decode values while weights are computed: they wait for
-    the matrix unit, and are more than the registers.
-    """
-    if len(bodies) == 1:
-        bodies[0]()
-        return
-    for number, body in enumerate(bodies):
-        # The compiler must not know that they hold, nor that two are equal, which it would join.
-        pl.when(pl.program_id(0) > -1 - number)(body)
 
 
 def _each(columns: int, width: int, loop: bool, body) -> None:

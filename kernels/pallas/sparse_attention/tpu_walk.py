@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.calls import on_tpu
+from jaxcomp.kernels.calls import apart, on_tpu
 from jaxcomp.kernels.sparse_attention.rules import Mask
 from jaxcomp.kernels.sparse_attention.schedule import FULL, RULE, SKIP, Schedule, Steps, schedule
 
@@ -480,19 +480,20 @@ def run(
             # Heads share what is masked. Parts beside each other would share positions: too many.
             repeat(walk.parts * trips, work)
 
-        def in_turn(tiles, apart, *told):
+        def in_turn(tiles, separate, *told):
             """Each step of all tiles that are beside each other, before the next."""
-            for number, steps in enumerate(zip(*tiles, strict=True)):
 
-                def work(steps=steps):
-                    for step in steps:
-                        step(*told)
+            def work(steps):
+                for step in steps:
+                    step(*told)
 
-                if apart and number:
-                    # It always is, which the compiler does not know, nor that all have a condition.
-                    pl.when(word >= 1 - number)(work)
-                else:
-                    work()
+            first, *rest = [functools.partial(work, steps) for steps in zip(*tiles, strict=True)]
+            first()
+            if separate:
+                apart(rest, word)
+            else:
+                for body in rest:
+                    body()
 
         def begin(turn):
             in_turn([tile.start for tile in beside(turn, 0)], config.wide)
