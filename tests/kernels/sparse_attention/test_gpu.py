@@ -53,6 +53,8 @@ class TestInterpreted(Reference):
     test_lengths_and_widths_that_differ = None
     test_all_options_together = None
     test_quantized_keys_and_values = None
+    test_caps_that_all_scores_reach = None
+    test_spans_that_end_within_beyond_and_before_a_block = None
     test_gradients = None
     test_gradients_of_all_options = None
     test_gradients_of_heads_with_masks_of_their_own = None
@@ -69,6 +71,12 @@ class TestInterpreted(Reference):
             kv_segment_ids=np.sort(rng.integers(-1, 3, (2, 270)), 1).astype(np.int32),
             span=np.array([3.0, 90.5], np.float32), span_ramp=24.0,
         )  # fmt: skip
+
+    def test_caps_and_spans_that_are_reached(self):
+        q, k, v = cases.operands(11, queries=150, keys=200, heads=2, kv_heads=1, dim=64)
+        options = {"scale": 9.0, "soft_cap": 55.0, "span": np.array([500.0, 5.3], np.float32)}
+        check(self.run, np.abs(q), -np.abs(k), v, causal(30), self.dtype, **options)
+        check(self.run, q, k, v, causal(30), self.dtype, **options)
 
     def test_gradients_with_segments_and_a_cap(self):
         mask = window(64) & causal() | random(1, seed=2, block_size=64)
