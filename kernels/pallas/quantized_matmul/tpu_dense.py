@@ -48,6 +48,7 @@ class Decoding:
       rows: whether scales lie as ``tpu_factors.from_rows`` spreads them.
       sums: in how many places products are summed before these are added up.
       kept: whether weights wait in VMEM to be multiplied even where no later step loads them.
+      entries: whether values of a codebook wait in VMEM to be looked up, not in registers.
     """
 
     format: str
@@ -60,6 +61,7 @@ class Decoding:
     rows: bool
     sums: int
     kept: bool
+    entries: bool
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
@@ -85,10 +87,12 @@ class Decoding:
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
         # it would only cost cycles.
         kept = not wide and m <= _FEW
+        # Of more rows that saves v5 no spills, and costs cycles, too.
+        entries = weight.format == "codebook" and (wide or kept)
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
             wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
-            kept,
+            kept, entries,
         )  # fmt: skip
 
 
@@ -174,18 +178,20 @@ def matmul(
 
 
 def scratch(tile: Tile, k: int, how: Decoding) -> list:
-    """Memory of the kernel: the decoded weights of a tile, and sums of a block of them.
+    """Memory of the kernel: the decoded weights of a tile, sums of a block, perhaps a codebook.
 
     Weights are words of two outputs' bf16, which take whole registers.
     """
-    return [
+    found = [
         pltpu.VMEM((tile.n // 2, k), jnp.int32),
         pltpu.VMEM((how.sums, tile.m, tile.columns), jnp.float32),
     ]
+    return [*found, tpu_codebook.scratch(how.packed)] if how.entries else found
 
 
-def _kernel(refs, y_ref, w_ref, acc_ref, *, how, options, columns):
+def _kernel(refs, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns):
     """All inputs of one tile of y."""
+    refs = with_entries(refs, entries_ref, how)
 
     def multiply(decoded, block):
         y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)
@@ -218,6 +224,24 @@ def keep_in_memory(acc_ref, w_ref=None) -> None:
             # The compiler drops stores of weights that nothing else loads. What is loaded here is
             # not used: the first sums overwrite it.
             acc_ref[0, :8, :_LANES] = w_ref[:8, :_LANES].astype(acc_ref.dtype)
+
+
+def with_entries(refs, entries_ref, how: Decoding) -> dict:
+    """References with "entries" of the codebook, stored at the first step along rows.
+
+    Args:
+      refs: of the operands, with a "table" where there is a codebook.
+      entries_ref: memory of ``tpu_codebook.scratch``, or None.
+      how: weights are decoded.
+    """
+    if entries_ref is None:
+        return refs
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        entries_ref[...] = tpu_codebook.entries(refs["table"], how.packed)
+
+    return {**refs, "entries": entries_ref}
 
 
 def unit(format: str, chip: Chip) -> float:
@@ -328,7 +352,7 @@ def decode(refs, outputs, start, size, format, packed=False, exact=True):
     """Values of some outputs' codes, inputs from ``start``: a dtype that holds them exactly.
 
     Args:
-      refs: with "w", and the "table" of a codebook.
+      refs: with "w", and the "table" of a codebook or its "entries".
       outputs: a slice.
       start: first input, a multiple of 128.
       size: inputs; 128 for int2.
@@ -348,5 +372,9 @@ def decode(refs, outputs, start, size, format, packed=False, exact=True):
         return top.astype(jnp.bfloat16) * jnp.bfloat16(1 / 64) if exact else top
     codes = refs["w"][outputs, pl.ds(start, size)]
     if format == "codebook":
-        return tpu_codebook.decode(codes, refs["table"], packed)
+        if "entries" in refs:
+            entries = refs["entries"][...]
+        else:
+            entries = tpu_codebook.entries(refs["table"], packed)
+        return tpu_codebook.decode(codes, entries, packed)
     return codes

@@ -294,8 +294,9 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     )  # fmt: skip
 
 
-def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, *, how, options, columns):
+def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns):
     """One visit; the first of an expert decodes its weights for the others."""
+    refs = tpu_dense.with_entries(refs, entries_ref, how)
     visit = pl.program_id(1)
     works = v.first[visit] < v.last[visit]
     before = jnp.maximum(visit - 1, 0)
