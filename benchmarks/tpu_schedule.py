@@ -7,8 +7,9 @@ The TPU compiler writes the final VLIW schedule of a kernel: one bundle is one c
 and a second file says which units each bundle uses. So the bundles of a kernel's loops, times how
 often they run, are its scheduled cycles; beside them stand the cycles that the bytes of the weight
 take at the chip's bandwidth. It is a static model: waits for memory are not in it, nor what XLA
-does to x before the kernel, and branches that a step may skip (the first and last step's) are
-counted at every step. Clocks and bandwidths are those of ``jaxcomp.kernels.chips``.
+does to x before the kernel, nor loops that quantize rows once, and branches that a step may skip
+(the first and last step's) are counted at every step. Clocks and bandwidths are those of
+``jaxcomp.kernels.chips``.
 
 With ``--save`` the rows take the place of the file's rows of the same chips and cases, so that the
 table can be made in parts; the requirements are then checked on all rows of the file.
@@ -118,7 +119,7 @@ def other_formats() -> list[Case]:
             quantized = "activation_dtype" in options
 
             def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
-                """By the loop that multiplies: up to 16 rows are quantized once, before."""
+                """By the loop that multiplies: rows are quantized once, before."""
                 dtype = "int8" if chip.multiplies("int8") else "float8_e4m3fn"
                 weight = Weight(None, None, None, None, format, group, (n, k))
                 options = reference.Options(None, dtype if quantized else None, "bfloat16")

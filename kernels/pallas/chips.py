@@ -24,6 +24,7 @@ class Chip:
       clock: cycles a second.
       bandwidth: bytes a second from the memory of one core.
       cores: of a device, which share the parallel part of a kernel's grid.
+      vmem: bytes of a core's vector memory, of TPUs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Chip:
     clock: float = 0.0
     bandwidth: float = 0.0
     cores: int = 1
+    vmem: int = 0
 
     def multiplies(self, dtype: jax.typing.DTypeLike) -> bool:
         """Whether the matrix unit takes two operands of a dtype as they are."""
@@ -40,10 +42,18 @@ class Chip:
 
 
 _INTEGER = frozenset({"bfloat16", "int8", "int4"})
-V5E = Chip("v5e", "tpu", _INTEGER, 128, 1.5e9, 819e9)
-V5P = Chip("v5p", "tpu", _INTEGER, 128, 1.75e9, 2765e9 / 2, cores=2)
-V6E = Chip("v6e", "tpu", _INTEGER, 256, 1.75e9, 1640e9)
-V7X = Chip("7x", "tpu", frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"}), 256, 2.0e9, 3690e9)
+V5E = Chip("v5e", "tpu", _INTEGER, 128, 1.5e9, 819e9, vmem=128 << 20)
+V5P = Chip("v5p", "tpu", _INTEGER, 128, 1.75e9, 2765e9 / 2, cores=2, vmem=64 << 20)
+V6E = Chip("v6e", "tpu", _INTEGER, 256, 1.75e9, 1640e9, vmem=128 << 20)
+V7X = Chip(
+    "7x",
+    "tpu",
+    frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"}),
+    256,
+    2.0e9,
+    3690e9,
+    vmem=64 << 20,
+)
 H100 = Chip(
     "h100",
     "gpu",

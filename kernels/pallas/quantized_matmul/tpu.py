@@ -12,6 +12,7 @@ stacked as rows, because with few rows it has nothing else to do while weights a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxcomp.kernels.quantized_matmul import (
     tpu_codes,
     tpu_dense,
     tpu_float8,
+    tpu_quantize,
     tpu_rows,
     tpu_tiles,
 )
@@ -197,13 +199,11 @@ def matmul(
     if dense and tile is None:
         many = many_rows(m, x.dtype, weight, chip, options)
     if many is not None:
-        row_scales, more = None, (bias, options, chip, interpret, dense, cost(m, weight, options))
+        run = tpu_codes.matmul if many == "codes" else tpu_dense.matmul
         if options.activation_dtype is not None:
-            x, row_scales = reference.quantize_rows(x, options.activation_dtype, x_scales)
-        if many == "codes":
-            return tpu_codes.matmul(x, row_scales, weight, *more)
-        # Eight bits are exact in bf16.
-        return tpu_dense.matmul(x.astype(jnp.bfloat16), weight, *more, row_scales)
+            dense = tpu_quantize.shared(dense, n, chip)
+        how_much = cost(m, weight, options)
+        return run(x, weight, bias, options, chip, interpret, dense, how_much, x_scales)
     how = arithmetic(chip, x.dtype, weight, options)
     pieces = how.pieces * how.copies
     tile = tile or tile_of(chip, m, weight, how)
@@ -423,7 +423,11 @@ def _kernel(
 
         @pl.when(jnp.logical_and(j == 0, k == 0))
         def _():
-            tpu_rows.quantize(refs, weight, how, options, rows_ref, row_scales_ref, sums_ref)
+            copies = functools.partial(tpu_rows.copies, weight=weight, how=how)
+            tpu_quantize.quantize(
+                refs, options.activation_dtype, rows_ref, row_scales_ref, sums_ref,
+                copies if how.copies > 1 else None,
+            )  # fmt: skip
 
         refs = {**refs, "x": rows_ref.at[k], "row_scales": row_scales_ref}
         if sums_ref is not None:

@@ -5,7 +5,7 @@ than that leaves for the vector units. A tile of rows times some outputs is summ
 at a time; between slabs sums wait in VMEM, since registers hold no tile of them.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import tpu_dense, tpu_factors
 from jaxcomp.kernels.quantized_matmul.reference import Options
+from jaxcomp.kernels.quantized_matmul.tpu_quantize import Visits
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -44,7 +45,6 @@ def fits(weight: Weight, chip: Chip, dtype: str) -> bool:
 
 def matmul(
     x: jax.Array,
-    row_scales: jax.Array,
     weight: Weight,
     bias: jax.Array | None,
     options: Options,
@@ -52,12 +52,12 @@ def matmul(
     interpret,
     tile: Tile,
     cost: pl.CostEstimate | None = None,
+    x_scales: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies: y = activation(x Wᵀ * row_scales + bias).
+    """Multiplies: y = activation(x Wᵀ + bias), with x quantized.
 
     Args:
-      x: int8 or float8_e4m3fn ``(M, K)``.
-      row_scales: f32 ``(M, 1)``.
+      x: ``(M, K)``, bf16 or f32.
       weight: that ``fits``, without stack axes, perhaps one of several layers.
       bias: ``(N,)`` or None.
       options: what is fused.
@@ -65,24 +65,21 @@ def matmul(
       interpret: False, or ``pltpu.InterpretParams(..)``.
       tile: rows and outputs of a grid step, and outputs whose sums are kept at a time.
       cost: of the product, for XLA.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       ``(M, N)``.
     """
     m, (n, k) = x.shape[0], weight.shape
-    tm, tn = -(-tile.m // 32) * 32, tile.n
-    padded = -(-m // tm) * tm
-    more = ((0, padded - m), (0, 0))
+    tile = dataclasses.replace(tile, m=-(-tile.m // 32) * 32)
+    tm, tn = tile.m, tile.n
+    visits = Visits.of(x, weight, options, chip, tile, options.activation_dtype, decoded=False)
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
-    operands = {
-        "x": (jnp.pad(x, more), pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))),
-        "row_scales": (
-            jnp.pad(row_scales, more), pl.BlockSpec((tm, 1), lambda j, i, *layer: (i, 0))
-        ),
+    operands = visits.operands(x, x_scales, options, tile) | {
         "w": (
             weight.codes,
-            pl.BlockSpec(
+            visits.spec(
                 (*(None for _ in scalars), tn, k // fields),
                 lambda j, i, *layer: (*(number[0] for number in layer), j, 0),
             ),
@@ -90,55 +87,53 @@ def matmul(
         # What decoding leaves of two bits is 64 times the code.
         "output_scales" if tpu_factors.by_channel(weight) else "scales": (
             weight.scales.astype(jnp.float32) * (1 / 64 if weight.format == "int2" else 1.0),
-            pl.BlockSpec((k // weight.group_size, tn), lambda j, i, *layer: (0, j)),
+            visits.spec((k // weight.group_size, tn), lambda j, i, *layer: (0, j)),
         ),
     }  # fmt: skip
     if bias is not None:
-        spec = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
+        spec = visits.spec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     slab = _SLAB // 2 if chip.name == "v6e" and tm in _HALF else _SLAB
-    body = functools.partial(
-        _kernel,
-        format=weight.format, group_size=weight.group_size, slab=slab, columns=tile.columns,
-        options=options,
-    )  # fmt: skip
+    scratch = {"acc_ref": pltpu.VMEM((tm, tile.columns), jnp.float32)}
+    scratch |= visits.scratch(tile, k, options)
 
-    y = on_tpu(
+    def body(refs, y_ref, *own):
+        _kernel(
+            refs, y_ref, **dict(zip(scratch, own, strict=True)),
+            format=weight.format, group_size=weight.group_size, slab=slab, columns=tile.columns,
+            options=options, visits=visits,
+        )  # fmt: skip
+
+    return on_tpu(
         by_name(body, tuple(operands), len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(-(-n // tn), padded // tm),
+            grid=visits.grid,
             in_specs=[spec for _, spec in operands.values()],
-            out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
-            scratch_shapes=[
-                pltpu.VMEM((tm, tile.columns), jnp.float32),
-                pltpu.VMEM((tm, tile.columns), jnp.float32),
-            ],
+            out_specs=visits.spec((tm, tn), lambda j, i, *layer: (i, j)),
+            scratch_shapes=list(scratch.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        out_shape=jax.ShapeDtypeStruct((m, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=None if interpret else ("parallel", "arbitrary"),
-            vmem_limit_bytes=48 << 20,
+            dimension_semantics=None if interpret else visits.semantics,
+            vmem_limit_bytes=visits.memory,
         ),
         cost_estimate=cost,
         interpret=interpret,
         name=f"quantized_matmul_rows_codes_{weight.format}",
     )(*scalars, *(array for array, _ in operands.values()))
-    return y[:m]
 
 
 def _kernel(
-    refs, y_ref, acc_ref, row_scales_ref, *, format, group_size, slab, columns, options
+    refs, y_ref, acc_ref, *, format, group_size, slab, columns, options, visits, **rows
 ):  # fmt: skip
     """All inputs of one tile of y."""
-    # Spread over lanes once: each block of outputs would do so again.
-    row_scales_ref[...] = jnp.broadcast_to(refs["row_scales"][...], row_scales_ref.shape)
+    refs = visits.rows_of(refs, options, **rows)
     tpu_dense.keep_in_memory(acc_ref)
 
     def multiply(block):
         y = _sums(refs, acc_ref, block, format, group_size, slab)
-        own = {**refs, "row_scales": row_scales_ref}
-        y_ref[:, block] = tpu_dense.finish(own, y, block, options)
+        y_ref[:, block] = tpu_dense.finish(refs, y, block, options)
 
     tpu_dense.blocks(y_ref.shape[1], columns, multiply)
 

@@ -19,6 +19,7 @@ from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_factors, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
+from jaxcomp.kernels.quantized_matmul.tpu_quantize import Visits, wide
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import LANES as _LANES
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
@@ -105,12 +106,12 @@ def matmul(
     interpret,
     tile: Tile,
     cost: pl.CostEstimate | None = None,
-    row_scales: jax.Array | None = None,
+    x_scales: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies: y = activation(x Wᵀ + bias) with W rounded to bf16.
 
     Args:
-      x: bf16 ``(M, K)``.
+      x: bf16 ``(M, K)``; the codes of quantized ones are exact in bf16, too.
       weight: prepared, without stack axes, perhaps one of several layers.
       bias: ``(N,)`` or None.
       options: what is fused.
@@ -118,24 +119,23 @@ def matmul(
       interpret: False, or ``pltpu.InterpretParams(..)``.
       tile: rows and outputs of a grid step, and outputs that are decoded at a time.
       cost: of the product, for XLA.
-      row_scales: f32 ``(M, 1)`` that the rows of x Wᵀ are multiplied with, or None.
+      x_scales: f32 ``(M, 1)`` that rows are quantized with, or None.
 
     Returns:
       ``(M, N)``.
     """
     m, (n, k) = x.shape[0], weight.shape
     tm, tn = tile.m, tile.n
-    padded = -(-m // tm) * tm
-    rows = padded // tm
+    visits = Visits.of(x, weight, options, chip, tile, "bfloat16", decoded=True)
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
     how = Decoding.of(weight, chip, tm)
-    by_row = pl.BlockSpec((tm, k), lambda j, i, *layer: (i, 0))
-    operands = {
-        "x": (jnp.pad(x, ((0, padded - m), (0, 0))), by_row),
+    rows = visits.operands(x, x_scales, options, tile)
+    rows["x"] = rows["x"][0].astype(jnp.bfloat16), rows["x"][1]
+    operands = rows | {
         "w": (
             weight.codes,
-            pl.BlockSpec(
+            visits.spec(
                 (*(None for _ in scalars), tn, k // fields),
                 lambda j, i, *layer: (*(number[0] for number in layer), j, 0),
             ),
@@ -143,38 +143,40 @@ def matmul(
     }
     for name, array in tpu_factors.factors(weight, how.unit, how.rows).items():
         shape, index = tpu_factors.block(array, tn, how.rows or name == "output_scales")
-        operands[name] = array, pl.BlockSpec(shape, lambda j, i, *layer, index=index: index(j))
-    if row_scales is not None:
-        operands["row_scales"] = (
-            jnp.pad(row_scales, ((0, padded - m), (0, 0))),
-            pl.BlockSpec((tm, 1), lambda j, i, *layer: (i, 0)),
-        )
+        operands[name] = array, visits.spec(shape, lambda j, i, *layer, index=index: index(j))
     if bias is not None:
-        by_column = pl.BlockSpec((1, tn), lambda j, i, *layer: (0, j))
+        by_column = visits.spec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], by_column)
     if weight.table is not None:
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
-    body = functools.partial(_kernel, how=how, options=options, columns=tile.columns)
+    names = ("w_ref", "acc_ref", "entries_ref")
+    own_memory = dict(zip(names, scratch(tile, k, how), strict=False))
+    own_memory |= visits.scratch(tile, k, options)
 
-    y = on_tpu(
+    kind = "dense" if options.activation_dtype is None else "rows_dense"
+
+    def body(refs, y_ref, *own):
+        own = dict(zip(own_memory, own, strict=True))
+        _kernel(refs, y_ref, **own, how=how, options=options, columns=tile.columns, visits=visits)
+
+    return on_tpu(
         by_name(body, tuple(operands), len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(-(-n // tn), rows),
+            grid=visits.grid,
             in_specs=[spec for _, spec in operands.values()],
-            out_specs=pl.BlockSpec((tm, tn), lambda j, i, *layer: (i, j)),
-            scratch_shapes=scratch(tile, k, how),
+            out_specs=visits.spec((tm, tn), lambda j, i, *layer: (i, j)),
+            scratch_shapes=list(own_memory.values()),
         ),
-        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
+        out_shape=jax.ShapeDtypeStruct((m, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=None if interpret else ("parallel", "arbitrary"),
-            vmem_limit_bytes=48 << 20,
+            dimension_semantics=None if interpret else visits.semantics,
+            vmem_limit_bytes=visits.memory,
         ),
         cost_estimate=cost,
         interpret=interpret,
-        name=f"quantized_matmul_{'dense' if row_scales is None else 'rows_dense'}_{weight.format}",
+        name=f"quantized_matmul_{kind}_{weight.format}",
     )(*scalars, *(array for array, _ in operands.values()))
-    return y[:m]
 
 
 def scratch(tile: Tile, k: int, how: Decoding) -> list:
@@ -189,9 +191,11 @@ def scratch(tile: Tile, k: int, how: Decoding) -> list:
     return [*found, tpu_codebook.scratch(how.packed)] if how.entries else found
 
 
-def _kernel(refs, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns):
+def _kernel(
+    refs, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns, visits, **rows
+):  # fmt: skip
     """All inputs of one tile of y."""
-    refs = with_entries(refs, entries_ref, how)
+    refs = visits.rows_of(with_entries(refs, entries_ref, how), options, **rows)
 
     def multiply(decoded, block):
         y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)
@@ -200,7 +204,7 @@ def _kernel(refs, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, colu
         blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
 
     keep_in_memory(acc_ref, w_ref if how.kept else None)
-    first = pl.program_id(1) == 0
+    first = pl.program_id(len(visits.grid) - 1) == 0
     pl.when(first)(lambda: run(False))
     pl.when(jnp.logical_not(first))(lambda: run(True))
 
@@ -315,7 +319,7 @@ def finish(refs, y, outputs, options) -> jax.Array:
     if "output_scales" in refs:
         y = y * refs["output_scales"][:, outputs]
     if "row_scales" in refs:
-        y = y * refs["row_scales"][...]
+        y = y * wide(refs["row_scales"][...], y.shape[1])
     bias = refs["bias"][:, outputs] if "bias" in refs else None
     return reference.finish(y, None if bias is None else jnp.broadcast_to(bias, y.shape), options)
 

@@ -1,33 +1,24 @@
-"""Rows of x as the TPU kernels multiply them: split outside of a kernel, or quantized inside.
+"""Rows of x as the TPU kernels of few rows, and of experts, multiply them.
 
-Up to 16 rows are quantized by the kernel itself at its first step, and stay in VMEM for the
-others: no pass over x before it. On v5e, of 16 rows of 4096 inputs, this takes 858 scheduled
-cycles, and XLA 884 in six programs, whose starts are not in them. Of more rows the kernel's loops
-take longer than XLA's, and many rows are quantized in one pass by XLA: each of their tiles is
-visited again for every tile of outputs (and by every expert that has rows in it), which would
-quantize it as often, or hold all of x. Both ways are the arithmetic of
-``reference.quantize_rows``.
+They are split, or quantized by XLA, outside of the kernel, or, of one tile of a weight's rows,
+quantized inside, at its first step; see ``tpu_quantize``. Of experts they are not: each of their
+tiles is visited by every expert that has rows in it.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels.chips import Chip
-from jaxcomp.kernels.quantized_matmul import reference
+from jaxcomp.kernels.quantized_matmul import reference, tpu_quantize
 from jaxcomp.kernels.quantized_matmul.reference import Options
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 _LANES = 128
-# Most inputs that are quantized at a time, and entries: what the registers hold.
-_CHUNK, _ENTRIES = 512, 1 << 13
-# Most rows that the kernel quantizes.
-_MOST = 16
 # Most bytes of the rows in VMEM, before and after.
-_ROWS = 8 << 20
+_ROWS = 12 << 20
 
 
 def inside(x: jax.Array, chip: Chip, how, options: Options, tile: Tile) -> bool:
@@ -41,100 +32,20 @@ def inside(x: jax.Array, chip: Chip, how, options: Options, tile: Tile) -> bool:
       tile: of the kernel.
     """
     m, k = x.shape
-    if options.activation_dtype is None or m > min(tile.m, _MOST):
-        return False
-    # Cores that do not know float8 do not round to it either.
-    known = options.activation_dtype == "int8" or chip.multiplies(options.activation_dtype)
     held = 2 * x.dtype.itemsize + how.copies * jnp.dtype(how.x).itemsize
-    return known and tile.m * k * held <= _ROWS
+    return tpu_quantize.known(chip, options) and m <= tile.m and tile.m * k * held <= _ROWS
 
 
 def scratch(tile: Tile, steps: int, weight: Weight, how) -> dict:
     """Memory of a kernel that quantizes rows, by the name of its argument."""
     found = {
         "rows_ref": pltpu.VMEM((steps, how.copies * tile.m, tile.k), jnp.dtype(how.x)),
-        "row_scales_ref": pltpu.VMEM((tile.m, 1), jnp.float32),
+        "row_scales_ref": pltpu.VMEM((tile.m, _LANES), jnp.float32),
     }
     if weight.zeros is not None:
         groups = max(tile.k // weight.group_size, 1)
         found["sums_ref"] = pltpu.VMEM((steps, tile.m, groups), jnp.float32)
     return found
-
-
-def quantize(refs, weight, how, options, rows_ref, row_scales_ref, sums_ref=None) -> None:
-    """Quantizes the rows of a tile.
-
-    Args:
-      refs: with all inputs of the tile's rows, "x", and perhaps their "x_scales".
-      weight: without its arrays.
-      how: they are multiplied.
-      options: what is fused.
-      rows_ref: ``(steps, copies * M, inputs a step)``; gets the codes.
-      row_scales_ref: ``(M, 1)``; gets the scales.
-      sums_ref: ``(steps, M, groups a step)``; gets the sums of the codes of each group.
-    """
-    x_ref, dtype = refs["x"], options.activation_dtype
-    steps, _, width = rows_ref.shape
-    m = x_ref.shape[0]
-    most = min(_CHUNK, max(_ENTRIES // m, _LANES))
-    none = jnp.zeros((m, _LANES), jnp.float32)
-    if "x_scales" in refs:
-        scales = refs["x_scales"][...]
-    else:
-
-        def largest_of(i, largest):
-            entries = x_ref[:, _inputs(i * wide, wide)].astype(jnp.float32)
-            return _by_lane(jnp.abs(entries), largest)
-
-        k = x_ref.shape[1]
-        wide = max(size for size in range(_LANES, most + 1, _LANES) if k % size == 0)
-        largest = jax.lax.fori_loop(0, k // wide, largest_of, none)
-        scales = reference.scales_of(jnp.max(largest, axis=-1, keepdims=True), dtype)
-    group = weight.group_size
-    chunk = max(
-        size
-        for size in range(_LANES, most + 1, _LANES)
-        if width % size == 0 and (size % group == 0 or group % size == 0)
-    )
-
-    def some(i, j, undefined, sums):
-        """Inputs from ``j * chunk`` of step i."""
-        start = pl.multiple_of(j * chunk, chunk)
-        scaled = reference.scaled(x_ref[:, _inputs(i * width + j * chunk, chunk)], scales)
-        nan = jnp.where(scaled != scaled, 1.0, 0.0)
-        undefined = _by_lane(nan, undefined)
-        codes = reference.rounded(scaled, dtype).astype(jnp.float32)
-        rows_ref[i, :, pl.ds(start, chunk)] = copies(codes, weight, how).astype(how.x)
-        if sums is not None:
-            column = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-            for part in range(0, chunk, min(group, chunk)):
-                total = jnp.sum(codes[:, part : part + group], axis=1, keepdims=True)
-                sums += jnp.where(column == jax.lax.div(start + part, group), total, 0.0)
-        return undefined, sums
-
-    def step(i, undefined):
-        sums = None if sums_ref is None else jnp.zeros(sums_ref.shape[1:], jnp.float32)
-        undefined, sums = jax.lax.fori_loop(
-            0, width // chunk, lambda j, found: some(i, j, *found), (undefined, sums)
-        )
-        if sums_ref is not None:
-            sums_ref[i] = sums
-        return undefined
-
-    undefined = jnp.max(jax.lax.fori_loop(0, steps, step, none), axis=1, keepdims=True)
-    row_scales_ref[...] = jnp.where(undefined > 0, jnp.nan, scales)
-
-
-def _inputs(start, size: int) -> pl.Slice:
-    """Some inputs, from a multiple of 128."""
-    return pl.ds(pl.multiple_of(start, _LANES), size)
-
-
-def _by_lane(x: jax.Array, most: jax.Array) -> jax.Array:
-    """``(M, 128)``: the largest of each lane's entries so far, which move to no other lane yet."""
-    for start in range(0, x.shape[1], _LANES):
-        most = jnp.maximum(most, x[:, start : start + _LANES])
-    return most
 
 
 def copies(x: jax.Array, weight: Weight, how) -> jax.Array:
