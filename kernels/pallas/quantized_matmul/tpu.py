@@ -23,7 +23,6 @@ from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.quantized_matmul import (
     layout,
-    reference,
     tpu_codes,
     tpu_dense,
     tpu_float8,
