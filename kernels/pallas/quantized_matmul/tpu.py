@@ -25,6 +25,7 @@ from jaxcomp.kernels.quantized_matmul import (
     layout,
     tpu_codes,
     tpu_dense,
+    tpu_factors,
     tpu_float8,
     tpu_quantize,
     tpu_rows,
@@ -142,10 +143,13 @@ def many_rows(m: int, x_dtype, weight: Weight, chip: Chip, options: Options) -> 
     rows = m * max(_LANES // weight.group_size, 1) if wide else m
     if dtype is None:
         return "dense" if rows > few and x_dtype == jnp.bfloat16 else None
-    # On v5 sums of so few more are scaled sooner than their weights are.
-    if rows <= (few if wide else 2 * few):
+    codes = tpu_codes.fits(weight, chip, dtype)
+    # On v5 sums of so few more are scaled sooner than their weights are; with a scale an output the
+    # kernel of codes takes as long, and spills nothing.
+    soon = wide or (codes and tpu_factors.by_channel(weight))
+    if rows <= (few if soon else 2 * few):
         return None
-    if tpu_codes.fits(weight, chip, dtype):
+    if codes:
         return "codes"
     return "dense" if x_dtype == jnp.bfloat16 and not integers(chip, weight, options) else None
 

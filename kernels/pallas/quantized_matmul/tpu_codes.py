@@ -22,6 +22,8 @@ from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 # Inputs whose products are summed before the sums go to VMEM.
 _SLAB = 512
+# Rows of a tile up to which v5 sums every other slab in a place of its own.
+_FEW = 128
 # Rows of whose sums v6e, whose matrix units keep none, has registers for half of that only.
 _HALF = range(129, 257)
 
@@ -94,7 +96,10 @@ def matmul(
         spec = visits.spec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     slab = _SLAB // 2 if chip.name == "v6e" and tm in _HALF else _SLAB
-    scratch = {"acc_ref": pltpu.VMEM((tm, tile.columns), jnp.float32)}
+    # Of few rows on v5 one slab's sums wait for the one's before in registers, where both are in
+    # one place.
+    sums = 2 if chip.mxu == _LANES and tm <= _FEW else 1
+    scratch = {"acc_ref": pltpu.VMEM((sums, tm, tile.columns), jnp.float32)}
     scratch |= visits.scratch(tile, k, options)
 
     def body(refs, y_ref, *own):
@@ -144,10 +149,11 @@ def _sums(refs, acc_ref, block, format, group_size, slab) -> jax.Array:
     k = x_ref.shape[1]
     depth = max(size for size in range(_LANES, slab + 1, _LANES) if group_size % size == 0)
     slab = slab // depth * depth
-    for first in range(0, k, slab):
-        last = min(first + slab, k)
-        y = acc_ref[...] if first else None
-        for start in range(first, last, depth):
+    starts, count = range(0, k, slab), acc_ref.shape[0]
+    for place, first in enumerate(starts):
+        sums = acc_ref.at[place % count]
+        y = sums[...] if place >= count else None
+        for start in range(first, min(first + slab, k), depth):
             product = jax.lax.dot_general(
                 x_ref[:, pl.ds(start, depth)],
                 _codes(refs, block, start, depth, format).astype(x_ref.dtype),
@@ -158,8 +164,10 @@ def _sums(refs, acc_ref, block, format, group_size, slab) -> jax.Array:
                 group = start // group_size
                 product = product * refs["scales"][group : group + 1, block]
             y = product if y is None else y + product
-        if last < k:
-            acc_ref[...] = y
+        if first < starts[-1]:
+            sums[...] = y
+    for place in range(max(len(starts) - count, 0), len(starts) - 1):
+        y = y + acc_ref[place % count]
     return y
 
 

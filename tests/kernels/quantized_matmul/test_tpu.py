@@ -129,9 +129,11 @@ class TestMosaicTpu(test_reference.TestXla):
         ("v6e", "int8", "bfloat16", 128, 19),
         ("v5e", "int8", "bfloat16", 64, 100),
         # Many rows, of which two tiles and two of outputs: by codes, with two cores; by codes in
-        # two parts; by bf16 weights. The last chip's cores do not know the dtype.
+        # two parts, and with sums in two places; by bf16 weights. The last chip's cores do not know
+        # the dtype.
         ("v5p", "int8", "bfloat16", 128, 520),
         ("v5e", "int8", "float32", 128, 520),
+        ("v5e", "int8", "bfloat16", 1280, 72),
         ("7x", "float8_e4m3fn", "bfloat16", 512, 72),
         ("v6e", "int8", "bfloat16", 128, 520),
         ("v6e", "float8_e4m3fn", "bfloat16", 128, 72),
@@ -141,7 +143,7 @@ def test_rows_are_quantized_in_the_kernel_as_in_the_reference(
     rng, on_chip, monkeypatch, chip, dtype, x_dtype, group_size, m
 ):
     """To the bit: a product with the identity shows the codes and the scales."""
-    k = 512
+    k = max(512, group_size)
     x = cases.rows(rng, (m, k), x_dtype).at[3].set(0.0).at[4, 5].set(1e30)
     x = x.at[7, 3].set(jnp.nan).at[8, 2].set(jnp.inf).at[m - 1, 1].set(-jnp.inf)
     eye = np.tile(np.eye(k, dtype=np.uint8), (4 if m > 500 else 2, 1))  # Two tiles of outputs.
@@ -340,6 +342,7 @@ SPILLED = {
         *WITH_LOOPS,
         {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
         {"m": 128, "n": 4096, "k": 4096},
+        {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
     ],
     "v6e": [
         {"m": 2048, "n": 4096, "k": 4096, "zeros": True},
