@@ -22,8 +22,8 @@ def entries(table, packed: bool) -> jax.Array:
       packed: whether the cores gather bytes.
 
     Returns:
-      ``(16, 128)``: bf16, the values of codes -8 to 7; where cores gather words f32, those of 0 to 7
-      before those of -8 to -1.
+      ``(16, 128)``: bf16, the values of codes -8 to 7; or, where cores gather words, f32, those of
+      0 to 7 before those of -8 to -1.
     """
     row = jax.lax.broadcasted_iota(jnp.int32, (16, _LANES), 0)
     values = jnp.full(row.shape, table[0], jnp.float32)

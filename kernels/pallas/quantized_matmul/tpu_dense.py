@@ -32,6 +32,8 @@ _FEW = 128
 _STAGED = {"v6e": ("int2", "fp8", "codebook"), "7x": ("codebook",)}
 # Those of them that take so many instructions to decode that transposed scales wait for them.
 _SLOW = {"v6e": ("fp8", "codebook")}
+# Quarters of the inputs after which zero points meet sums of rows with least to spill.
+_QUARTERS = {"7x": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Decoding:
       sums: in how many places products are summed before these are added up.
       kept: whether weights wait in VMEM to be multiplied even where no later step loads them.
       entries: whether values of a codebook wait in VMEM to be looked up, not in registers.
+      summed: whether zero points are multiplied with sums of rows: none is among decoded weights.
+      quarters: of the inputs, which are multiplied before those sums.
     """
 
     format: str
@@ -63,13 +67,20 @@ class Decoding:
     sums: int
     kept: bool
     entries: bool
+    summed: bool
+    quarters: int
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
         """The one of a weight on a chip, for tiles of m rows."""
         wide = chip.mxu > _LANES
+        # Spreading zero points takes as long as spreading scales, and registers. Their products
+        # with sums of rows take less time than those of one more group; of more rows they are more.
+        summed = weight.zeros is not None and m <= 2 * _FEW
+        zeros = weight.zeros is not None and not summed
+        quarters = _QUARTERS.get(chip.name, 1 if not wide and m <= _FEW else 0)
         factors = [] if tpu_factors.by_channel(weight) else [weight.scales]
-        factors += [] if weight.zeros is None else [weight.zeros]
+        factors += [weight.zeros] if zeros else []
         # v6e and 7x compute in bf16, in which codes of 8 bits are exact, also less whole zero
         # points, and times bf16 scales round once. (Values of a codebook are rounded to it before,
         # as those of few rows are.) Without scales weights are what they are.
@@ -79,11 +90,11 @@ class Decoding:
         # and with sums of both of many rows the compiler runs out of registers.
         apart = chip.name in _APART
         slab = 512 if not wide or (apart and m <= _FEW) else chip.mxu
-        staged = weight.format in _STAGED.get(chip.name, ()) or weight.zeros is not None
+        staged = weight.format in _STAGED.get(chip.name, ()) or zeros
         # Where the matrix units are busy, rows of zero points as well would spill registers, and so
         # would scales that wait for what is slowly decoded.
         slow = weight.format in _SLOW.get(chip.name, ())
-        hard = m > _FEW if slow else m > 2 * _FEW and weight.zeros is not None
+        hard = m > _FEW if slow else zeros
         # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
         # it would only cost cycles.
@@ -93,8 +104,12 @@ class Decoding:
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
             wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
-            kept, entries,
+            kept, entries, summed, quarters,
         )  # fmt: skip
+
+    def lie_by_rows(self, name: str) -> bool:
+        """Whether outputs are the last axis of the factors of a name."""
+        return name == "output_scales" or (self.rows and name != "offsets")
 
 
 def matmul(
@@ -126,10 +141,13 @@ def matmul(
     """
     m, (n, k) = x.shape[0], weight.shape
     tm, tn = tile.m, tile.n
-    visits = Visits.of(x, weight, options, chip, tile, "bfloat16", decoded=True)
+    how = Decoding.of(weight, chip, tm)
+    if how.summed:  # Of codes, which therefore come as they are.
+        visits = Visits(-(-m // tm), -(-n // tn))
+    else:
+        visits = Visits.of(x, weight, options, chip, tile, "bfloat16", decoded=True)
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
-    how = Decoding.of(weight, chip, tm)
     rows = visits.operands(x, x_scales, options, tile)
     rows["x"] = rows["x"][0].astype(jnp.bfloat16), rows["x"][1]
     operands = rows | {
@@ -141,8 +159,11 @@ def matmul(
             ),
         ),
     }
-    for name, array in tpu_factors.factors(weight, how.unit, how.rows).items():
-        shape, index = tpu_factors.block(array, tn, how.rows or name == "output_scales")
+    if how.summed:
+        sums = tpu_factors.sums(rows["x"][0], weight.group_size)
+        operands["sums"] = sums, visits.spec((tm, sums.shape[1]), lambda j, i, *layer: (i, 0))
+    for name, array in tpu_factors.factors(weight, how.unit, how.rows, how.summed).items():
+        shape, index = tpu_factors.block(array, tn, how.lie_by_rows(name))
         operands[name] = array, visits.spec(shape, lambda j, i, *layer, index=index: index(j))
     if bias is not None:
         by_column = visits.spec((1, tn), lambda j, i, *layer: (0, j))
@@ -195,7 +216,8 @@ def _kernel(
     refs, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns, visits, **rows
 ):  # fmt: skip
     """All inputs of one tile of y."""
-    refs = visits.rows_of(with_entries(refs, entries_ref, how), options, **rows)
+    first = pl.program_id(len(visits.grid) - 1) == 0
+    refs = visits.rows_of(with_entries(refs, entries_ref, how, first), options, **rows)
 
     def multiply(decoded, block):
         y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)
@@ -204,7 +226,6 @@ def _kernel(
         blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
 
     keep_in_memory(acc_ref, w_ref if how.kept else None)
-    first = pl.program_id(len(visits.grid) - 1) == 0
     pl.when(first)(lambda: run(False))
     pl.when(jnp.logical_not(first))(lambda: run(True))
 
@@ -230,18 +251,19 @@ def keep_in_memory(acc_ref, w_ref=None) -> None:
             acc_ref[0, :8, :_LANES] = w_ref[:8, :_LANES].astype(acc_ref.dtype)
 
 
-def with_entries(refs, entries_ref, how: Decoding) -> dict:
-    """References with "entries" of the codebook, stored at the first step along rows.
+def with_entries(refs, entries_ref, how: Decoding, first: jax.Array) -> dict:
+    """References with "entries" of the codebook.
 
     Args:
       refs: of the operands, with a "table" where there is a codebook.
       entries_ref: memory of ``tpu_codebook.scratch``, or None.
       how: weights are decoded.
+      first: whether this is the first step along rows, which stores them.
     """
     if entries_ref is None:
         return refs
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(first)
     def _():
         entries_ref[...] = tpu_codebook.entries(refs["table"], how.packed)
 
@@ -270,7 +292,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
     """A tile of rows times some outputs, finished.
 
     Args:
-      refs: with "x", and perhaps "row_scales".
+      refs: with "x", perhaps its groups' "sums", and perhaps "row_scales".
       w_ref: decoded weights.
       acc_ref: f32 ``(sums, rows, outputs)``.
       block: a slice of outputs.
@@ -282,25 +304,29 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
     Returns:
       ``(rows, outputs)``.
     """
-    k = refs["x"].shape[1]
-    starts = range(0, k, how.slab)
-    for slab, start in enumerate(starts):
-        inputs = pl.ds(start, min(how.slab, k - start))
-        if not decoded:
-            for first in range(start, start + inputs.size, _LANES):
-                _decode(refs, w_ref, block, first, how)
+    parts = [(refs["x"], start) for start in range(0, refs["x"].shape[1], how.slab)]
+    if how.summed:
+        terms = range(0, refs["sums"].shape[1], how.slab)
+        place = len(parts) * how.quarters // 4
+        parts[place:place] = [(refs["sums"], start) for start in terms]
+    for slab, (rows, start) in enumerate(parts):
+        inputs = pl.ds(start, min(how.slab, rows.shape[1] - start))
+        if rows is refs["x"]:
+            if not decoded:
+                for first in range(start, start + inputs.size, _LANES):
+                    _decode(refs, w_ref, block, first, how)
+            w = _load(w_ref, block, inputs)
+        else:
+            w = refs["offsets"][block, inputs]
         y = jax.lax.dot_general(
-            refs["x"][:, inputs],
-            _load(w_ref, block, inputs),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            rows[:, inputs], w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         sums = acc_ref.at[slab % how.sums]
         y = sums[...] + y if slab >= how.sums else y
-        if start + how.slab < k or not decoded:
+        if slab + 1 < len(parts) or not decoded:
             sums[...] = y
     # Registers that decode would be too few for what follows, too.
-    last = len(starts) - 1
+    last = len(parts) - 1
     y = y if decoded else acc_ref[last % how.sums]
     for slab in range(max(last - how.sums + 1, 0), last):
         y = y + acc_ref[slab % how.sums]

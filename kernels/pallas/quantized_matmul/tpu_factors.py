@@ -27,18 +27,20 @@ def by_channel(weight: Weight) -> bool:
     return weight.group_size == weight.shape[1]
 
 
-def factors(weight: Weight, unit: float, rows: bool) -> dict[str, jax.Array]:
+def factors(weight: Weight, unit: float, rows: bool, summed: bool = False) -> dict[str, jax.Array]:
     """What decoded weights or sums are scaled with, by the names that a kernel has for it.
 
     Args:
       weight: with any stack axes.
       unit: what a 1 among decoded weights stands for.
       rows: whether they are spread by ``from_rows``.
+      summed: whether zero points are multiplied with ``sums`` of rows, and not subtracted.
 
     Returns:
       f32 "output_scales" ``(*stack, 1, outputs)`` or "scales", and perhaps "zeros", both in bf16 or
       f32 ``(*stack, outputs, groups)`` with whole registers of groups; for ``from_rows``
-      ``(*stack, groups, outputs)``, bf16 as words of two outputs.
+      ``(*stack, groups, outputs)``, bf16 as words of two outputs. In place of "zeros" perhaps bf16
+      "offsets" ``(*stack, outputs, terms)``, which the last axis of ``sums`` meets.
     """
     spreadable = _by_rows if rows else _by_lanes
     found = {}
@@ -46,9 +48,42 @@ def factors(weight: Weight, unit: float, rows: bool) -> dict[str, jax.Array]:
         found["output_scales"] = weight.scales.astype(jnp.float32) * unit
     else:
         found["scales"] = spreadable(weight.scales * unit)
-    if weight.zeros is not None:
+    if weight.zeros is not None and not summed:
         found["zeros"] = spreadable(weight.zeros / unit)
+    elif weight.zeros is not None:
+        zeros = -weight.zeros.astype(jnp.float32)
+        zeros = zeros / unit if by_channel(weight) else zeros * weight.scales.astype(jnp.float32)
+        high, low = _two(jnp.swapaxes(zeros, -1, -2))
+        found["offsets"] = _terms(high, high, low)
     return found
+
+
+def sums(x: jax.Array, group_size: int) -> jax.Array:
+    """Sums of rows' groups, whose products with "offsets" are what zero points add to the rows'.
+
+    Both are two bf16 numbers, of whose four products the smallest is left out.
+
+    Args:
+      x: ``(M, K)``.
+      group_size: inputs of a group.
+
+    Returns:
+      bf16 ``(M, terms)``.
+    """
+    high, low = _two(x.reshape(x.shape[0], -1, group_size).astype(jnp.float32).sum(axis=-1))
+    return _terms(high, low, high)
+
+
+def _two(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two numbers that bf16 holds, which add up to one of f32 but for its last eight bits."""
+    high = jax.lax.reduce_precision(array, 8, 7)
+    return high, array - high
+
+
+def _terms(*arrays: jax.Array) -> jax.Array:
+    """Groups of all arrays along whole registers of lanes, bf16."""
+    array = jnp.concatenate(arrays, axis=-1).astype(jnp.bfloat16)
+    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % _LANES)])
 
 
 def block(array: jax.Array, outputs: int, rows: bool) -> tuple[tuple[int, int], Callable]:

@@ -274,8 +274,11 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
             ),
         ),
     }
-    for name, array in tpu_factors.factors(weight, how.unit, how.rows).items():
-        shape, index = tpu_factors.block(array, tile.n, how.rows or name == "output_scales")
+    if how.summed:
+        sums = tpu_factors.sums(operands["x"][0], weight.group_size)
+        operands["sums"] = sums, spec((tile.m, sums.shape[1]), lambda v, i, j: (v.tile[i], 0))
+    for name, array in tpu_factors.factors(weight, how.unit, how.rows, how.summed).items():
+        shape, index = tpu_factors.block(array, tile.n, how.lie_by_rows(name))
         operands[name] = (
             array,
             spec((None, *shape), lambda v, i, j, index=index: (v.expert[i], *index(j))),
@@ -296,8 +299,8 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
 
 def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, entries_ref=None, *, how, options, columns):
     """One visit; the first of an expert decodes its weights for the others."""
-    refs = tpu_dense.with_entries(refs, entries_ref, how)
     visit = pl.program_id(1)
+    refs = tpu_dense.with_entries(refs, entries_ref, how, visit == 0)
     works = v.first[visit] < v.last[visit]
     before = jnp.maximum(visit - 1, 0)
     known = jnp.logical_and(visit > 0, v.expert[before] == v.expert[visit])

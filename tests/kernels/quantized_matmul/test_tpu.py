@@ -70,13 +70,13 @@ class TestMosaicTpu(test_reference.TestXla):
         ("format", "m"), [*((format, 520) for format in cases.BITS), ("int4", 100)]
     )
     def test_many_rows(self, rng, format, m):
-        # Two tiles of rows, of which one decodes, or one; and more inputs than are multiplied at a
-        # time.
+        # Two tiles of rows, of which one decodes, or one, whose zero points are not subtracted from
+        # weights; and more inputs than are multiplied at a time.
         k = 1024 if format == "int2" else 640
         # Scales of 128 inputs, of fewer, and of all: those scale sums.
         group_size = {"int8": 64, "int4": 32, "int2": k, "fp8": k}.get(format, 128)
         case = cases.make(
-            rng, format, (136, k), group_size, zeros=format.startswith("int") and m > 128,
+            rng, format, (136, k), group_size, zeros=format.startswith("int"),
             scale_dtype="bfloat16" if format == "int4" else "float32",
         )  # fmt: skip
         x = cases.rows(rng, (m, k), "bfloat16")
@@ -183,9 +183,8 @@ class TestOtherChips(TestMosaicTpu):
     def test_quantized_activations(self, rng, format="int4", dtype="float8_e4m3fn"):
         super().test_quantized_activations(rng, format, dtype)
 
-    # The few of them without zero points: these are spread, as scales are, in another way.
-    @pytest.mark.parametrize("m", [100, 520])
-    def test_many_rows(self, rng, m, format="int4"):
+    @pytest.mark.parametrize(("format", "m"), [("int4", 100), ("int4", 520), ("codebook", 100)])
+    def test_many_rows(self, rng, format, m):
         super().test_many_rows(rng, format, m)
 
     @pytest.mark.parametrize(
