@@ -102,7 +102,7 @@ OTHERS = {
 
 
 def other_formats() -> list[Case]:
-    """Other weights of 4096x4096: of 16 rows against their bytes, of 2048 against bf16.
+    """Other weights of 4096x4096: of 16 rows against their bytes, of 256 and 2048 against bf16.
 
     W4A8 in groups also of 64 rows, the most whose sums are scaled on v6e and 7x.
     """
@@ -115,7 +115,7 @@ def other_formats() -> list[Case]:
         arrays = 1 + options.get("zeros", False)
         width = 4 if options.get("scale_dtype") == "float32" else 2
         size = n * k * FORMATS[format].bits / 8 + arrays * n * (k // group) * width
-        for m in (16, *((64,) if name == "W4A8 g128" else ()), 2048):
+        for m in (16, *((64,) if name == "W4A8 g128" else ()), 256, 2048):
             quantized = "activation_dtype" in options
 
             def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
@@ -143,7 +143,7 @@ def other_formats() -> list[Case]:
                     f"{_MODULE}:quantized", {"m": m, "n": n, "k": k, **options},
                     dense if m > 64 else sums,
                     size if m <= 64 else 0.0,
-                    against="" if m <= 64 else "many W4A16 g128 M=2048 4096x4096 in bf16",
+                    against="" if m <= 64 else f"many W4A16 g128 M={m} 4096x4096 in bf16",
                 )
             )  # fmt: skip
     return cases

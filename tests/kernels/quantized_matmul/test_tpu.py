@@ -342,16 +342,20 @@ SPILLED = {
         {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
         {"m": 128, "n": 4096, "k": 4096},
         {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
+        {"m": 256, "n": 4096, "k": 4096, "zeros": True},
     ],
     "v6e": [
         {"m": 2048, "n": 4096, "k": 4096, "zeros": True},
         {"m": 2048, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 128, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 64, "n": 4096, "k": 4096, "activation_dtype": "int8"},
+        {"m": 128, "n": 4096, "k": 4096, "zeros": True},
+        {"m": 256, "n": 4096, "k": 4096, "format": "codebook"},
     ],
     "7x": [
         {"m": 16, "n": 4096, "k": 4096, "format": "codebook"},
         {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
+        {"m": 256, "n": 4096, "k": 4096, "zeros": True},
     ],
 }
 
