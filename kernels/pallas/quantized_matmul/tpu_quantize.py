@@ -300,13 +300,16 @@ def _round(x_ref, rows, dtype, row_scales_ref, rows_ref, sums_ref, copies) -> No
     plain = sums_ref is None and copies is None
     group = 1 if sums_ref is None else width // sums_ref.shape[2]
     chunk = _chunk(width, (_ENTRIES if plain else _SUMMED) // rows.size, group)
-    scales = wide(row_scales_ref[rows], chunk)
+
+    # Beside sums registers do not hold them as well.
+    scales = wide(row_scales_ref[rows], chunk) if plain else None
 
     def some(i, j, sums):
         """Inputs from ``j * chunk`` of step i."""
         start = pl.multiple_of(j * chunk, chunk)
         entries = x_ref[rows, _inputs(i * width + j * chunk, chunk)].astype(jnp.float32)
-        codes = reference.rounded(entries / scales, dtype)
+        divisors = scales if plain else wide(row_scales_ref[rows], chunk)
+        codes = reference.rounded(entries / divisors, dtype)
         if plain:
             rows_ref[i, rows, pl.ds(start, chunk)] = codes.astype(rows_ref.dtype)
             return sums
