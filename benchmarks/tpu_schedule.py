@@ -98,13 +98,18 @@ OTHERS = {
     "W4A8 by channel": {
         "activation_dtype": "native", "group_size": 4096, "scale_dtype": "float32"
     },
+    "W8A8 by channel": {
+        "format": "native", "activation_dtype": "native", "group_size": 4096,
+        "scale_dtype": "float32",
+    },
 }  # fmt: skip
 
 
 def other_formats() -> list[Case]:
     """Other weights of 4096x4096: of 16 rows against their bytes, of 256 and 2048 against bf16.
 
-    W4A8 in groups also of 64 rows, the most whose sums are scaled on v6e and 7x.
+    W4A8 in groups also of 64 rows, the most whose sums are scaled on v6e and 7x, and W8A8, whose
+    format is the chip's own, not of 16.
     """
     from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
     from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
@@ -114,8 +119,10 @@ def other_formats() -> list[Case]:
         format, group = options.get("format", "int4"), options.get("group_size", 128)
         arrays = 1 + options.get("zeros", False)
         width = 4 if options.get("scale_dtype") == "float32" else 2
-        size = n * k * FORMATS[format].bits / 8 + arrays * n * (k // group) * width
-        for m in (16, *((64,) if name == "W4A8 g128" else ()), 256, 2048):
+        bits = 8 if format == "native" else FORMATS[format].bits
+        size = n * k * bits / 8 + arrays * n * (k // group) * width
+        few = {"W4A8 g128": (16, 64), "W8A8 by channel": ()}.get(name, (16,))
+        for m in (*few, 256, 2048):
             quantized = "activation_dtype" in options
 
             def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):

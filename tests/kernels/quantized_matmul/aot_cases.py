@@ -26,9 +26,12 @@ def quantized(
 ):
     """The TPU kernel on one device, with a prepared weight.
 
-    ``activation_dtype`` "native" is the one of eight bits that the chip multiplies.
+    ``activation_dtype`` "native" is the one of eight bits that the chip multiplies, and so is
+    ``format``.
     """
     struct = functools.partial(whole, mesh)
+    if format == "native":
+        format = "int8" if eight_bits(chip, "native") == "int8" else "fp8"
     weight = prepared(mesh, (), n, k, format, group_size, zeros, scale_dtype)
     options = reference.Options(None, eight_bits(chip, activation_dtype), x_dtype)
     run = functools.partial(tpu.matmul, bias=None, options=options, chip=chips.BY_NAME[chip])
