@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels.calls import by_name, on_tpu
+from jaxcomp.kernels.calls import apart, by_name, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import reference, tpu_codebook, tpu_factors, tpu_float8
 from jaxcomp.kernels.quantized_matmul.reference import Options
@@ -34,6 +34,8 @@ _STAGED = {"v6e": ("int2", "fp8", "codebook"), "7x": ("codebook",)}
 _SLOW = {"v6e": ("fp8", "codebook")}
 # Quarters of the inputs after which zero points meet sums of rows with least to spill.
 _QUARTERS = {"7x": 2}
+# Slabs of 256 inputs that slow formats have registers for: 4096, and sums of their groups.
+_TOGETHER = 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Decoding:
       entries: whether values of a codebook wait in VMEM to be looked up, not in registers.
       summed: whether zero points are multiplied with sums of rows: none is among decoded weights.
       quarters: of the inputs, which are multiplied before those sums.
+      together: slabs that are decoded in one piece of code, at most, or None.
     """
 
     format: str
@@ -69,6 +72,7 @@ class Decoding:
     entries: bool
     summed: bool
     quarters: int
+    together: int | None
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
@@ -95,6 +99,9 @@ class Decoding:
         # would scales that wait for what is slowly decoded.
         slow = weight.format in _SLOW.get(chip.name, ())
         hard = m > _FEW if slow else zeros
+        # Of more than some 4096 inputs slow decoding runs ahead of matrix units, and spills. (More
+        # rows keep those busy for longer.)
+        together = _TOGETHER if slow and _FEW < m <= 2 * _FEW else None
         # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
         # it would only cost cycles.
@@ -104,7 +111,7 @@ class Decoding:
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
             wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
-            kept, entries, summed, quarters,
+            kept, entries, summed, quarters, together,
         )  # fmt: skip
 
     def lie_by_rows(self, name: str) -> bool:
@@ -304,33 +311,67 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
     Returns:
       ``(rows, outputs)``.
     """
-    parts = [(refs["x"], start) for start in range(0, refs["x"].shape[1], how.slab)]
-    if how.summed:
-        terms = range(0, refs["sums"].shape[1], how.slab)
-        place = len(parts) * how.quarters // 4
-        parts[place:place] = [(refs["sums"], start) for start in terms]
-    for slab, (rows, start) in enumerate(parts):
-        inputs = pl.ds(start, min(how.slab, rows.shape[1] - start))
+    slabs = _slabs(refs, how)
+    pieces = _pieces(len(slabs), len(slabs) if decoded else how.together)
+    # What the next piece of code multiplies first is decoded while this one's last is multiplied.
+    ahead = int(len(pieces) > 1)
+
+    def decode_slab(rows, inputs):
         if rows is refs["x"]:
+            for first in range(inputs.start, inputs.start + inputs.size, _LANES):
+                _decode(refs, w_ref, block, first, how)
+
+    def multiply(piece):
+        for slab in piece:
             if not decoded:
-                for first in range(start, start + inputs.size, _LANES):
-                    _decode(refs, w_ref, block, first, how)
-            w = _load(w_ref, block, inputs)
-        else:
-            w = refs["offsets"][block, inputs]
-        y = jax.lax.dot_general(
-            rows[:, inputs], w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        sums = acc_ref.at[slab % how.sums]
-        y = sums[...] + y if slab >= how.sums else y
-        if slab + 1 < len(parts) or not decoded:
-            sums[...] = y
+                for own in slabs[slab + ahead if slab else 0 : slab + ahead + 1]:
+                    decode_slab(*own)
+            rows, inputs = slabs[slab]
+            weights = rows is refs["x"]
+            y = jax.lax.dot_general(
+                rows[:, inputs],
+                _load(w_ref, block, inputs) if weights else refs["offsets"][block, inputs],
+                (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            sums = acc_ref.at[slab % how.sums]
+            y = sums[...] + y if slab >= how.sums else y
+            if slab + 1 < len(slabs) or not decoded:
+                sums[...] = y
+        return y
+
+    def body(piece):
+        multiply(piece)
+
+    if len(pieces) == 1:
+        y = multiply(pieces[0])
+    else:
+        apart([functools.partial(body, piece) for piece in pieces], block.start)
     # Registers that decode would be too few for what follows, too.
-    last = len(parts) - 1
+    last = len(slabs) - 1
     y = y if decoded else acc_ref[last % how.sums]
     for slab in range(max(last - how.sums + 1, 0), last):
         y = y + acc_ref[slab % how.sums]
     return finish(refs, y, block, options)
+
+
+def _slabs(refs, how: Decoding) -> list[tuple]:
+    """Rows, or sums of their groups, and a slice of their inputs, as they are multiplied."""
+
+    def of(name):
+        size = refs[name].shape[1]
+        starts = range(0, size, how.slab)
+        return [(refs[name], pl.ds(start, min(how.slab, size - start))) for start in starts]
+
+    slabs = of("x")
+    place = len(slabs) * how.quarters // 4
+    return slabs[:place] + of("sums") + slabs[place:] if how.summed else slabs
+
+
+def _pieces(slabs: int, most: int | None) -> list[range]:
+    """Slabs in as few pieces of equal size as have at most so many."""
+    size = -(-slabs // -(-slabs // (most or slabs)))
+    return [range(first, min(first + size, slabs)) for first in range(0, slabs, size)]
 
 
 def finish(refs, y, outputs, options) -> jax.Array:
