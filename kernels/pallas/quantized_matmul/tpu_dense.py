@@ -32,7 +32,7 @@ _FEW = 128
 _STAGED = {"v6e": ("int2", "fp8", "codebook"), "7x": ("codebook",)}
 # Those of them that take so many instructions to decode that transposed scales wait for them.
 _SLOW = {"v6e": ("fp8", "codebook")}
-# Quarters of the inputs after which zero points meet sums of rows with least to spill.
+# Quarters of the inputs after which zero points meet sums of rows: where nothing spills.
 _QUARTERS = {"7x": 2}
 # Slabs of 256 inputs that slow formats have registers for: 4096, and sums of their groups.
 _TOGETHER = 17
@@ -78,11 +78,12 @@ class Decoding:
     def of(cls, weight: Weight, chip: Chip, m: int) -> "Decoding":
         """The one of a weight on a chip, for tiles of m rows."""
         wide = chip.mxu > _LANES
-        # Spreading zero points takes as long as spreading scales, and registers. Their products
-        # with sums of rows take less time than those of one more group; of more rows they are more.
+        # Zero points that are spread, as scales are, take as long again, and registers. Of rows of
+        # one tile their products with sums of rows are less; more rows share what is spread, and
+        # XLA would have to read all of them for their sums.
         summed = weight.zeros is not None and m <= 2 * _FEW
         zeros = weight.zeros is not None and not summed
-        quarters = _QUARTERS.get(chip.name, 1 if not wide and m <= _FEW else 0)
+        quarters = _QUARTERS.get(chip.name, int(not wide and m <= _FEW))
         factors = [] if tpu_factors.by_channel(weight) else [weight.scales]
         factors += [weight.zeros] if zeros else []
         # v6e and 7x compute in bf16, in which codes of 8 bits are exact, also less whole zero
@@ -104,8 +105,8 @@ class Decoding:
         together = _TOGETHER if slow and _FEW < m <= 2 * _FEW else None
         # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
-        # it would only cost cycles.
-        kept = not wide and m <= _FEW
+        # it would only cost cycles. So it is with what v6e decodes slowly.
+        kept = m <= _FEW and (slow or not wide)
         # Of more rows that saves v5 no spills, and costs cycles, too.
         entries = weight.format == "codebook" and (wide or kept)
         return cls(

@@ -9,6 +9,9 @@ multiplying. Two ways:
 - ``from_rows``: outputs lie along lanes, a load brings a group's entries to as many sublanes as it
   has inputs, and that is transposed. On v6e and 7x this is faster. On v5 it is slower, and with
   zero points, too, the compiler runs out of registers.
+
+Zero points may be left out of weights instead: a row's product with ``s (c - z)`` is that with
+``s c``, less ``s z`` times the sum of the row's inputs of the group (``sums``, ``"offsets"``).
 """
 
 from collections.abc import Callable
