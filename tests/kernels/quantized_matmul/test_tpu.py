@@ -353,6 +353,7 @@ SPILLED = {
         {"m": 64, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 128, "n": 4096, "k": 4096, "zeros": True},
         {"m": 256, "n": 4096, "k": 4096, "format": "codebook"},
+        {"m": 256, "n": 1024, "k": 14336, "format": "fp8"},
     ],
     "7x": [
         {"m": 16, "n": 4096, "k": 4096, "format": "codebook"},
