@@ -133,7 +133,7 @@ def _kernel(
     refs, y_ref, acc_ref, *, format, group_size, slab, columns, options, visits, **rows
 ):  # fmt: skip
     """All inputs of one tile of y."""
-    refs = visits.rows_of(refs, options, **rows)
+    refs = visits.rows_of(refs, options, group_size, **rows)
     tpu_dense.keep_in_memory(acc_ref)
 
     def multiply(block):

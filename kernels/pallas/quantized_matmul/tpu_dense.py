@@ -150,10 +150,7 @@ def matmul(
     m, (n, k) = x.shape[0], weight.shape
     tm, tn = tile.m, tile.n
     how = Decoding.of(weight, chip, tm)
-    if how.summed:  # Of codes, which therefore come as they are.
-        visits = Visits(-(-m // tm), -(-n // tn))
-    else:
-        visits = Visits.of(x, weight, options, chip, tile, "bfloat16", decoded=True)
+    visits = Visits.of(x, weight, options, chip, tile, "bfloat16", decoded=True)
     fields = 4 if weight.format == "int2" else 1
     scalars = weight.scalars
     rows = visits.operands(x, x_scales, options, tile)
@@ -167,7 +164,8 @@ def matmul(
             ),
         ),
     }
-    if how.summed:
+    terms = tpu_factors.terms(weight) if how.summed else 0
+    if how.summed and visits.dtype is None:
         sums = tpu_factors.sums(rows["x"][0], weight.group_size)
         operands["sums"] = sums, visits.spec((tm, sums.shape[1]), lambda j, i, *layer: (i, 0))
     for name, array in tpu_factors.factors(weight, how.unit, how.rows, how.summed).items():
@@ -180,8 +178,7 @@ def matmul(
         operands["table"] = (weight.table, pl.BlockSpec(memory_space=pltpu.SMEM))
     names = ("w_ref", "acc_ref", "entries_ref")
     own_memory = dict(zip(names, scratch(tile, k, how), strict=False))
-    own_memory |= visits.scratch(tile, k, options)
-
+    own_memory |= visits.scratch(tile, k, options, terms)
     kind = "dense" if options.activation_dtype is None else "rows_dense"
 
     def body(refs, y_ref, *own):
@@ -225,7 +222,8 @@ def _kernel(
 ):  # fmt: skip
     """All inputs of one tile of y."""
     first = pl.program_id(len(visits.grid) - 1) == 0
-    refs = visits.rows_of(with_entries(refs, entries_ref, how, first), options, **rows)
+    refs = with_entries(refs, entries_ref, how, first)
+    refs = visits.rows_of(refs, options, how.group_size, **rows)
 
     def multiply(decoded, block):
         y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)

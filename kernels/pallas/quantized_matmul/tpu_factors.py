@@ -77,6 +77,11 @@ def sums(x: jax.Array, group_size: int) -> jax.Array:
     return _terms(high, low, high)
 
 
+def terms(weight: Weight) -> int:
+    """The last axis of ``sums`` and of "offsets"."""
+    return -(-3 * (weight.shape[1] // weight.group_size) // _LANES) * _LANES
+
+
 def _two(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two numbers that bf16 holds, which add up to one of f32 but for its last eight bits."""
     high = jax.lax.reduce_precision(array, 8, 7)

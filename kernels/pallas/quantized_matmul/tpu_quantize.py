@@ -34,6 +34,8 @@ from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 # Entries that a loop's step looks at: enough for its instructions to hide each other's latency. Of
 # those that are also summed, or copied, registers hold fewer.
 _ENTRIES, _SUMMED = 1 << 15, 1 << 13
+# Inputs of groups that the matrix unit adds up at a time.
+_SUMMED_AT_ONCE = 256
 # Rows whose largest entries are in registers at a time, where there are more than _TOGETHER.
 _ROWS, _TOGETHER = 32, 64
 # Rows whose scales are computed at a time.
@@ -178,26 +180,43 @@ class Visits:
             operands["row_scales"] = jnp.pad(scales, more), self.spec((tile.m, 1), by_row)
         return operands | {"x": (jnp.pad(x, more), self.spec(shape, by_row))}
 
-    def scratch(self, tile: Tile, k: int, options: Options) -> dict:
-        """Memory of the rows, by the name of its argument."""
+    def scratch(self, tile: Tile, k: int, options: Options, terms: int = 0) -> dict:
+        """Memory of the rows, by the name of its argument.
+
+        Args:
+          tile: of the kernel.
+          k: inputs.
+          options: what is fused.
+          terms: of the sums of the rows' groups, or 0 where nothing is multiplied with them.
+        """
         if options.activation_dtype is None:
             return {}
         by_row = tile.m, _LANES
         if self.dtype is None:
             return {"row_scales_ref": pltpu.VMEM((1, *by_row), jnp.float32)}
-        return {
+        found = {
             "rows_ref": pltpu.VMEM((self.rows, tile.m, k), jnp.dtype(self.dtype)),
             "row_scales_ref": pltpu.VMEM((self.rows, *by_row), jnp.float32),
         }
+        if terms:
+            found["sums_ref"] = pltpu.VMEM((self.rows, tile.m, terms), jnp.bfloat16)
+            found["totals_ref"] = pltpu.VMEM((tile.m, terms), jnp.float32)
+        return found
 
-    def rows_of(self, refs, options, row_scales_ref=None, rows_ref=None) -> dict:
+    def rows_of(
+        self, refs, options, group_size, row_scales_ref=None, rows_ref=None, sums_ref=None,
+        totals_ref=None,
+    ) -> dict:  # fmt: skip
         """Operands with a step's rows as they are multiplied, quantized if they are not yet.
 
         Args:
           refs: operands by name.
           options: what is fused.
+          group_size: inputs of a group.
           row_scales_ref: f32 ``(tiles, rows, 128)``, or None without any.
           rows_ref: ``(tiles, rows, K)``, or None where they come as they are multiplied.
+          sums_ref: bf16 ``(tiles, rows, terms)`` for what ``tpu_factors.sums`` makes of codes.
+          totals_ref: f32 ``(rows, terms)``.
         """
         if row_scales_ref is None:
             return refs
@@ -213,8 +232,11 @@ class Visits:
         def _():
             tile = rows_ref.at[pl.ds(i, 1)], row_scales_ref.at[i]
             quantize(refs, options.activation_dtype, *tile)
+            if sums_ref is not None:
+                _sum(rows_ref.at[i], group_size, sums_ref.at[i], totals_ref)
 
-        return {**refs, "x": rows_ref.at[i], "row_scales": row_scales_ref.at[i]}
+        own = {"x": rows_ref.at[i], "row_scales": row_scales_ref.at[i]}
+        return {**refs, **own} if sums_ref is None else {**refs, **own, "sums": sums_ref.at[i]}
 
 
 def quantize(refs, dtype: str, rows_ref, row_scales_ref, sums_ref=None, copies=None) -> None:
@@ -330,6 +352,33 @@ def _round(x_ref, rows, dtype, row_scales_ref, rows_ref, sums_ref, copies) -> No
             sums_ref[i] = sums
 
     jax.lax.fori_loop(0, steps, step, None)
+
+
+def _sum(rows_ref, group_size: int, sums_ref, totals_ref) -> None:
+    """Stores the sums of bf16 rows' groups as ``tpu_factors.sums`` does.
+
+    The matrix unit adds them up, times ones where a column is of an input's group.
+    """
+    k, shape = rows_ref.shape[1], totals_ref.shape
+    groups, chunk = k // group_size, _chunk(k, _SUMMED_AT_ONCE)
+    totals_ref[...] = jnp.zeros(shape, jnp.float32)
+
+    def step(i, _):
+        column, of = (jax.lax.broadcasted_iota(jnp.int32, (shape[1], chunk), d) for d in (0, 1))
+        same = jax.lax.rem(column, groups) == jax.lax.div(i * chunk + of, group_size)
+        ones = jnp.where(jnp.logical_and(same, column < 3 * groups), 1.0, 0.0)
+        totals_ref[...] += jax.lax.dot_general(
+            rows_ref[:, _inputs(i * chunk, chunk)],
+            ones.astype(rows_ref.dtype),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    jax.lax.fori_loop(0, k // chunk, step, None)
+    totals = totals_ref[...]
+    high = totals.astype(jnp.bfloat16).astype(jnp.float32)
+    second = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 1), groups) == 1
+    sums_ref[...] = jnp.where(second, totals - high, high).astype(jnp.bfloat16)
 
 
 def wide(scales: jax.Array, width: int) -> jax.Array:
