@@ -260,7 +260,7 @@ def _dense(x, bounds, weight, bias, options, chip, interpret, tile) -> jax.Array
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda j, visit, v: index(v, visit, j))
 
-    how = tpu_dense.Decoding.of(weight, chip, tile.m)
+    how = tpu_dense.Decoding.of(weight, chip, tile.m, experts=True)
     operands = {
         "x": (
             jnp.pad(x, ((0, -m % tile.m), (0, 0))),
