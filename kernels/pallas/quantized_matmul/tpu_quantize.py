@@ -252,8 +252,7 @@ def quantize(refs, dtype: str, rows_ref, row_scales_ref, sums_ref=None, copies=N
       copies: None, or makes of some inputs' f32 codes the copies of all rows.
     """
     x_ref, m = refs["x"], row_scales_ref.shape[0]
-    plain = sums_ref is None and copies is None
-    at_once = math.gcd(m, _ROWS) if m > _TOGETHER and plain else m
+    at_once = math.gcd(m, _ROWS) if m > _TOGETHER and copies is None else m
     _each(m, at_once, lambda rows: _largest(x_ref, rows, row_scales_ref))
     given_ref = refs.get("x_scales")
     scaled = math.gcd(m, _SCALED) if m > _SCALED else m
@@ -336,8 +335,8 @@ def _round(x_ref, rows, dtype, row_scales_ref, rows_ref, sums_ref, copies) -> No
             rows_ref[i, rows, pl.ds(start, chunk)] = codes.astype(rows_ref.dtype)
             return sums
         codes = codes.astype(jnp.float32)
-        stored = codes if copies is None else copies(codes)
-        rows_ref[i, :, pl.ds(start, chunk)] = stored.astype(rows_ref.dtype)
+        stored, place = (codes, rows) if copies is None else (copies(codes), slice(None))
+        rows_ref[i, place, pl.ds(start, chunk)] = stored.astype(rows_ref.dtype)
         if sums is not None:
             column = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
             for part in range(0, chunk, min(group, chunk)):
@@ -346,10 +345,12 @@ def _round(x_ref, rows, dtype, row_scales_ref, rows_ref, sums_ref, copies) -> No
         return sums
 
     def step(i, _):
-        sums = None if sums_ref is None else jnp.zeros(sums_ref.shape[1:], jnp.float32)
+        sums = None
+        if sums_ref is not None:
+            sums = jnp.zeros((rows.size, sums_ref.shape[2]), jnp.float32)
         sums = jax.lax.fori_loop(0, width // chunk, lambda j, sums: some(i, j, sums), sums)
         if sums_ref is not None:
-            sums_ref[i] = sums
+            sums_ref[i, rows] = sums
 
     jax.lax.fori_loop(0, steps, step, None)
 

@@ -94,7 +94,12 @@ class TestMosaicTpu(test_reference.TestXla):
     # Where weights are scaled first they are rounded to bf16; else products are exact.
     @pytest.mark.parametrize(
         ("format", "group_size", "precision"),
-        [("int4", 128, "float32"), ("int2", 512, "float32"), ("int8", 64, "bfloat16")],
+        [
+            ("int4", 128, "float32"),
+            ("int2", 512, "float32"),
+            ("int8", 64, "bfloat16"),
+            ("int4", 128, "bfloat16"),
+        ],
     )
     def test_many_quantized_rows(self, rng, format, group_size, precision, dtype="int8"):
         case = cases.make(rng, format, (136, 512), group_size, zeros=precision == "bfloat16")
