@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import pieces
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import layers, reference, tpu_many
@@ -112,11 +113,14 @@ def _product(x, weight, bias, options, axis, chip, interpret):
     layer, (values,) = layers.of_kernel(weight)
     m, blocks = x.shape[0], len(weight.values)
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
-    x = reference.pad_columns(_pad_rows(x, tm), k)
+    itemsize, split = x.dtype.itemsize, pieces.count(x.dtype)
+    of_weight = tpu_many.weight_pieces(weight, split)
+    # One tile: pieces are rows like others.
+    x = pieces.listed(reference.pad_columns(_pad_rows(x, tm), k)).reshape(-1, k)
     copy = copy_size(weight)
     # The blocks lie in VMEM as they are stored; the matrix unit takes either order.
     in_specs = [
-        pl.BlockSpec((tm, k), lambda i, step, *_: (i, 0)),
+        pl.BlockSpec((split * tm, k), lambda i, step, *_: (0, 0)),
         pl.BlockSpec(
             (*(None for _ in layer), copy, *weight.block),
             lambda i, step, to, of, *own: (*(number[0] for number in own), step, 0, 0),
@@ -130,6 +134,14 @@ def _product(x, weight, bias, options, axis, chip, interpret):
     if bias is not None:
         in_specs.append(pl.BlockSpec((1, n), lambda i, step, *_: (0, 0)))
         operands.append(reference.pad_columns(bias.astype(jnp.float32)[None], n))
+    waiting = []
+    if split > 1:
+        products = len(pieces.pairs(split, of_weight)) * tm
+        waiting.append(pltpu.VMEM((products, weight.block[axis]), jnp.float32))
+        if of_weight > 1:
+            # In words of two numbers, which take whole registers.
+            shape = of_weight, weight.block[0] // 2, weight.block[1]
+            waiting.append(pltpu.VMEM(shape, jnp.int32))
     y = on_tpu(
         functools.partial(
             _product_kernel,
@@ -139,33 +151,36 @@ def _product(x, weight, bias, options, axis, chip, interpret):
             biased=bias is not None,
             options=options,
             scalars=len(layer),
+            split=split,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2 + len(layer),
-            grid=(x.shape[0] // tm, -(-blocks // copy)),
+            grid=(1, -(-blocks // copy)),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((tm, n), lambda i, step, *_: (i, 0)),
-            scratch_shapes=[pltpu.VMEM((tm, n), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((tm, n), jnp.float32), *waiting],
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
+        out_shape=jax.ShapeDtypeStruct((tm, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=tpu_many.cost(m, weight, options, x.dtype.itemsize),
+        cost_estimate=tpu_many.cost(m, weight, options, itemsize),
         interpret=interpret,
         name="block_sparse_matmul" if axis == 0 else "block_sparse_matmul_dx",
     )(lists[axis], lists[1 - axis], *layer, *operands)
     return y[:m, : weight.shape[axis]]
 
 
-def _product_kernel(to_ref, from_ref, *refs, axis, blocks, scaled, biased, options, scalars):
+def _product_kernel(
+    to_ref, from_ref, *refs, axis, blocks, scaled, biased, options, scalars, split
+):  # fmt: skip
     """Adds the products of the blocks of one copy."""
     x_ref, values_ref, *refs = refs[scalars:]
     scales_ref = refs.pop(0) if scaled else None
     bias_ref = refs.pop(0) if biased else None
-    y_ref, sums_ref = refs
+    y_ref, sums_ref, products_ref, split_ref = (*refs, None, None)[:4]
     copy, *block = values_ref.shape
-    step = pl.program_id(1)
+    m, step = y_ref.shape[0], pl.program_id(1)
     across = functools.partial(_across, y_ref.shape[1], block[axis])
 
     @pl.when(step == 0)
@@ -175,15 +190,40 @@ def _product_kernel(to_ref, from_ref, *refs, axis, blocks, scaled, biased, optio
 
         across(clear)
 
-    def product(i):
-        x = x_ref[:, _columns(from_ref[step * copy + i], block[1 - axis])]
-        scale = scales_ref[i] if scaled else None
-        if scaled and axis == 1:
-            x = (x.astype(jnp.float32) * scale).astype(x.dtype)
-        y = reference.dot(x, values_ref[i], ((1,), (1 - axis,)))
-        return y * scale if scaled and axis == 0 else y
+    def x_of(i, zero=0):
+        x = x_ref[:, _columns(from_ref[step * copy + i] + zero, block[1 - axis])]
+        if not scaled or axis == 0:
+            return x
+        parts = [x[piece * m :][:m] for piece in range(split)]
+        return jnp.concatenate(tpu_many.rescaled(parts, scales_ref[i]))
 
-    held, together = held_together(sums_ref.shape[0], block[axis], copy)
+    def of_pieces(i):
+        if split_ref is not None:
+            tpu_many.split(values_ref.at[i], split_ref)
+        end = 0
+        for piece in range(1 if split_ref is None else split):
+            # Zero, which is not known: what was stored or loaded before is loaded again, not kept
+            # in registers.
+            zero = jnp.minimum(step * copy + i + piece, 0)
+            if split_ref is None:
+                w = values_ref[i]
+            else:
+                w = pltpu.bitcast(split_ref[zero + piece], x_ref.dtype)
+            rows = (split - piece) * m
+            y = reference.dot(x_of(i, zero)[:rows], w, ((1,), (1 - axis,)))
+            products_ref[end : end + rows] = y
+            end += rows
+        products = [products_ref[first : first + m] for first in range(0, end, m)]
+        return functools.reduce(jnp.add, products)
+
+    def product(i):
+        if split == 1:
+            y = reference.dot(x_of(i), values_ref[i], ((1,), (1 - axis,)))
+        else:
+            y = of_pieces(i)
+        return y * scales_ref[i] if scaled and axis == 0 else y
+
+    held, together = held_together(m, block[axis], copy, split)
 
     def add(first, count):
         for start in range(0, count, held):
@@ -204,7 +244,7 @@ def _product_kernel(to_ref, from_ref, *refs, axis, blocks, scaled, biased, optio
         across(write)
 
 
-def held_together(rows: int, outputs: int, copy: int) -> tuple[int, int]:
+def held_together(rows: int, outputs: int, copy: int, split: int = 1) -> tuple[int, int]:
     """How many blocks' products are computed before they are added, and how many a loop takes.
 
     As many as the registers hold: they do not wait for each other, while sums may meet in the same
@@ -214,7 +254,10 @@ def held_together(rows: int, outputs: int, copy: int) -> tuple[int, int]:
       rows: of a tile.
       outputs: of a block.
       copy: blocks in a copy.
+      split: pieces of x; the products of several leave no registers for those of another block.
     """
+    if split > 1:
+        return 1, 1
     fitting = _REGISTERS // (rows * outputs * 4)
     held = min(max(fitting, 1), 8)
     return held, min(max(held, 2 if fitting else 1), copy)
@@ -228,11 +271,12 @@ def _values_gradient(x, weight, dz, chip, interpret):
     x = reference.pad_columns(_pad_rows(x, tm), k)
     # Transposed once, rather than in each block.
     dz = reference.pad_columns(_pad_rows(dz, tm), n).T
+    depth = _gradient_depth(tm, weight, chip)
+    factors = (bn, depth), (depth, bk)
+    split = [pltpu.VMEM((pieces.COUNT, *shape), jnp.bfloat16) for shape in factors]
     copy = gradient_copy(weight)
     return on_tpu(
-        functools.partial(
-            _values_gradient_kernel, blocks=blocks, depth=_gradient_depth(tm, weight, chip)
-        ),
+        functools.partial(_values_gradient_kernel, blocks=blocks, depth=depth),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(-(-blocks // copy), x.shape[0] // tm),
@@ -241,7 +285,10 @@ def _values_gradient(x, weight, dz, chip, interpret):
                 pl.BlockSpec((n, tm), lambda step, i, *_: (0, i)),
             ],
             out_specs=pl.BlockSpec((copy, bn, bk), lambda step, i, *_: (step, 0, 0)),
-            scratch_shapes=[pltpu.VMEM((copy, bn, bk), jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((copy, bn, bk), jnp.float32),
+                *(split if x.dtype == jnp.float32 else []),
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct(weight.values.shape, reference.gradient_dtype(weight)),
         compiler_params=pltpu.CompilerParams(
@@ -254,7 +301,7 @@ def _values_gradient(x, weight, dz, chip, interpret):
 
 
 def _values_gradient_kernel(
-    rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_ref, *, blocks, depth
+    rows_ref, columns_ref, x_ref, dz_ref, out_ref, sums_ref, *split_refs, blocks, depth
 ):
     """Adds what some rows of x and dz give to the blocks of one copy."""
     copy, bn, bk = out_ref.shape
@@ -274,7 +321,15 @@ def _values_gradient_kernel(
             for part in range(0, x_ref.shape[0], depth):
                 rows = pl.ds(part, depth)
                 dz, x = dz_ref[_columns(row, bn), rows], x_ref[rows, _columns(column, bk)]
-                sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
+                if not split_refs:
+                    sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
+                    continue
+                for ref, factor in zip(split_refs, (dz, x), strict=True):
+                    for piece, value in enumerate(pieces.split(factor)):
+                        ref[piece] = value
+                for of_dz, of_x in pieces.pairs(pieces.COUNT, pieces.COUNT):
+                    dz, x = split_refs[0][of_dz], split_refs[1][of_x]
+                    sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
 
     _each(jnp.minimum(copy, blocks - first), min(2, copy), add)
 
@@ -321,8 +376,9 @@ def product_rows(m, weight, axis, itemsize, out_itemsize) -> int:
     Held are two copies of x and y each, and the f32 sums.
     """
     n, k = _padded(weight, axis), _padded(weight, 1 - axis)
-    row = 2 * k * itemsize + n * (4 + 2 * out_itemsize)
-    return 0 if m > _LANES else _rows(m, row, _VMEM - 4 * _COPY)
+    row = 2 * k * _bytes(itemsize) + n * (4 + 2 * out_itemsize)
+    # Of f32 the products of pieces wait in memory, too, and the pieces of a block.
+    return 0 if m > _LANES else _rows(m, row, _VMEM - (4 if itemsize < 4 else 8) * _COPY)
 
 
 def gradient_copy(weight: BlockSparse) -> int:
@@ -344,6 +400,11 @@ def _gradient_depth(tm: int, weight: BlockSparse, chip: Chip) -> int:
     """
     large = math.prod(weight.block) > _LARGEST**2 // 4
     return _LANES if large and chip.mxu == _LANES and tm % _LANES == 0 else tm
+
+
+def _bytes(itemsize: int) -> int:
+    """Of an entry of x as it is multiplied."""
+    return 2 * pieces.COUNT if itemsize == 4 else itemsize
 
 
 def _padded(weight: BlockSparse, axis: int) -> int:

@@ -7,6 +7,7 @@ runs ahead of the products over the ends of steps. Few rows would make many shor
 has a kernel for them.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import pieces
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import layers, reference
@@ -22,7 +24,7 @@ from jaxcomp.kernels.sparse_matmul.reference import Options
 
 _LANES = 128
 _VMEM = 48 << 20
-# Rows of a tile in bf16; in f32, whose products cost more, half of them.
+# Most rows of a tile.
 _TALLEST = 2048
 # Most rows of a chunk, and outputs: products of more would be spilled.
 _CHUNK = 1024
@@ -30,6 +32,8 @@ _WIDEST = 256
 # Most blocks, and most products of bf16 numbers, that a step of the loop over blocks takes.
 _TOGETHER = 4
 _UNROLLED = 2 * 2048 * 256 * 256
+# Rows of a block of f32 that are split at a time.
+_SPLIT = 16
 # Bytes of blocks that are on their way while others are multiplied.
 _RING = 2 << 20
 
@@ -70,11 +74,16 @@ def tile(
     out, inputs = weight.block[axis], weight.block[1 - axis]
     size = out * inputs * weight.values.dtype.itemsize
     ahead = max(2, _RING // size)
+    split = pieces.COUNT if itemsize == 4 else 1
+    of_weight = weight_pieces(weight, split)
     # Two copies of x and of y, the sums, and a product that is added to them.
-    row = 2 * weight.grid[1 - axis] * inputs * itemsize + out * (8 + 2 * out_itemsize)
-    fitting = (_VMEM - (4 << 20) - (ahead + _TOGETHER) * size) // row
-    passes = itemsize // 2
-    most = min(fitting, _TALLEST // passes) // 16 * 16
+    row = 4 * split * weight.grid[1 - axis] * inputs + out * (8 + 2 * out_itemsize)
+    held = (ahead + _TOGETHER) * size
+    if of_weight > 1:
+        held += 2 * _TOGETHER * of_weight * out * inputs
+    fitting = (_VMEM - (4 << 20) - held) // row
+    passes = len(pieces.pairs(split, of_weight))
+    most = min(fitting, _TALLEST) // 16 * 16
     if most <= 0:
         return None
     # As many tiles as it takes and cores share, and none larger than it has to be.
@@ -86,12 +95,25 @@ def tile(
     # Sums of one product that wait for a second one of a wide matrix unit would be spilled.
     limit = _TOGETHER if chip.mxu == _LANES else min(depth // inputs, _TOGETHER)
     together = max(min(_UNROLLED // (rows * passes * out * inputs), limit), 1)
+    if of_weight > 1:
+        # Splitting the next blocks, and the last products, wait for a step's end.
+        together = max(min(2 * _WIDEST // inputs, limit), 1)
     chunk = _CHUNK
     if together > 2 and chip.mxu > _LANES:  # Sums of as many rows would wait in registers.
         chunk //= 2
         if weight.scales is not None:
             chunk = min(chunk, -(-rows // 32) * 16)
     return Tile(rows, together, ahead + together, depth, chunk)
+
+
+def weight_pieces(weight: BlockSparse, split: int) -> int:
+    """Pieces of a block that are multiplied.
+
+    Args:
+      weight: any.
+      split: pieces of x; more than one asks for all of a weight in f32.
+    """
+    return split if weight.values.dtype == jnp.float32 else 1
 
 
 def matmul(
@@ -121,19 +143,24 @@ def matmul(
     n, k = (weight.grid[a] * weight.block[a] for a in (axis, 1 - axis))
     out_itemsize = jnp.dtype(options.out_dtype).itemsize
     sizes = tile(m, weight, axis, x.dtype.itemsize, out_itemsize, chip)
-    x = reference.pad_columns(jnp.pad(x, ((0, -m % sizes.rows), (0, 0))), k)
+    itemsize, split = x.dtype.itemsize, pieces.count(x.dtype)
+    x = pieces.listed(reference.pad_columns(jnp.pad(x, ((0, -m % sizes.rows), (0, 0))), k))
+    padded, of_weight = x.shape[1], weight_pieces(weight, split)
     layer, (values,) = layers.of_kernel(weight)
     listed = [values]
     if weight.scales is not None:
         listed.append(weight.scales[:, None])
     operands = [x, *listed]
     in_specs = [
-        pl.BlockSpec((sizes.rows, k), lambda i, j, *_: (i, 0)),
+        pl.BlockSpec((split, sizes.rows, k), lambda i, j, *_: (0, i, 0)),
         *(pl.BlockSpec(memory_space=pl.ANY) for _ in listed),
     ]
     if bias is not None:
         operands.append(reference.pad_columns(bias.astype(jnp.float32)[None], n))
         in_specs.append(pl.BlockSpec((1, out), lambda i, j, *_: (0, j)))
+    # In words of two numbers, which take whole registers.
+    words = weight.block[0] // 2, weight.block[1]
+    split_blocks = [(sizes.together, of_weight, *words)] if of_weight > 1 else []
     body = functools.partial(
         _kernel,
         axis=axis,
@@ -147,7 +174,7 @@ def matmul(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3 + len(layer),
-            grid=(x.shape[0] // sizes.rows, weight.grid[axis]),
+            grid=(padded // sizes.rows, weight.grid[axis]),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((sizes.rows, out), lambda i, j, *_: (i, j)),
             scratch_shapes=[
@@ -155,13 +182,14 @@ def matmul(
                 pltpu.SemaphoreType.DMA((len(listed), sizes.slots)),
                 pltpu.VMEM((sizes.slots, *weight.block), values.dtype),
                 *(pltpu.VMEM((sizes.slots, *a.shape[1:]), a.dtype) for a in listed[1:]),
+                *(pltpu.VMEM(shape, jnp.int32) for shape in split_blocks),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], n), options.out_dtype),
+        out_shape=jax.ShapeDtypeStruct((padded, n), options.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=cost(m, weight, options, x.dtype.itemsize),
+        cost_estimate=cost(m, weight, options, itemsize),
         interpret=interpret,
         name="block_sparse_matmul_many" + ("_dx" if axis else ""),
     )(*_visits(weight, axis), *layer, *operands)
@@ -220,11 +248,18 @@ class _Ring:
         """Sends the first blocks on their way."""
         jax.lax.fori_loop(0, self.ahead, lambda b, _: self._start(b), None)
 
-    def take(self, b, number):
+    def take(self, b, number, all_exist=True):
         """Waits for some blocks, and sends as many later ones into slots that were used before."""
-        for i in range(number):
-            for copy in self._copies(b + i):
+
+        def wait(b):
+            for copy in self._copies(b):
                 copy.wait()
+
+        for i in range(number):
+            if all_exist:
+                wait(b + i)
+            else:
+                pl.when(b + i < self.order_ref.shape[0])(functools.partial(wait, b + i))
             self._start(b + i + self.ahead)
 
     def _start(self, b):
@@ -249,13 +284,38 @@ def _kernel(
     listed, refs = refs[: 1 + scaled], list(refs[1 + scaled :])
     bias_ref = refs.pop(0) if biased else None
     y_ref, sums_ref, arrived, *held = refs
+    held, (pieces_ref,) = held[: len(listed)], held[len(listed) :] or (None,)
     if layered:
         listed = (listed[0].at[layer_ref[0]], *listed[1:])
     together = sizes.together
     ring = _Ring(order_ref, list(zip(listed, held, strict=True)), arrived, sizes.slots - together)
     row = pl.program_id(1)
     first, end = starts_ref[row], starts_ref[row + 1]
-    pl.when(row == 0)(ring.fill)
+
+    def split_next(b):
+        """Splits the next blocks, those of other outputs, too."""
+        for i in range(together):
+            slot = ring.slot(jnp.minimum(b + i, order_ref.shape[0] - 1))
+            split(held[0].at[slot], pieces_ref.at[i])
+
+    @pl.when(row == 0)
+    def _():
+        ring.fill()
+        if pieces_ref is not None:
+            ring.take(0, together, all_exist=False)
+            split_next(0)
+
+    @contextlib.contextmanager
+    def taken(b, number):
+        """Blocks from ``b`` on, while they are multiplied."""
+        if pieces_ref is None:
+            ring.take(b, number)
+            yield
+        else:
+            # Those that follow are split while the last products are computed.
+            ring.take(b + together, number, all_exist=False)
+            yield
+            split_next(b + number)
 
     def begin(part):
         rows, columns = part
@@ -270,7 +330,8 @@ def _kernel(
     def total(b, number, part, begun):
         """Sums up to some blocks; between products they leave the registers."""
         y = None
-        for product in _products(x_ref, held, from_ref, ring, b, number, part, axis, sizes.depth):
+        factors = x_ref, held, pieces_ref
+        for product in _products(*factors, from_ref, ring, b, number, part, axis, sizes.depth):
             if y is None:
                 before = so_far(part, begun)
             else:
@@ -281,15 +342,29 @@ def _kernel(
 
     def add(i, _):
         b = first + i * together
-        ring.take(b, together)
-        for part in parts:
-            sums_ref[part] = total(b, together, part, b > first)
+        with taken(b, together):
+            for part in parts:
+                sums_ref[part] = total(b, together, part, b > first)
 
     def finish(number, begun):
-        ring.take(end - number, number)
+        if not number:
+            for part in parts:
+                y_ref[part] = reference.finish(begin(part), None, options)
+            return
+        with taken(end - number, number):
+            for part in parts:
+                y = total(end - number, number, part, begun)
+                if pieces_ref is None:
+                    y_ref[part] = reference.finish(y, None, options)
+                else:
+                    sums_ref[part] = y
+        if pieces_ref is not None:
+            pl.when(end > 0)(write)
+
+    def write():
+        """In code of its own: 7x would spill what it multiplies meanwhile."""
         for part in parts:
-            y = total(end - number, number, part, begun) if number else begin(part)
-            y_ref[part] = reference.finish(y, None, options)
+            y_ref[part] = reference.finish(sums_ref[part], None, options)
 
     parts = [
         (rows, columns)
@@ -301,13 +376,32 @@ def _kernel(
     jax.lax.fori_loop(0, whole, add, None)
     left = end - first - whole * together
     for number in range(together + 1):
-        if not scaled or number == 0:
+        if number == 0 or not (scaled or pieces_ref is not None):
             pl.when(left == number)(functools.partial(finish, number, whole > 0))
             continue
-        # Products that are scaled wait longer: there is no register to choose sums in meanwhile.
+        # Products that are scaled, or many, leave no register to choose sums in meanwhile.
         for begun in (False, True):
             found = (left == number) & ((whole > 0) == begun)
             pl.when(found)(functools.partial(finish, number, begun))
+
+
+def split(values_ref, pieces_ref) -> None:
+    """Splits a block of f32.
+
+    Args:
+      values_ref: the block.
+      pieces_ref: of int32 ``(pieces, outputs / 2, inputs)``; gets words of two bf16 numbers.
+    """
+    # Some outputs after the other, as many as registers hold.
+    for some in range(0, values_ref.shape[0], _SPLIT):
+        for piece, w in enumerate(pieces.split(values_ref[pl.ds(some, _SPLIT)])):
+            pieces_ref[piece, pl.ds(some // 2, _SPLIT // 2)] = pltpu.bitcast(w, jnp.int32)
+
+
+def keep_in_memory(*refs) -> None:
+    """Touches memory outside of what else uses it, or the compiler would use registers instead."""
+    for ref in (ref for ref in refs if ref is not None):
+        ref[*(0,) * (len(ref.shape) - 2), :8] = jnp.zeros((8, ref.shape[-1]), ref.dtype)
 
 
 def _cut(size: int, most: int, unit: int) -> list[pl.Slice]:
@@ -316,17 +410,36 @@ def _cut(size: int, most: int, unit: int) -> list[pl.Slice]:
     return [pl.ds(start, min(each, size - start)) for start in range(0, size, each)]
 
 
-def _products(x_ref, held, from_ref, ring, b, number, part, axis, depth):
+def _products(x_ref, held, pieces_ref, from_ref, ring, b, number, part, axis, depth):
     """Products of some rows and outputs with blocks from ``b`` on, which are to be added up."""
     values_ref, *scales_ref = held
-    inputs = values_ref.shape[2 - axis]
+    split, dtype, inputs = x_ref.shape[0], x_ref.dtype, values_ref.shape[2 - axis]
     rows, columns = part
-    x, w, scales = [], [], []
-    for i in range(number):
-        slot = ring.slot(b + i)
-        x.append(x_ref[rows, pl.ds(pl.multiple_of(from_ref[b + i] * inputs, inputs), inputs)])
-        w.append(values_ref[slot, columns] if axis == 0 else values_ref[slot, :, columns])
-        scales += [ref[slot, :, columns] if axis == 0 else ref[slot] for ref in scales_ref]
+    of_weight = 1 if pieces_ref is None else split
+    outputs = (columns, slice(None)) if axis == 0 else (slice(None), columns)
+    slots = [ring.slot(b + i) for i in range(number)]
+    scales = [
+        ref[slot, :, columns] if axis == 0 else ref[slot] for slot in slots for ref in scales_ref
+    ]
+    places = [
+        pl.ds(pl.multiple_of(from_ref[b + i] * inputs, inputs), inputs) for i in range(number)
+    ]
+
+    def x_of(i, piece):
+        return x_ref[piece, rows, places[i]]
+
+    def w_of(i, piece):
+        if of_weight == 1:
+            return values_ref[(slots[i], *outputs)]
+        some, along = outputs
+        if axis == 0:
+            some = pl.ds(columns.start // 2, columns.size // 2)
+        return pltpu.bitcast(pieces_ref[i, piece, some, along], dtype)
+
+    if scales and axis == 1:
+        own = [[x_of(i, piece) for piece in range(split)] for i in range(number)]
+        own = [rescaled(a, s) for a, s in zip(own, scales, strict=True)]
+        x_of = lambda i, piece: own[i][piece]  # noqa: E731
 
     def product(x, w):
         return reference.dot(x, w, ((1,), (1 - axis,)))
@@ -337,14 +450,22 @@ def _products(x_ref, held, from_ref, ring, b, number, part, axis, depth):
             some = slice(start, start + depth)
             yield x[:, some], w[:, some] if axis == 0 else w[some]
 
-    if scales and axis == 0:
-        for *block, s in zip(x, w, scales, strict=True):
-            yield from (product(*part) * s for part in cut(*block))
-        return
-    if scales:
-        x = [(a.astype(jnp.float32) * s).astype(a.dtype) for a, s in zip(x, scales, strict=True)]
-    pairs = [part for block in zip(x, w, strict=True) for part in cut(*block)]
-    joined = max(depth // inputs, 1)
-    for i in range(0, len(pairs), joined):
-        x, w = zip(*pairs[i : i + joined], strict=True)
-        yield product(jnp.concatenate(x, axis=1), jnp.concatenate(w, axis=1 - axis))
+    every = []
+    for turn, (of_x, of_w) in enumerate(pieces.pairs(split, of_weight)):
+        # Zero, which is not known: what is read for a product is read again for the next one that
+        # it is a factor of, not kept, in registers that there are not.
+        zero = jnp.minimum(b + turn, 0) if split > 1 and not (scales and axis == 1) else 0
+        for i in range(number):
+            for some in cut(x_of(i, of_x + zero), w_of(i, of_w + zero)):
+                every.append((*some, scales[i] if scales and axis == 0 else None))
+    joined = max(depth // inputs, 1) if not scales or axis == 1 else 1
+    for i in range(0, len(every), joined):
+        left, right, scale = zip(*every[i : i + joined], strict=True)
+        y = product(jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=1 - axis))
+        yield y if scale[0] is None else y * scale[0]
+
+
+def rescaled(x: list[jax.Array], scales: jax.Array) -> list[jax.Array]:
+    """Pieces of rows, scaled: they are put together, and split again."""
+    whole = functools.reduce(jnp.add, [piece.astype(jnp.float32) for piece in x]) * scales
+    return pieces.split(whole) if len(x) > 1 else [whole.astype(x[0].dtype)]

@@ -6,16 +6,17 @@ tile by the bits of positions: no value moves between lanes, and a word's two bf
 codes are selected at once. With few rows the parts are multiplied as they are written out, and
 scales multiply the products: rows are repeated for each scale of 128 groups, and in a copy only
 that scale's inputs are not zero. With more rows the tile, all inputs of some outputs, is scaled,
-written to VMEM and serves every tile of rows.
+written to VMEM and serves every tile of rows. Of f32, pieces are multiplied (``pieces``).
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels import gathers
+from jaxcomp.kernels import gathers, pieces
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import layers, nm, reference
@@ -28,14 +29,15 @@ PARTS = 4
 # Inputs whose weights are written out at a time.
 SLAB = PARTS * LANES
 _VMEM = 48 << 20
-# Rows, with their copies, that are multiplied while weights are written out.
-_FEW = 128
+# Most rows, with their copies, that are multiplied while weights are written out; of f32 also with
+# their pieces.
+_FEW, _FEW_PIECES = 128, 192
 # Outputs that are written out at a time: an int4 register holds so many.
 FILLED = 64
 # What int4 values are multiplied with where they become int8.
 _UNIT = 16
 # Integers as wide as numbers of so many bytes.
-_INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32}
+_INTEGERS = {1: jnp.int8, 2: jnp.int16}
 
 
 def unfit(
@@ -99,10 +101,17 @@ def matmul(
     x = x.reshape(-1, LANES, PARTS).swapaxes(1, 2).reshape(-1, k)
     few = few_rows(m, weight, x.dtype.itemsize)
     copies = copies_of(weight) if few else 1
+    itemsize, split = x.dtype.itemsize, pieces.count(x.dtype)
+    x = pieces.listed(x)
+    rows = x.shape[1]
     if copies > 1:
         # Each has the inputs of one scale, which then multiplies its products.
-        one = jnp.arange(k) % LANES * copies // LANES == jnp.arange(copies)[:, None, None]
-        x = jnp.where(one, x, jnp.zeros((), x.dtype)).reshape(-1, k)
+        one = jnp.arange(k) % LANES * copies // LANES == jnp.arange(copies)[:, None, None, None]
+        x = jnp.where(one, x, jnp.zeros((), x.dtype))
+    by_row = pl.BlockSpec((split, tm, k), lambda j, i, *_: (0, i, 0))
+    if few:  # One tile, whose pieces are rows like others.
+        x = x.reshape(-1, k)
+        by_row = pl.BlockSpec(x.shape, lambda j, i, *_: (0, 0))
     layer, (values, positions) = layers.of_kernel(weight)
 
     def of_layer(*shape, index):
@@ -113,7 +122,7 @@ def matmul(
         )
 
     operands = {
-        "x": (x, pl.BlockSpec((copies * tm, k), lambda j, i, *_: (i, 0))),
+        "x": (x, by_row),
         "values": (values, of_layer(2, tn, k // PARTS, index=lambda j: (0, j, 0))),
         "positions": (positions, of_layer(tn, k // PARTS, index=lambda j: (j, 0))),
     }
@@ -125,16 +134,18 @@ def matmul(
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
     names = tuple(operands)
     outputs = columns(tn, chip, few)
-    scratch = _few_scratch if few else _many_scratch
-    scratch = scratch(weight, copies * tm, tn, outputs, x.dtype, chip)
+    scratch, body = (_few_scratch, _few_rows) if few else (_many_scratch, _many_rows)
+    if few and weight.scales is None and weight_pieces(weight, split) > 1:
+        scratch, body = _split_scratch, _split_rows
+    scratch = scratch(weight, copies * tm, tn, outputs, split, chip)
     body = functools.partial(
-        _few_rows if few else _many_rows,
+        body,
         group_size=weight.group_size,
         options=options,
         outputs=outputs,
         chip=chip,
+        split=split,
     )
-    rows = x.shape[0] // copies
 
     def kernel(*refs):
         refs = refs[len(layer) :]
@@ -154,7 +165,7 @@ def matmul(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
-        cost_estimate=_cost(m, weight, options, x.dtype.itemsize),
+        cost_estimate=_cost(m, weight, options, itemsize),
         interpret=interpret,
         name="nm_matmul",
     )(*layer, *(array for array, _ in operands.values()))
@@ -176,18 +187,32 @@ def tiles(m: int, weight: NMSparse, itemsize: int) -> tuple[int, int] | None:
     """Rows and outputs of a grid step: the most that fit, or None."""
     n, k = weight.shape
     coded = weight.scales is not None
+    split = pieces.COUNT if itemsize == 4 else 1
     # Of an output: the dense tile, and two copies of two planes and of positions.
     stored = 1 if coded else 2 * weight.values.dtype.itemsize
-    output = k * itemsize + 2 * (k // PARTS) * (stored + 1)
+    output = 2 * k * weight_pieces(weight, split) + 2 * (k // PARTS) * (stored + 1)
     # Scales of it, twice and once more, and spread over the inputs.
     output += 12 * max(k // weight.group_size, LANES) + k if coded else 0
     rows = min(-(-m // 16) * 16, 256)
-    for tn in (1024, 512, 256, LANES):
-        for tm in (rows, min(rows, LANES)):
-            whole = tn * output + tm * (2 * k * itemsize + 12 * tn)
-            if (tn <= LANES or tn < n + LANES) and whole <= _VMEM - (4 << 20):
-                return tm, min(tn, -(-n // LANES) * LANES)
+    choices = list(itertools.product((1024, 512, 256, LANES), (rows, min(rows, LANES))))
+    if split > 1:  # Fewer rows do not keep a wide matrix unit busy.
+        choices.sort(key=lambda choice: -choice[1])
+    for tn, tm in choices:
+        whole = tn * output + tm * (4 * k * split + 12 * tn)
+        if (tn <= LANES or tn < n + LANES) and whole <= _VMEM - (4 << 20):
+            return tm, min(tn, -(-n // LANES) * LANES)
     return None
+
+
+def weight_pieces(weight: NMSparse, split: int) -> int:
+    """Pieces of weights that are written out.
+
+    Args:
+      weight: stored or prepared.
+      split: pieces of x; more than one asks for all of a weight in f32, as scaled codes are.
+    """
+    exact = weight.scales is None and weight.values.dtype != jnp.float32
+    return 1 if exact else split
 
 
 def copies_of(weight: NMSparse) -> int:
@@ -208,9 +233,10 @@ def few_rows(m: int, weight: NMSparse, itemsize: int) -> bool:
       itemsize: bytes of an entry of x.
     """
     tm, tn = tiles(m, weight, itemsize)
-    copies = copies_of(weight)
+    rows = copies_of(weight) * tm
+    split, most = (pieces.COUNT, _FEW_PIECES) if itemsize == 4 else (1, _FEW)
     # They take the place of the dense tile.
-    return m <= tm and copies * tm <= min(_FEW, tn // 2)
+    return m <= tm and rows * split <= most and rows <= tn // 2
 
 
 def columns(tn: int, chip: Chip, few: bool) -> int:
@@ -224,40 +250,39 @@ def columns(tn: int, chip: Chip, few: bool) -> int:
     return chip.mxu if tn % chip.mxu == 0 and not (few and chip.name == "7x") else LANES
 
 
-def _few_scratch(weight, rows, tn, outputs, dtype, chip):
+def _few_scratch(weight, rows, tn, outputs, split, chip):
     """Products that wait, and the scales of a tile with outputs in lanes."""
     k = weight.shape[1]
-    found = {"products_ref": pltpu.VMEM((k // SLAB, rows, outputs), jnp.float32)}
+    found = {"products_ref": pltpu.VMEM((k // SLAB, split * rows, outputs), jnp.float32)}
     if weight.scales is None:
         return found
     found["scales_ref"] = pltpu.VMEM((k // weight.group_size, tn), jnp.float32)
-    if _codes(dtype, chip) == jnp.int8:
-        found["w_ref"] = pltpu.VMEM((outputs * dtype.itemsize // 4, k), jnp.int32)
+    if _codes(chip) == jnp.int8:
+        found["w_ref"] = pltpu.VMEM((outputs // 2, k), jnp.int32)
     return found
 
 
-def _codes(dtype, chip: Chip):
+def _codes(chip: Chip):
     """The numbers that int4 values become: those that rows are multiplied with, or integers."""
-    exact = dtype == jnp.bfloat16 and chip.multiplies("float8_e4m3fn")
-    return jnp.float8_e4m3fn if exact else jnp.int8
+    return jnp.float8_e4m3fn if chip.multiplies("float8_e4m3fn") else jnp.int8
 
 
 def _few_rows(
     refs, y_ref, products_ref=None, scales_ref=None, w_ref=None, *,
-    group_size, options, outputs, chip,
+    group_size, options, outputs, chip, split,
 ):  # fmt: skip
     """Weights are multiplied as they are written out, and products scaled."""
     x_ref, coded, m = refs["x"], "scales" in refs, y_ref.shape[0]
     number = refs["values"].dtype
     if coded:
-        number = _codes(x_ref.dtype, chip)
+        number = _codes(chip)
         unit = _UNIT if number == jnp.int8 else 1
         scales_ref[...] = refs["scales"][...].T * (1 / unit)
     _keep_in_memory(products_ref.at[0])
 
     def written(block, start):
         """The weights of a slab, as the matrix unit takes them."""
-        parts = _decompress(refs, block, start, number)
+        (parts,) = _decompress(refs, block, start, number)
         if number == jnp.float8_e4m3fn:
             return jnp.concatenate(parts, axis=1)
         parts = [part.astype(x_ref.dtype) for part in parts]
@@ -275,11 +300,11 @@ def _few_rows(
         products_ref[start // LANES] = y
         y = products_ref[start // LANES]
         if not coded:
-            return y
-        first = PARTS * start // group_size
+            return _total(y, m)
+        first, each = PARTS * start // group_size, split * m
         return sum(
-            y[i * m : (i + 1) * m] * scales_ref[pl.ds(first + i, 1), block]
-            for i in range(y.shape[0] // m)
+            _total(y[i * each : (i + 1) * each], m) * scales_ref[pl.ds(first + i, 1), block]
+            for i in range(y.shape[0] // each)
         )
 
     def multiply(block):
@@ -291,12 +316,89 @@ def _few_rows(
     _blocks(y_ref.shape[1], outputs, multiply)
 
 
-def _many_scratch(weight, rows, tn, outputs, dtype, chip):
-    """The dense tile in 32-bit words, sums, and scales that are to be spread over lanes."""
+def _split_scratch(weight, rows, tn, outputs, split, chip):
+    """Weights of two slabs, as words of two bf16 numbers, products of pieces, and sums."""
+    del weight, chip
+    weights = pltpu.VMEM((split, outputs // 2, SLAB), jnp.int32)
+    products = len(pieces.pairs(split, split)) * rows
+    return {
+        "even_ref": weights,
+        "odd_ref": weights,
+        "products_ref": pltpu.VMEM((products, outputs), jnp.float32),
+        "sums_ref": pltpu.VMEM((rows, tn), jnp.float32),
+    }
+
+
+def _split_rows(
+    refs, y_ref, even_ref, odd_ref, products_ref, sums_ref, *,
+    group_size, options, outputs, chip, split,
+):  # fmt: skip
+    """Few rows and weights in f32: while a slab is multiplied, the next one is written out.
+
+    That is a loop: all slabs at once would ask for more registers than there are.
+    """
+    del group_size, chip
+    x_ref, m = refs["x"], y_ref.shape[0]
+    slabs = x_ref.shape[1] // SLAB
+    count = y_ref.shape[1] // outputs * slabs
+    _keep_in_memory(products_ref)
+
+    def of(number):
+        """Outputs and the place among the inputs of a slab."""
+        return _block(jax.lax.div(number, slabs), outputs), jax.lax.rem(number, slabs)
+
+    def write(number, w_ref):
+        block, slab = of(number)
+        for first in range(0, outputs, FILLED):
+            some = pl.ds(pl.multiple_of(block.start + first, FILLED), FILLED)
+            start = pl.multiple_of(slab * LANES, LANES)
+            written = _decompress(refs, some, start, jnp.float32, split)
+            for piece, parts in enumerate(written):
+                for i, part in enumerate(parts):
+                    place = piece, pl.ds(first // 2, FILLED // 2), pl.ds(i * LANES, LANES)
+                    w_ref[place] = pltpu.bitcast(part, jnp.int32)
+
+    def multiply(number, w_ref):
+        (block, slab), end = of(number), 0
+        x = x_ref.at[:, pl.ds(pl.multiple_of(slab * SLAB, SLAB), SLAB)]
+        for piece in range(split):
+            # Of each piece of a weight those of x that count.
+            rows = (split - piece) * m
+            w = pltpu.bitcast(w_ref[piece], x_ref.dtype)
+            products_ref[end : end + rows] = _dot(x[:rows], w)
+            end += rows
+        before = jnp.where(slab > 0, sums_ref[:, block], 0.0)
+        sums_ref[:, block] = before + _total(products_ref[...], m)
+
+    def two(i, _):
+        write(2 * i + 1, odd_ref)
+        multiply(2 * i, even_ref)
+
+        @pl.when(i >= 0)  # In code of its own.
+        def _():
+            write(jnp.minimum(2 * i + 2, count - 1), even_ref)
+            multiply(2 * i + 1, odd_ref)
+
+    write(0, even_ref)
+    jax.lax.fori_loop(0, count // 2, two, None)
+    if count % 2:
+        multiply(count - 1, even_ref)
+    finish = lambda block: _finish(refs, y_ref, block, sums_ref[:, block], options)  # noqa: E731
+    _blocks(y_ref.shape[1], outputs, finish)
+
+
+def _total(products, rows):
+    """Sum over the pieces of so many rows."""
+    parts = [products[i : i + rows] for i in range(0, products.shape[0], rows)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _many_scratch(weight, rows, tn, outputs, split, chip):
+    """The dense tile in words of two numbers, sums, and scales that are to be spread over lanes."""
     del chip
     k = weight.shape[1]
     found = {
-        "w_ref": pltpu.VMEM((tn * dtype.itemsize // 4, k), jnp.int32),
+        "w_ref": pltpu.VMEM((weight_pieces(weight, split), tn // 2, k), jnp.int32),
         "sums_ref": pltpu.VMEM((rows, outputs), jnp.float32),
     }
     if weight.scales is not None:
@@ -308,47 +410,72 @@ def _many_scratch(weight, rows, tn, outputs, dtype, chip):
 
 def _many_rows(
     refs, y_ref, w_ref, sums_ref, own_ref=None, scales_ref=None, *,
-    group_size, options, outputs, chip,
+    group_size, options, outputs, chip, split,
 ):  # fmt: skip
     """The first tile of rows finds weights as they are stored, and writes them out."""
-    x_ref, coded = refs["x"], "scales" in refs
-    k, dtype = x_ref.shape[1], x_ref.dtype
+    x_ref, coded, m = refs["x"], "scales" in refs, y_ref.shape[0]
+    k, dtype = x_ref.shape[2], x_ref.dtype
 
     def spread(block):
         for start in range(0, k // PARTS, LANES):
             width = group_size // PARTS
             scales_ref[block, pl.ds(start, LANES)] = _spread(own_ref, block, start, width)
 
+    def store(piece, block, start, parts):
+        for i, part in enumerate(parts):
+            inputs = pl.ds(_multiple(PARTS * start + i * LANES), LANES)
+            w_ref[piece, _words(block), inputs] = pltpu.bitcast(part.astype(dtype), jnp.int32)
+
+    def fill_slab(block, start):
+        if not coded:
+            number = refs["values"].dtype
+            for piece, parts in enumerate(_decompress(refs, block, start, number, split)):
+                store(piece, block, start, parts)
+            return
+        (parts,) = _decompress(refs, block, start, jnp.int8)
+        scales = scales_ref[block, pl.ds(start, LANES)]
+        parts = [part.astype(jnp.float32) * scales for part in parts]
+        parts = [pieces.split(part) if split > 1 else [part] for part in parts]
+        for piece, of_piece in enumerate(zip(*parts, strict=True)):
+            store(piece, block, start, of_piece)
+
     def fill(block):
         for start in range(0, k // PARTS, LANES):
-            parts = _decompress(refs, block, start, jnp.int8 if coded else refs["values"].dtype)
-            if coded:
-                scales = scales_ref[block, pl.ds(start, LANES)]
-                parts = [part.astype(jnp.float32) * scales for part in parts]
-            for i, part in enumerate(parts):
-                inputs = pl.ds(PARTS * start + i * LANES, LANES)
-                w_ref[_words(block, dtype), inputs] = pltpu.bitcast(part.astype(dtype), jnp.int32)
+            fill_slab(block, start)
+
+    def fill_next(i, _):
+        """One slab at a time: pieces of several are more than registers hold."""
+        block = _block(jax.lax.div(i, k // SLAB), FILLED)
+        fill_slab(block, pl.multiple_of(jax.lax.rem(i, k // SLAB) * LANES, LANES))
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         if coded:
             own_ref[:, : k // group_size] = refs["scales"][...] * (1 / _UNIT)
             _blocks(y_ref.shape[1], FILLED, spread)
-        _blocks(y_ref.shape[1], FILLED, fill)
+        if len(w_ref) > 1:
+            jax.lax.fori_loop(0, y_ref.shape[1] // FILLED * (k // SLAB), fill_next, None)
+        else:
+            _blocks(y_ref.shape[1], FILLED, fill)
 
     _keep_in_memory(sums_ref)
-    width, depth = _summed(chip, y_ref.shape[0], outputs, k)
+    width, depth = _summed(chip, m, outputs, k)
+    pairs = pieces.pairs(split, w_ref.shape[0])
+    products = [(start, *pair) for start in range(0, k, depth) for pair in pairs]
 
     def multiply(whole):
         for part in range(0, outputs, width):
             block = pl.ds(pl.multiple_of(whole.start + part, width), width)
             of_sums = pl.ds(part, width)
-            for start in range(0, k, depth):
+            for number, (start, of_x, of_w) in enumerate(products):
                 inputs = pl.ds(start, min(depth, k - start))
-                w = pltpu.bitcast(w_ref[_words(block, dtype), inputs], dtype)
-                y = _dot(x_ref[:, inputs], w)
-                y = sums_ref[:, of_sums] + y if start else y
-                if start + depth < k:
+                # Zero, which is not known: what is read for a product is read again for the next
+                # one that it is a factor of, not kept in registers.
+                zero = jnp.minimum(whole.start + number, 0) if split > 1 else 0
+                w = pltpu.bitcast(w_ref[of_w + zero, _words(block), inputs], dtype)
+                y = _dot(x_ref[of_x + zero, :, inputs], w)
+                y = sums_ref[:, of_sums] + y if number else y
+                if number + 1 < len(products):
                     sums_ref[:, of_sums] = y
             _finish(refs, y_ref, block, y, options)
 
@@ -372,7 +499,12 @@ def _keep_in_memory(ref) -> None:
 
     @pl.when(pl.program_id(0) == 0)
     def _():
-        ref[:8] = jnp.zeros((8, ref.shape[1]), ref.dtype)
+        ref[*(0,) * (len(ref.shape) - 2), :8] = jnp.zeros((8, ref.shape[-1]), ref.dtype)
+
+
+def _multiple(lanes):
+    """Of whole registers, which the compiler is told of a number that a loop changes."""
+    return lanes if isinstance(lanes, int) else pl.multiple_of(lanes, LANES)
 
 
 def _block(i, outputs):
@@ -384,21 +516,14 @@ def _blocks(size, outputs, step):
     jax.lax.fori_loop(0, size // outputs, lambda i, _: step(_block(i, outputs)), None)
 
 
-def _words(block, dtype):
-    """Rows of 32-bit words that hold some outputs."""
-    each = 4 // dtype.itemsize
-    return pl.ds(pl.multiple_of(jax.lax.div(block.start, each), 8), block.size // each)
+def _words(block):
+    """Rows of words that hold some outputs' bf16 numbers."""
+    return pl.ds(pl.multiple_of(jax.lax.div(block.start, 2), 8), block.size // 2)
 
 
 def _dot(x, w):
-    """f32 product over the inputs, with f32 factors where x is f32."""
-    return jax.lax.dot_general(
-        x,
-        w,
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    """f32 product over the inputs."""
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _finish(refs, y_ref, block, y, options):
@@ -406,50 +531,57 @@ def _finish(refs, y_ref, block, y, options):
     y_ref[:, block] = reference.finish(y, bias, options)
 
 
-def _decompress(refs, block, start, dtype):
+def _decompress(refs, block, start, dtype, split=1):
     """Weights ``(outputs, 128)`` at each of the four positions of 128 groups, without scales.
 
-    Numbers narrower than 32 bits are selected several at a time, by the bits of words.
+    Several numbers are selected at a time, by the bits of words.
 
     Args:
       refs: with "values" and "positions".
       block: outputs.
       start: the first group.
       dtype: of the values' numbers: theirs, or one that holds int4.
+      split: pieces of x: as many become of f32 values, and of others one.
 
-    Returns:
-      Four arrays; int8 ones are ``_UNIT`` times the values.
+    Yields:
+      Of each piece four arrays; int8 ones are ``_UNIT`` times the values, f32 ones are bf16.
     """
     columns = pl.ds(start, LANES)
-    first, second = (
-        pltpu.bitcast(refs["values"][i, block, columns].astype(dtype), jnp.int32) for i in (0, 1)
-    )
+    planes = [refs["values"][i, block, columns] for i in (0, 1)]
     codes = refs["positions"][block, columns]
+    if dtype == jnp.float32:
+        dtype = jnp.bfloat16
+        planes = list(zip(*map(pieces.split, planes), strict=True)) if split > 1 else [planes]
+    else:
+        planes = [planes]
     if dtype == jnp.int8:
-        first, second = (_upper_halves(a) for a in (first, second))
         where = functools.partial(_signs, pltpu.bitcast(codes, jnp.int32))
     else:
         size = jnp.dtype(dtype).itemsize
         codes = pltpu.bitcast(codes.astype(_INTEGERS[size]), jnp.int32)
         where = functools.partial(_masks, codes, 8 * size)
-    # Positions are in order: the first is 0, 1 or 2, and the second 1, 2 or 3.
-    first_1, first_2 = first & where(0), first & where(1)
-    second_2_3 = second & where(3)
-    second_3 = second_2_3 & where(2)
-    parts = (
-        first ^ first_1 ^ first_2,
-        first_1 | (second ^ second_2_3),
-        first_2 | (second_2_3 ^ second_3),
-        second_3,
-    )
-    return [pltpu.bitcast(part, dtype) for part in parts]
+    for pair in planes:
+        first, second = (pltpu.bitcast(plane.astype(dtype), jnp.int32) for plane in pair)
+        if dtype == jnp.int8:
+            first, second = (_upper_halves(a) for a in (first, second))
+        # Positions are in order: the first is 0, 1 or 2, and the second 1, 2 or 3.
+        first_1, first_2 = first & where(0), first & where(1)
+        second_2_3 = second & where(3)
+        second_3 = second_2_3 & where(2)
+        parts = (
+            first ^ first_1 ^ first_2,
+            first_1 | (second ^ second_2_3),
+            first_2 | (second_2_3 ^ second_3),
+            second_3,
+        )
+        yield [pltpu.bitcast(part, dtype) for part in parts]
 
 
 def _masks(codes, bits, bit):
     """All bits of those of a word's numbers whose code has a bit."""
     ones = jnp.int32(sum(1 << at for at in range(0, 31, bits)))
     one = (jax.lax.shift_right_logical(codes, bit) if bit else codes) & ones
-    return (one << bits) - one if bits < 32 else -one
+    return (one << bits) - one
 
 
 def _signs(codes, bit):

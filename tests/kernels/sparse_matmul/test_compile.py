@@ -38,12 +38,16 @@ def test_compiles(chip):
 @pytest.mark.slow
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
 def test_inner_loops_spill_nothing(tmp_path):
-    # One only, of those that had no registers before: a schedule takes long to write.
-    large = {"rows": 256, "block": 512, "values": "int8", "density": 0.5}
-    (result,) = aot.compile_cases("v6e", [(PROGRAMS + "blocks", large)], tmp_path)
-    assert result["error"] is None
-    (found,) = schedules.schedules(tmp_path, "block_sparse_matmul")
-    assert found.loops and not any(loop.spills for loop in found.loops)
+    # Two only, of those that had no registers before: a schedule takes long to write.
+    cases = [
+        {"rows": 256, "block": 512, "values": "int8", "density": 0.5},
+        {"rows": 16, "block": 256, "dtype": "float32", "density": 0.5},
+    ]
+    results = aot.compile_cases("v6e", [(PROGRAMS + "blocks", case) for case in cases], tmp_path)
+    assert not any(result["error"] for result in results)
+    found = schedules.schedules(tmp_path, "block_sparse_matmul")
+    assert len(found) == len(cases) and all(schedule.loops for schedule in found)
+    assert not any(loop.spills for schedule in found for loop in schedule.loops)
 
 
 @pytest.mark.slow
