@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import pieces
 from jaxcomp.kernels.calls import on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_attention import rows as rows_of
@@ -44,7 +45,7 @@ WITHOUT_LOOP, WITHOUT_LOOP_ON = 1 << 17, {"7x": 1 << 18}
 # Names of what some kernels lack: operands, scalars and memory.
 MAYBE = (
     "k_scale", "v_scale", "bits", "span", "first", "listed", "number",
-    "spread", "allowed", "bit", "distance",
+    "spread", "allowed", "bit", "distance", "products", "pieces",
 )  # fmt: skip
 
 
@@ -121,11 +122,13 @@ def attention(
     lengths, first = lengths.astype(jnp.int32), jnp.asarray(start, jnp.int32).reshape(1)
     visits = _visits(mask, lengths, first, queries, capacity, whole_capacity or capacity, block)
     float8 = frozenset(n for n in (chip.products if chip else ()) if n.startswith("float8"))
+    without_loop = WITHOUT_LOOP_ON.get(chip.name if chip else "", WITHOUT_LOOP)
     config = Config(
         rows, mask, rows_of.is_rule(mask, segment_ids is not None), block, visits.pop("steps"),
         scale / soft_cap if soft_cap else scale * LOG2_E, soft_cap, span_ramp,
-        WITHOUT_LOOP_ON.get(chip.name if chip else "", WITHOUT_LOOP), float8,
-        _code_parts(chip, rows, v.dtype.name, span is not None, bool(soft_cap)), bool(interpret),
+        WITHOUT_LOOP if q.dtype == jnp.float32 else without_loop, float8,
+        _code_parts(chip, rows, v.dtype.name, span is not None, bool(soft_cap)),
+        pieces.count(q.dtype), bool(interpret),
     )  # fmt: skip
     scalars = {"lengths": lengths, "start": first} | visits
     if layer is not None:
@@ -157,8 +160,10 @@ def attention(
 
     # Positions and heads side by side: the same bytes, in the tiles of every TPU.
     flat = [x.reshape(-1, capacity * kv_heads, x.shape[-1]) for x in (k, v)]
+    stacked = pieces.listed(rows.stacked(q))  # (pieces, batch, sets, rows, dim)
+    stacked = jnp.moveaxis(stacked, 0, 2).reshape(batch, rows.sets, -1, dim)
     operands = {
-        "q": (rows.stacked(q), whole(dim)),
+        "q": (stacked, pl.BlockSpec((None, *stacked.shape[1:]), lambda b, s, *n: (b, 0, 0, 0))),
         "k": (flat[0], cached(dim)),
         "v": (flat[1], cached(out_dim)),
     }
@@ -186,7 +191,9 @@ def attention(
         "highest": pltpu.VMEM(merged, jnp.float32),
         "total": pltpu.VMEM(merged, jnp.float32),
         "sum": pltpu.VMEM((rows.sets, rows.count, out_dim), jnp.float32),
-        "sums": pltpu.VMEM((sums(config.columns), rows.count, out_dim), jnp.float32),
+        "sums": pltpu.VMEM(
+            (sums(config.columns), config.products(v.dtype) * rows.count, out_dim), jnp.float32
+        ),
         "scores": pltpu.VMEM((rows.sets, rows.merged, config.columns), jnp.float32),
         "lane_heads": pltpu.VMEM((rows.merged, LANES), jnp.int32),
     }
@@ -196,6 +203,12 @@ def attention(
         scratch["bit"] = pltpu.VMEM((rows.merged, LANES), jnp.int32)
     if span is not None:
         scratch["distance"] = pltpu.VMEM((rows.merged, config.columns), jnp.float32)
+    if config.split > 1:
+        shape = config.products(k.dtype) * rows.count, config.parts(edge=False)[0]
+        scratch["products"] = pltpu.VMEM(shape, jnp.float32)
+        if jnp.float32 in (k.dtype, v.dtype):
+            shape = pieces.COUNT, shape[1] // 2, max(dim, out_dim)
+            scratch["pieces"] = pltpu.VMEM(shape, jnp.int32)
     if k_scale is not None:
         shape = rows.sets, block // LANES, up(2 * rows.heads, SUBLANES), LANES
         scratch["spread"] = pltpu.VMEM(shape, jnp.float32)

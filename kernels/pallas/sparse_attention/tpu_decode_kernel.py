@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxcomp.kernels import gathers
+from jaxcomp.kernels import gathers, pieces
 from jaxcomp.kernels.calls import apart
 from jaxcomp.kernels.quantized_matmul import tpu_float8
 from jaxcomp.kernels.sparse_attention import rows as rows_of
@@ -52,6 +52,7 @@ class Config:
       without_loop: products of a block that are computed without a loop.
       float8: names of the floats of eight bits that the matrix unit takes beside bfloat16.
       code_parts: of the code of a full block, see ``_code_parts``.
+      split: pieces of queries and weights, see ``pieces``.
       interpreted: whether the kernel is.
     """
 
@@ -66,6 +67,7 @@ class Config:
     without_loop: int
     float8: frozenset[str]
     code_parts: int
+    split: int
     interpreted: bool
 
     def in_words(self, dtype: jax.typing.DTypeLike) -> bool:
@@ -89,8 +91,16 @@ class Config:
             and what is masked takes registers.
         """
         rows = self.rows
-        loop = edge or rows.sets * rows.count * self.columns > self.without_loop
-        return columns_at_once(rows.count << edge, self.columns), loop
+        loop = edge or self.split * rows.sets * rows.count * self.columns > self.without_loop
+        return columns_at_once(self.split * rows.count << edge, self.columns), loop
+
+    def operand_pieces(self, dtype: jax.typing.DTypeLike) -> int:
+        """Pieces of keys or values of a dtype."""
+        return self.split if dtype == jnp.float32 else 1
+
+    def products(self, dtype: jax.typing.DTypeLike) -> int:
+        """Products of pieces of a row with those of keys or values of a dtype."""
+        return len(pieces.pairs(self.split, self.operand_pieces(dtype)))
 
 
 def decode_kernel(config: Config, refs) -> None:
@@ -125,7 +135,9 @@ def decode_kernel(config: Config, refs) -> None:
         refs.lane_heads[...] = rows.lane_heads()
         if not config.rule:
             refs.bit[...] = jnp.left_shift(1, rows.within(refs.bit.shape) & (rows_of.BITS - 1))
-        touch(refs.scores, refs.spread, refs.allowed, refs.distance, refs.sums)
+        touch(
+            refs.scores, refs.spread, refs.allowed, refs.distance, refs.sums, refs.products
+        )  # fmt: skip
 
     inside = here + config.block <= filled
     where = {"length": length, "first": refs.start[0] + here}
@@ -171,14 +183,19 @@ def _add(config: Config, refs, count, length, first) -> None:
         refs.total[of] += folded(weights)
         if refs.v_scale is not None:
             weights *= _scales(config, refs, of, start, width, values=True)
-        shares = rows.split(weights, refs.lane_heads[...]).astype(refs.q.dtype)
-        values = _operand(config, refs.v, of, start, width, refs.q.dtype, count)
+        shares = rows.split(weights, refs.lane_heads[...])
+        if config.split > 1:
+            shares = jnp.concatenate(pieces.split(shares))
+        shares = shares.astype(refs.q.dtype)
+        values = _operand(config, refs, refs.v, of, start, width, refs.q.dtype, count)
         # Sums of one set are few. Those of all heads at once wait for each other in memory.
         parts = sums(width) if rows.sets == 1 else 1
         for part in range(parts):
             along = slice(part * width // parts, (part + 1) * width // parts)
-            refs.sums[part] = dot(shares[:, along], values[along], transposed=False)
-        refs.sum[of] += functools.reduce(jnp.add, [refs.sums[part] for part in range(parts)])
+            own = [value[along] for value in values]
+            _products(config, refs.sums.at[part], shares[:, along], own, transposed=False)
+        found = [_total(config, refs.sums[part]) for part in range(parts)]
+        refs.sum[of] += functools.reduce(jnp.add, found)
 
     def find_positions(start):
         if config.rule:
@@ -240,8 +257,12 @@ def _each(columns: int, width: int, loop: bool, body) -> None:
 
 def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
     """Scores over log 2, (merged, width), of a set's columns from ``start``, before any mask."""
-    keys = _operand(config, refs.k, of, start, width, refs.q.dtype)
-    products = dot(refs.q[of], keys, transposed=True)
+    keys = _operand(config, refs, refs.k, of, start, width, refs.q.dtype)
+    if config.split == 1:
+        products = dot(refs.q[of], keys[0], transposed=True)
+    else:
+        _products(config, refs.products.at[:, pl.ds(0, width)], refs.q[of], keys, transposed=True)
+        products = _total(config, refs.products[:, :width])
     scores = config.rows.merge(products, refs.lane_heads[...])
     if refs.k_scale is None:
         scores *= config.factor
@@ -252,13 +273,69 @@ def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
     return scores
 
 
-def _operand(config: Config, ref, of, start, width: int, dtype, count=None) -> jax.Array:
-    """Keys or values of a set's columns from ``start``, as the matrix unit takes them.
+def _products(config: Config, ref, rows: jax.Array, columns: list, *, transposed: bool) -> None:
+    """Writes the products of rows with columns, one below the other those of all pairs of pieces.
+
+    Args:
+      config: of the kernel.
+      ref: f32 ``(pairs * rows, ..)``.
+      rows: of one piece after those of another, which are more important.
+      columns: pieces of keys or values.
+      transposed: whether rows are multiplied with the transpose.
+    """
+    end = 0
+    for piece, own in enumerate(columns):
+        # Of each piece of a column those of rows that count.
+        count = rows.shape[0] - piece * config.rows.count
+        ref[end : end + count] = dot(rows[:count], own, transposed=transposed)
+        end += count
+
+
+def _total(config: Config, products: jax.Array) -> jax.Array:
+    """Sums over the pairs of pieces, (rows, ..)."""
+    count = config.rows.count
+    pairs = range(0, products.shape[0], count)
+    return functools.reduce(jnp.add, [products[i : i + count] for i in pairs])
+
+
+def _through_memory(config: Config, refs, ref, start, width: int, count) -> list[jax.Array]:
+    """Pieces of f32 keys or values, which are more than registers hold: by way of memory.
+
+    Arguments are those of ``_operand``.
+    """
+    dim = ref.shape[-1]
+    for first in range(0, width, 2 * SUBLANES):
+        held = ref[0, pl.ds(multiple(start + first, 2 * SUBLANES), 2 * SUBLANES), :]
+        held = _filled_rows(config, held, start + first, count)
+        for piece, part in enumerate(pieces.split(held)):
+            place = piece, pl.ds(first // 2, SUBLANES), pl.ds(0, dim)
+            refs.pieces[place] = pltpu.bitcast(part, jnp.int32)
+    # Zero, which is not known: else what is stored would be kept in registers.
+    zero = jnp.minimum(refs.lengths[0], 0)
+    words = [
+        refs.pieces[zero + i, pl.ds(0, width // 2), pl.ds(0, dim)] for i in range(pieces.COUNT)
+    ]
+    return [pltpu.bitcast(own, jnp.bfloat16) for own in words]
+
+
+def _filled_rows(config: Config, held: jax.Array, start, count) -> jax.Array:
+    """Keys or values of columns from ``start``, with zeros past those of ``count`` positions."""
+    if count is None:
+        return held
+    filled = start + iota((held.shape[0], 1), 0) < count * config.rows.heads
+    return jnp.where(filled, held, jnp.zeros_like(held))
+
+
+def _operand(
+    config: Config, refs, ref, of, start, width: int, dtype, count=None
+) -> list[jax.Array]:
+    """Pieces of keys or values of a set's columns from ``start``, as the matrix unit takes them.
 
     They are read in words: codes of eight bits would be put together from pieces of eight rows.
 
     Args:
       config: of the kernel.
+      refs: of the kernel.
       ref: of a block of keys or values.
       of: number of the set.
       start: first column.
@@ -268,11 +345,10 @@ def _operand(config: Config, ref, of, start, width: int, dtype, count=None) -> j
         number times zero is not zero.
     """
     if ref.dtype.itemsize > 1:
+        if config.operand_pieces(ref.dtype) > 1:
+            return _through_memory(config, refs, ref, start, width, count)
         held = ref[0, pl.ds(start, width), :].astype(dtype)
-        if count is None:
-            return held
-        filled = start + iota((width, 1), 0) < count * config.rows.heads
-        return jnp.where(filled, held, jnp.zeros_like(held))
+        return [_filled_rows(config, held, start, count)]
     words, sets = width // WORD, config.rows.sets
     if config.interpreted:  # It knows no references of another type.
         every = ref[0, pl.ds(multiple(start * sets, LANES), width * sets), :]
@@ -287,10 +363,10 @@ def _operand(config: Config, ref, of, start, width: int, dtype, count=None) -> j
         own = _filled(own, count * config.rows.heads - start, config.rows.heads)
     codes = pltpu.bitcast(own, ref.dtype)
     if dtype == jnp.bfloat16 and ref.dtype.name in config.float8:
-        return codes
+        return [codes]
     if config.in_words(ref.dtype):
         codes = tpu_float8.sixteenths(codes)
-    return codes.astype(dtype)
+    return [codes.astype(dtype)]
 
 
 def _filled(words: jax.Array, count, heads: int) -> jax.Array:

@@ -100,9 +100,10 @@ def test_options_spill_nothing(chip, tmp_path):
 @pytest.mark.skipif(not aot.available(), reason="the TPU compiler (libtpu) is not installed")
 def test_decoding_spills_nothing(tmp_path):
     """Codes that are converted, and those past a sequence's end, took more than the registers."""
-    # Of one sequence, whose number the compiler knows.
-    options = {"cache": "float8_e4m3fn", "batch": 1}
-    (result,) = aot.compile_cases("v6e", [(PROGRAMS + "decode", options)], tmp_path)
-    (found,) = schedules.schedules(tmp_path, "sparse_attention_decode")
-    assert result["error"] is None and len(found.loops) > 1
-    assert not any(loop.spills for loop in found.loops)
+    # Of one sequence, whose number the compiler knows. And floats that are split.
+    cases = [{"cache": "float8_e4m3fn", "batch": 1}, {"dtype": "float32"}]
+    results = aot.compile_cases("v6e", [(PROGRAMS + "decode", x) for x in cases], tmp_path)
+    found = schedules.schedules(tmp_path, "sparse_attention_decode")
+    assert not any(result["error"] for result in results) and len(found) == len(cases)
+    assert all(len(schedule.loops) > 1 for schedule in found)
+    assert not any(loop.spills for schedule in found for loop in schedule.loops)
