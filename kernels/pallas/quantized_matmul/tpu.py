@@ -12,6 +12,7 @@ stacked as rows, because with few rows it has nothing else to do while weights a
 """
 
 import dataclasses
+import itertools
 import functools
 
 import jax
@@ -40,6 +41,8 @@ _LANES = 128
 _DEEPEST = 1024
 # Rows of a tile up to which a chip has registers for several blocks of outputs at once.
 _TOGETHER = {"v6e": 16, "7x": 32}
+# Rows of four digits from which v5 has no registers for products of more than 128 outputs.
+_DIGITS = 64
 # Most bytes of memory for the products of a tile.
 _PRODUCTS = 4 << 20
 
@@ -56,6 +59,7 @@ class Arithmetic:
       copies: groups in that depth, each of which has rows of its own.
       packed: whether the cores look up bytes of a codebook, or words.
       unit: what a 1 among decoded weights stands for.
+      by_row: whether pieces of few rows follow each other, rather than those of all.
     """
 
     x: str
@@ -65,6 +69,7 @@ class Arithmetic:
     copies: int
     packed: bool
     unit: float
+    by_row: bool
 
 
 def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithmetic:
@@ -72,14 +77,21 @@ def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithme
     kind, float8 = FORMATS[weight.format].kind, "float8_e4m3fn"
     exact_in_float8 = weight.format in ("int4", "int2", "fp8") and chip.multiplies(float8)
     group_size = weight.group_size
+    split = x_dtype == jnp.float32 and options.activation_dtype is None
+    # The matrix units of v6e keep no sums, and those of three pieces are more than registers hold.
+    deepest = chip.mxu if split and chip.name == "v6e" else _DEEPEST
     depth = max(
         size
-        for size in range(_LANES, max(min(group_size, _DEEPEST), _LANES) + 1, _LANES)
+        for size in range(_LANES, max(min(group_size, deepest), _LANES) + 1, _LANES)
         if size == _LANES or group_size % size == 0
     )
     depth = _LANES if weight.format == "int2" else depth
     unit = tpu_dense.unit(weight.format, chip)
-    units = depth, max(depth // group_size, 1), chip.mxu > _LANES, unit
+    copies = max(depth // group_size, 1)
+    # The matrix unit of 7x takes an eighth longer for rows in this order, and has registers for
+    # pieces in the other one.
+    by_row = split and (chip.name != "7x" or copies > 1)
+    units = depth, copies, chip.mxu > _LANES, unit, by_row
     if options.activation_dtype == "int8":
         return Arithmetic("int8", "int8", 1, *units)
     if options.activation_dtype == float8:
@@ -342,8 +354,11 @@ def tile_of(chip: Chip, m: int, weight: Weight, how: Arithmetic) -> tpu_tiles.Ti
     """The tile of a product of few rows."""
     pieces = how.pieces * how.copies
     tile = tpu_tiles.few(chip.name, m, *weight.shape, weight.group_size, how.depth, pieces)
-    if chip.mxu == _LANES and how.w == "bfloat16":
-        # Decoding to bf16 takes the registers of v5 that sums of more outputs would need.
+    slow = weight.format in ("fp8", "int2") or weight.zeros is not None or how.depth > _LANES
+    digits = how.pieces == 4 and 4 * tile.m > (_DIGITS // 2 if slow else _DIGITS)
+    if chip.mxu == _LANES and (how.w == "bfloat16" or digits):
+        # Decoding to bf16 takes the registers of v5 that sums of more outputs would need, and so do
+        # the products of four digits.
         return dataclasses.replace(tile, columns=_LANES)
     return tile
 
@@ -466,7 +481,8 @@ def _kernel(
 def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None):
     """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
     scales = refs["scales"][:, columns].astype(jnp.float32)
-    y = jnp.zeros((tile.m, columns.size), jnp.float32)
+    together = tpu_rows.side_by_side(how, tile)
+    ys = [jnp.zeros((together, columns.size), jnp.float32) for _ in range(0, tile.m, together)]
     integers = how.x == "int8"
     for start in range(0, tile.k, how.depth):
         w = decode(refs, columns, start, how.depth, weight.format, how.packed, exact=False)
@@ -481,18 +497,22 @@ def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None
         if products_ref is not None:
             products_ref[start // how.depth, :, columns] = products
             products = products_ref[start // how.depth, :, columns]
-        for copy in range(how.copies):
-            first = copy * how.pieces * tile.m
-            total = products[first : first + tile.m].astype(jnp.float32)
-            for piece in range(1, how.pieces):
-                row = products[first + piece * tile.m :][: tile.m].astype(jnp.float32)
-                total = (total * 256.0 if integers else total) + row
+        first = 0
+        for i, copy in itertools.product(range(len(ys)), range(how.copies)):
+            total = None
+            for _ in range(how.pieces):
+                row = products[first : first + together].astype(jnp.float32)
+                first += together
+                if total is not None:
+                    row = (total * 256.0 if integers else total) + row
+                total = row
             group = start // weight.group_size + copy
             if scales_ref is None:
                 scale = scales[group : group + 1] * how.unit
             else:
-                scale = _everywhere(scales_ref, group, columns, tile.m)
-            y = y + total * scale
+                scale = _everywhere(scales_ref, group, columns, together)
+            ys[i] = ys[i] + total * scale
+    y = jnp.concatenate(ys)
     # Zero points last: their product would keep its sums in registers all the while.
     if weight.zeros:
         y = y - jax.lax.dot_general(

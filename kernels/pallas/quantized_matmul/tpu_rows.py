@@ -6,6 +6,7 @@ tiles is visited by every expert that has rows in it.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def split(x, x_scales, weight, how, options, tile):
     """Rows of x as the kernel takes them, and what is left of their scales.
 
     Returns:
-      ``(copies * pieces * M, K)`` with the copies and pieces of a tile's rows together; f32 row
+      ``(copies * pieces * M, K)`` with the copies and pieces of some rows together; f32 row
       scales ``(M, 1)`` or None; f32 group sums ``(steps, M, groups a step)`` or None.
     """
     m, k = x.shape
@@ -83,8 +84,25 @@ def split(x, x_scales, weight, how, options, tile):
         group = jnp.arange(k) % how.depth // weight.group_size
         own = group == jnp.arange(how.copies)[:, None]
         rows = jnp.where(own[:, None, None], rows[None], jnp.zeros((), rows.dtype))
-    rows = rows.reshape(-1, m // tile.m, tile.m, k).swapaxes(0, 1)
+    together = side_by_side(how, tile)
+    rows = rows.reshape(-1, m // together, together, k).swapaxes(0, 1)
     return rows.reshape(-1, k), row_scales, sums
+
+
+def side_by_side(how, tile: Tile) -> int:
+    """Rows of a tile whose pieces and copies follow each other.
+
+    Where these are those of a register, the products of pieces are added as the matrix unit returns
+    them. If those of a tile's other rows came in between, all would wait in registers.
+
+    Args:
+      how: the ``tpu.Arithmetic``.
+      tile: of the kernel.
+    """
+    if not how.by_row:
+        return tile.m
+    few = how.x == "bfloat16" and tile.m <= 16
+    return math.gcd(tile.m, 8 if few else 32 // jnp.dtype(how.x).itemsize)
 
 
 def _digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array], jax.Array]:

@@ -66,7 +66,7 @@ def few(chip: str, m: int, n: int, k: int, group_size: int, depth: int, pieces: 
     )
     tile_n = next(outputs for inputs, outputs in sizes["outputs"] if max(tile_k, 1) <= inputs)
     # The rows of all pieces together are what the matrix unit is given.
-    rows = max(32, sizes["rows"] * 4 // pieces // 32 * 32)
+    rows = max(32 if pieces < 16 else 16, sizes["rows"] * 4 // pieces // 32 * 32)
     rows = min(rows, -(-m // 8) * 8)
     columns = 256 if rows <= 64 else LANES
     if depth > group_size and rows <= 16:

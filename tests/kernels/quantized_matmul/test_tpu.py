@@ -357,8 +357,10 @@ SPILLED = {
         {"m": 128, "n": 4096, "k": 4096},
         {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
         {"m": 256, "n": 4096, "k": 4096, "zeros": True},
+        {"m": 16, "n": 4096, "k": 4096, "x_dtype": "float32", "format": "fp8"},
     ],
     "v6e": [
+        {"m": 64, "n": 4096, "k": 4096, "x_dtype": "float32"},
         {"m": 2048, "n": 4096, "k": 4096, "zeros": True},
         {"m": 2048, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 128, "n": 4096, "k": 4096, "activation_dtype": "int8"},
