@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, pieces
 from jaxcomp.kernels.schedules import Bundles, Schedule
 from jaxcomp.kernels.sparse_attention import schedule as listed
 from jaxcomp.kernels.sparse_attention import tpu, tpu_decode, tpu_walk
+from jaxcomp.kernels.sparse_attention.tpu_decode_kernel import columns_at_once
 
 from benchmarks.tpu_cases import Case
 from tests.kernels.sparse_attention import programs
@@ -142,18 +143,23 @@ def _splash(schedule: Schedule, chip: chips.Chip, mask: str, size: int, kernel: 
     )
 
 
-def _decode(schedule: Schedule, chip: chips.Chip, block: int) -> float:
-    """All blocks are full: the code of one in which a cache ends has loops, and does not run."""
+def _decode(schedule: Schedule, chip: chips.Chip, block: int, trips: int) -> float:
+    """All blocks are full: the code of one in which a cache ends has loops, and does not run.
+
+    Of a full block, too, where these have more than one trip.
+    """
     del chip
     places = [schedule.outer.index(region) for region in _own_blocks(schedule)]
     parts = schedule.outer[places[0] - 1 : places[-1] + 2]
     if len(places) != 2 or len(parts) != 4:
         return float("nan")
     first, _, edge, last = (region.bundles for region in parts)
-    loops = sum(loop.bundles for loop in schedule.inner())
+    inner = [loop.bundles for loop in schedule.inner()]
+    own = inner[: len(inner) // 2] if trips > 1 else []
+    loops = sum(inner) - sum(own)
     if loops > edge:
         return float("nan")
-    each = schedule.step().bundles - (first + edge - loops + last)
+    each = schedule.step().bundles - (first + edge - loops + last) + sum(own) * trips
     return each * (CAPACITY // block) * BATCH + (first + last) * BATCH
 
 
@@ -165,19 +171,26 @@ def _decode_cases() -> list[Case]:
         "fp8 cache": {"cache": "float8_e4m3fn"},
         "soft cap with fp8 cache": {"cache": "float8_e4m3fn", "soft_cap": 50.0},
         "span with bfloat16 cache": {"span": True},
+        "float32 cache": {"dtype": "float32"},
+        "int8 cache for float32": {"dtype": "float32", "cache": "int8"},
     }
     cases = []
     for name, options in kinds.items():
-        width, scale = (1, 4) if "cache" in options else (2, 0)
+        wide = "dtype" in options
+        width, scale = (1, 4) if "cache" in options else (4 if wide else 2, 0)
+        sets = KV_HEADS // 4 if "cache" in options else 1
+        rows = tpu_decode.Rows(1, GROUP, KV_HEADS // sets, sets)
         scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged
         block = tpu_decode.block_size(CAPACITY, KV_HEADS * DIM * width, scores)
+        columns = block * rows.heads
+        trips = columns // columns_at_once(pieces.COUNT * rows.count, columns) if wide else 1
         cases.append(
             Case(
                 f"decode {name} of {BATCH}x{CAPACITY}",
                 "sparse_attention_decode",
                 f"{_MODULE}:decode",
                 {"capacity": CAPACITY, "batch": BATCH, **options},
-                functools.partial(_decode, block=block),
+                functools.partial(_decode, block=block, trips=trips),
                 BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + scale),
                 inner=_own_blocks,
             )

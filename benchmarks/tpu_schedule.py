@@ -23,6 +23,7 @@ import pathlib
 import sys
 import tempfile
 
+import jax.numpy as jnp
 from jaxcomp.kernels import chips, tune_compiled
 from jaxcomp.kernels.schedules import Schedule, schedules
 
@@ -156,6 +157,33 @@ def other_formats() -> list[Case]:
     return cases
 
 
+def f32_rows() -> list[Case]:
+    """W4A16's weights with rows in f32, whose sums are scaled however many there are."""
+    from jaxcomp.kernels.quantized_matmul import reference, tpu
+    from jaxcomp.kernels.quantized_matmul.weights import Weight
+
+    cases, n, k, group = [], 4096, 4096, 128
+    size = n * k / 2 + n * (k // group) * 2
+    for m in (16, 256, 2048):
+
+        def sums(schedule, chip, m=m):
+            weight = Weight(None, None, None, None, "int4", group, (n, k))
+            options = reference.Options(None, None, "float32")
+            how = tpu.arithmetic(chip, jnp.float32, weight, options)
+            tile = tpu.tile_of(chip, m, weight, how)
+            return tune_compiled.few_cycles(schedule, tile, n, k) * -(-m // tile.m)
+
+        shape = {"m": m, "n": n, "k": k, "x_dtype": "float32"}
+        cases.append(
+            Case(
+                f"f32 rows int4 g128 M={m} 4096x4096", "quantized_matmul_int4",
+                f"{_MODULE}:quantized", shape, sums, size if m == 16 else 0.0,
+                against="" if m == 16 else f"many W4A16 g128 M={m} 4096x4096 in bf16",
+            )
+        )  # fmt: skip
+    return cases
+
+
 def _against_bf16(name, kernel, target, options, cycles) -> list[Case]:
     """A product of many rows after the bf16 one in its tiling."""
     dense = f"{name} in bf16"
@@ -208,6 +236,7 @@ def grouped_matmul() -> list[Case]:
 CASES = {
     "quantized_matmul": quantized_matmul,
     "other_formats": other_formats,
+    "f32_rows": f32_rows,
     "grouped_matmul": grouped_matmul,
     "sparse_matmul": tpu_sparse.cases,
     "sparse_attention": tpu_attention.cases,

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxcomp.kernels import chips
+from jaxcomp.kernels import chips, pieces
 from jaxcomp.kernels.quantized_matmul import tpu_tiles
 from jaxcomp.kernels.schedules import Bundles, Loop, Schedule
 from jaxcomp.kernels.sparse_matmul import nm, tpu, tpu_many, tpu_nm
@@ -37,6 +37,9 @@ def cases() -> list[Case]:
         out += [_blocks_case(m, BLOCK, density) for density in (0.1, 0.5)]
     out += [_nm_case(64, group_size) for group_size in (None, GROUP)]
     out += [_blocks_case(2048, block, 0.5) for block in (128, 512)]
+    # Models whose numbers are f32.
+    out += [_nm_case(m, group_size, "float32") for m in (16, 2048) for group_size in (None, GROUP)]
+    out.append(_blocks_case(16, BLOCK, 0.5, "float32"))
     return [*out, _gradient_case(2048, 0.5)]
 
 
@@ -44,30 +47,33 @@ def _dense_name(m: int) -> str:
     return f"dense M={m} {N}x{K} in bf16"
 
 
-def _nm_case(m: int, group_size: int | None) -> Case:
-    name, stored = ("int4 g128", 6) if group_size else ("bf16", 18)
+def _nm_case(m: int, group_size: int | None, dtype: str = "bfloat16") -> Case:
+    wide = dtype == "float32"
+    name, stored = ("int4 g128", 6) if group_size else ("f32", 34) if wide else ("bf16", 18)
+    name += " f32 rows" if wide and group_size else ""
     # Bytes of 16 weights: half of the values, and four bits of positions for each four.
     size = N * K / 16 * stored + (4 * N * K / group_size if group_size else 0)
     return Case(
         f"2:4 {name} M={m} {N}x{K}",
         "nm_matmul",
         f"{MODULE}:nm",
-        {"rows": m, "outputs": N, "inputs": K, "group_size": group_size},
-        functools.partial(_nm, m=m, group_size=group_size),
+        {"rows": m, "outputs": N, "inputs": K, "group_size": group_size, "dtype": dtype},
+        functools.partial(_nm, m=m, group_size=group_size, dtype=dtype),
         0 if m > 64 else size,
         _dense_name(m) if m > 64 else "",
     )
 
 
-def _blocks_case(m: int, block: int, density: float) -> Case:
-    weight = _weight(block, density)
+def _blocks_case(m: int, block: int, density: float, dtype: str = "bfloat16") -> Case:
+    weight = _weight(block, density, dtype)
+    options = {"rows": m, "outputs": N, "inputs": K, "block": block, "density": density}
     return Case(
-        f"blocks {density:.0%} of {block} M={m} {N}x{K}",
+        f"blocks {density:.0%} of {block} {'f32 ' * (dtype == 'float32')}M={m} {N}x{K}",
         "block_sparse_matmul",
         f"{MODULE}:blocks",
-        {"rows": m, "outputs": N, "inputs": K, "block": block, "density": density},
+        options | {"dtype": dtype},
         functools.partial(_blocks, m=m, weight=weight),
-        0 if m > 64 else weight.values.size * 2,
+        0 if m > 64 else weight.values.size * weight.values.dtype.itemsize,
         _dense_name(m) if m > 64 else "",
     )
 
@@ -86,10 +92,10 @@ def _gradient_case(m: int, density: float) -> Case:
     )
 
 
-def _weight(block: int, density: float) -> BlockSparse:
-    """Shapes of a weight in bf16."""
+def _weight(block: int, density: float, dtype: str = "bfloat16") -> BlockSparse:
+    """Shapes of a weight."""
     count = round(N // block * (K // block) * density)
-    values = jax.ShapeDtypeStruct((count, block, block), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((count, block, block), jnp.dtype(dtype))
     listed = jax.ShapeDtypeStruct((count,), jnp.int32)
     return BlockSparse(values, listed, listed, None, (N, K))
 
@@ -99,35 +105,44 @@ def _dense(schedule: Schedule, chip: chips.Chip, m: int) -> float:
     return dense_cycles(schedule, tile, N, [-(-m // tile.m)])
 
 
-def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None) -> float:
+def _nm(schedule: Schedule, chip: chips.Chip, m: int, group_size: int | None, dtype: str) -> float:
     """Many rows have a loop that writes the dense tile, once, before the one that multiplies."""
-    values = jax.ShapeDtypeStruct((2, N, K // 4), jnp.int4 if group_size else jnp.bfloat16)
+    of_values = jnp.int4 if group_size else jnp.dtype(dtype)
+    values = jax.ShapeDtypeStruct((2, N, K // 4), of_values)
     scales = jax.ShapeDtypeStruct((N, K // group_size), jnp.float32) if group_size else None
     weight = nm.NMSparse(values, values, scales, 2, 4, group_size, (N, K), nm.LAYOUT)
-    rows, outputs = tpu_nm.tiles(m, weight, 2)
-    few = tpu_nm.few_rows(m, weight, 2)
-    inner = [loop for loop in schedule.inner() if _computes(loop)]
-    # Scales of codes are spread before.
-    if len(inner) != (1 if few else 3 if group_size else 2):
+    size = jnp.dtype(dtype).itemsize
+    rows, outputs = tpu_nm.tiles(m, weight, size)
+    few = tpu_nm.few_rows(m, weight, size)
+    inner = [loop.bundles for loop in schedule.inner() if _computes(loop)]
+    split = size == 4 and (group_size is None or not few)
+    # Scales of codes are spread before. Few rows and f32 weights: results are written in the end.
+    if len(inner) != (1 + split if few else 3 if group_size else 2):
         return float("nan")
     blocks = outputs // tpu_nm.columns(outputs, chip, few)
-    each = (_step(schedule) + inner[-1].bundles * blocks) * -(-m // rows)
-    fill = sum(loop.bundles for loop in inner[:-1]) * (outputs // tpu_nm.FILLED)
+    slabs = K // tpu_nm.SLAB if split else 1  # Of f32 weights a loop takes one, or a pair.
+    if few and split:
+        each = _step(schedule) + inner[0] * (blocks * slabs // 2) + inner[1] * blocks
+        return float(each * -(-N // outputs))
+    each = (_step(schedule) + inner[-1] * blocks) * -(-m // rows)
+    fill = (sum(inner[:-2]) + inner[-2] * slabs) * (outputs // tpu_nm.FILLED) if not few else 0
     return float((fill + each) * -(-N // outputs))
 
 
 def _blocks(schedule: Schedule, chip: chips.Chip, m: int, weight: BlockSparse) -> float:
     """By the kernel that the rows have."""
-    rows = tpu.product_rows(m, weight, 0, 2, 2)
+    sizes = (weight.values.dtype.itemsize,) * 2
+    rows = tpu.product_rows(m, weight, 0, *sizes)
     if not rows:
-        return _many_rows(schedule, tpu_many.tile(m, weight, 0, 2, 2, chip), m, weight)
+        return _many_rows(schedule, tpu_many.tile(m, weight, 0, *sizes, chip), m, weight)
     return _few_rows(schedule, weight, rows) * -(-m // rows)
 
 
 def _few_rows(schedule: Schedule, weight: BlockSparse, rows: int) -> float:
     """Loops over outputs that clear and write sums around those over the blocks of a copy."""
     copy, count = tpu.copy_size(weight), len(weight.values)
-    _, together = tpu.held_together(rows, weight.block[0], copy)
+    split = pieces.count(weight.values.dtype)
+    _, together = tpu.held_together(rows, weight.block[0], copy, split)
     sizes = [min(copy, count - start) for start in range(0, count, copy)]
     trips = [weight.grid[0], *_trips(sizes, together), weight.grid[0]]
     inner = [loop for loop in schedule.inner() if _computes(loop)]
