@@ -12,8 +12,8 @@ stacked as rows, because with few rows it has nothing else to do while weights a
 """
 
 import dataclasses
-import itertools
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
