@@ -67,13 +67,16 @@ def sums(x: jax.Array, group_size: int) -> jax.Array:
     Both are two bf16 numbers, of whose four products the smallest is left out.
 
     Args:
-      x: ``(M, K)``.
+      x: bf16 ``(M, K)``.
       group_size: inputs of a group.
 
     Returns:
       bf16 ``(M, terms)``.
     """
-    high, low = _two(x.reshape(x.shape[0], -1, group_size).astype(jnp.float32).sum(axis=-1))
+    k = x.shape[1]
+    # As a product: of groups along an axis of their own XLA would make copies of x in f32.
+    own = jnp.arange(k)[:, None] // group_size == jnp.arange(k // group_size)
+    high, low = _two(jnp.dot(x, own.astype(x.dtype), preferred_element_type=jnp.float32))
     return _terms(high, low, high)
 
 
