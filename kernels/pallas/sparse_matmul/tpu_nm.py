@@ -352,11 +352,14 @@ def _split_rows(
         for first in range(0, outputs, FILLED):
             some = pl.ds(pl.multiple_of(block.start + first, FILLED), FILLED)
             start = pl.multiple_of(slab * LANES, LANES)
-            written = _decompress(refs, some, start, jnp.float32, split)
-            for piece, parts in enumerate(written):
+            # Half of them at a time: pieces of all are more than registers hold.
+            size = FILLED // 2
+            written = _decompress(refs, some, start, jnp.float32, split, size)
+            for number, parts in enumerate(written):
+                place, piece = divmod(number, split)
+                words = pl.ds((first + place * size) // 2, size // 2)
                 for i, part in enumerate(parts):
-                    place = piece, pl.ds(first // 2, FILLED // 2), pl.ds(i * LANES, LANES)
-                    w_ref[place] = pltpu.bitcast(part, jnp.int32)
+                    w_ref[piece, words, pl.ds(i * LANES, LANES)] = pltpu.bitcast(part, jnp.int32)
 
     def multiply(number, w_ref):
         (block, slab), end = of(number), 0
@@ -421,26 +424,29 @@ def _many_rows(
             width = group_size // PARTS
             scales_ref[block, pl.ds(start, LANES)] = _spread(own_ref, block, start, width)
 
-    def store(piece, block, start, parts):
-        for i, part in enumerate(parts):
-            inputs = pl.ds(_multiple(PARTS * start + i * LANES), LANES)
-            # As a view: with all in one index v5 took 450 bundles of some outputs, not 320.
-            w_ref.at[piece][_words(block), inputs] = pltpu.bitcast(part.astype(dtype), jnp.int32)
+    def store(piece, block, start, part, written):
+        inputs = pl.ds(_multiple(PARTS * start + part * LANES), LANES)
+        # As a view: with all in one index v5 took 450 bundles of some outputs, not 320.
+        w_ref.at[piece][_words(block), inputs] = pltpu.bitcast(written.astype(dtype), jnp.int32)
 
-    def fill_slab(block, start):
+    def fill_slab(block, start, halves=(0, 1)):
+        """All of it, or a half: of the outputs of f32 values, of the positions of codes."""
+        number = refs["values"].dtype
         if not coded:
-            number = refs["values"].dtype
-            for piece, parts in enumerate(_decompress(refs, block, start, number, split)):
-                store(piece, block, start, parts)
+            size = block.size // 2 if len(w_ref) > 1 else block.size
+            for i, parts in enumerate(_decompress(refs, block, start, number, split, size)):
+                place, piece = divmod(i, len(w_ref))
+                some = pl.ds(block.start + place * size, size)
+                for part, written in enumerate(parts) if place in halves else ():
+                    store(piece, some, start, part, written)
             return
         (parts,) = _decompress(refs, block, start, jnp.int8)
         scales = scales_ref[block, pl.ds(start, LANES)]
-        parts = [part.astype(jnp.float32) * scales for part in parts]
-        if split == 1:
-            return store(0, block, start, parts)
-        parts = [pieces.split(part) for part in parts]
-        for piece, of_piece in enumerate(zip(*parts, strict=True)):
-            store(piece, block, start, of_piece)
+        for part, written in enumerate(parts):
+            if part // 2 in halves:
+                scaled = written.astype(jnp.float32) * scales
+                for piece, of_piece in enumerate(pieces.split(scaled) if split > 1 else [scaled]):
+                    store(piece, block, start, part, of_piece)
 
     def fill(block):
         for start in range(0, k // PARTS, LANES):
@@ -449,7 +455,9 @@ def _many_rows(
     def fill_next(i, _):
         """One slab at a time: pieces of several are more than registers hold."""
         block = _block(jax.lax.div(i, k // SLAB), FILLED)
-        fill_slab(block, pl.multiple_of(jax.lax.rem(i, k // SLAB) * LANES, LANES))
+        start = pl.multiple_of(jax.lax.rem(i, k // SLAB) * LANES, LANES)
+        fill_slab(block, start, (0,))
+        pl.when(i >= 0)(lambda: fill_slab(block, start, (1,)))  # In code of its own.
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -534,7 +542,7 @@ def _finish(refs, y_ref, block, y, options):
     y_ref[:, block] = reference.finish(y, bias, options)
 
 
-def _decompress(refs, block, start, dtype, split=1):
+def _decompress(refs, block, start, dtype, split=1, size=None):
     """Weights ``(outputs, 128)`` at each of the four positions of 128 groups, without scales.
 
     Several numbers are selected at a time, by the bits of words.
@@ -545,41 +553,47 @@ def _decompress(refs, block, start, dtype, split=1):
       start: the first group.
       dtype: of the values' numbers: theirs, or one that holds int4.
       split: pieces of x: as many become of f32 values, and of others one.
+      size: outputs at a time, or None for all.
 
     Yields:
-      Of each piece four arrays; int8 ones are ``_UNIT`` times the values, f32 ones are bf16.
+      Of each piece four arrays, then those of the next outputs; int8 ones are ``_UNIT`` times the
+      values, f32 ones are bf16.
     """
     columns = pl.ds(start, LANES)
-    planes = [refs["values"][i, block, columns] for i in (0, 1)]
-    if dtype != jnp.float32:
-        planes = [planes]
-    else:
-        dtype = jnp.bfloat16
-        planes = list(zip(*map(pieces.split, planes), strict=True)) if split > 1 else [planes]
-    words = [[pltpu.bitcast(plane.astype(dtype), jnp.int32) for plane in pair] for pair in planes]
     codes = refs["positions"][block, columns]
+    split = split if dtype == jnp.float32 else 1
+    dtype = jnp.bfloat16 if dtype == jnp.float32 else dtype
     if dtype == jnp.int8:
-        words = [[_upper_halves(plane) for plane in pair] for pair in words]
-        where = functools.partial(_signs, pltpu.bitcast(codes, jnp.int32))
+        masks = _signs
     else:
-        size = jnp.dtype(dtype).itemsize
-        codes = pltpu.bitcast(codes.astype(_INTEGERS[size]), jnp.int32)
-        where = functools.partial(_masks, codes, 8 * size)
-    for first, second in words:
-        # Positions are in order: the first is 0, 1 or 2, and the second 1, 2 or 3.
-        first_1, first_2 = first & where(0), first & where(1)
-        second_2_3 = second & where(3)
-        second_3 = second_2_3 & where(2)
-        parts = (
-            first ^ first_1 ^ first_2,
-            first_1 | (second ^ second_2_3),
-            first_2 | (second_2_3 ^ second_3),
-            second_3,
-        )
-        yield [pltpu.bitcast(part, dtype) for part in parts]
+        bits = 8 * jnp.dtype(dtype).itemsize
+        masks, codes = functools.partial(_masks, bits), codes.astype(_INTEGERS[bits // 8])
+    codes = pltpu.bitcast(codes, jnp.int32)
+    size = size or block.size
+    each = codes.shape[0] * size // block.size
+    for part in range(block.size // size):
+        where = functools.partial(masks, codes[part * each : (part + 1) * each])
+        some = pl.ds(block.start + part * size, size)
+        planes = [refs["values"][i, some, columns] for i in (0, 1)]
+        planes = zip(*map(pieces.split, planes), strict=True) if split > 1 else [planes]
+        for pair in planes:
+            first, second = (pltpu.bitcast(plane.astype(dtype), jnp.int32) for plane in pair)
+            if dtype == jnp.int8:
+                first, second = _upper_halves(first), _upper_halves(second)
+            # Positions are in order: the first is 0, 1 or 2, and the second 1, 2 or 3.
+            first_1, first_2 = first & where(0), first & where(1)
+            second_2_3 = second & where(3)
+            second_3 = second_2_3 & where(2)
+            parts = (
+                first ^ first_1 ^ first_2,
+                first_1 | (second ^ second_2_3),
+                first_2 | (second_2_3 ^ second_3),
+                second_3,
+            )
+            yield [pltpu.bitcast(words, dtype) for words in parts]
 
 
-def _masks(codes, bits, bit):
+def _masks(bits, codes, bit):
     """All bits of those of a word's numbers whose code has a bit."""
     ones = jnp.int32(sum(1 << at for at in range(0, 31, bits)))
     one = (jax.lax.shift_right_logical(codes, bit) if bit else codes) & ones
