@@ -7,6 +7,8 @@ is asked for a product of f32 in the highest precision does the same, but all at
 its factors again wherever it multiplies them, for which there are not enough registers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,17 @@ def pairs(of_x: int, of_w: int) -> list[tuple[int, int]]:
     """
     most = max(of_x, of_w)
     return [(i, j) for j in range(of_w) for i in reversed(range(of_x)) if i + j < most]
+
+
+def total(products: jax.Array, rows: int) -> jax.Array:
+    """The sum of products of pieces, which lie below each other.
+
+    Args:
+      products: ``(pairs * rows, ..)``.
+      rows: of each.
+    """
+    parts = [products[first : first + rows] for first in range(0, products.shape[0], rows)]
+    return functools.reduce(jnp.add, parts)
 
 
 def split(x: jax.Array) -> list[jax.Array]:

@@ -8,7 +8,8 @@ before: see ``Visits.of``.
 Of 2048 rows of 4096 inputs the loops below take 26720 scheduled cycles on v5e, 24672 on v6e and
 20320 on 7x, and XLA's three passes over x 95328, 47344 and 44408; of 256 rows 3340, 3084 and 2540,
 and XLA 11738, 5707 and 5316; of 14336 inputs as much an input. On v5p each of the two cores
-quantizes all 2048 rows, in 26912; XLA's passes are 96016, which they share.
+quantizes all 2048 rows, in 26912; XLA's passes are 96016, which they share. (Bundles of the
+compiler's schedules times their trips, added up by hand: no benchmark prints these.)
 
 Scales lie in all lanes, so that a loop's step computes what depends on them alone once. Whether a
 row's entries are all numbers is seen from its largest, found among their bits, which order NaNs

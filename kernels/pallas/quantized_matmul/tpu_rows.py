@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import pieces
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.quantized_matmul import reference, tpu_quantize
 from jaxcomp.kernels.quantized_matmul.reference import Options
@@ -73,7 +74,7 @@ def split(x, x_scales, weight, how, options, tile):
     elif how.x == "int8":
         total, parts, row_scales = _digits(x, how.pieces)
     else:
-        total, parts = x.astype(jnp.float32), _floats(x, how.pieces)
+        total, parts = x.astype(jnp.float32), list(pieces.listed(x))
     rows = jnp.stack([part.astype(how.x) for part in parts])
     sums = None
     if weight.zeros is not None:
@@ -134,12 +135,3 @@ def _digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array], jax.A
     finite = jnp.all(jnp.isfinite(x), axis=1, keepdims=True)
     scale = jnp.where(finite, power((127 + exponent) << 23), jnp.nan)
     return whole.astype(jnp.float32), [rest, *digits[::-1]], scale
-
-
-def _floats(x: jax.Array, pieces: int) -> list[jax.Array]:
-    """Splits rows into bf16 numbers that add up to them."""
-    parts = []
-    for _ in range(pieces):
-        parts.append(jax.lax.reduce_precision(x, 8, 7))
-        x = x - parts[-1]
-    return parts

@@ -194,7 +194,7 @@ def _add(config: Config, refs, count, length, first) -> None:
             along = slice(part * width // parts, (part + 1) * width // parts)
             own = [value[along] for value in values]
             _products(config, refs.sums.at[part], shares[:, along], own, transposed=False)
-        found = [_total(config, refs.sums[part]) for part in range(parts)]
+        found = [pieces.total(refs.sums[part], rows.count) for part in range(parts)]
         refs.sum[of] += functools.reduce(jnp.add, found)
 
     def find_positions(start):
@@ -262,7 +262,7 @@ def _scores(config: Config, refs, of, start, width: int) -> jax.Array:
         products = dot(refs.q[of], keys[0], transposed=True)
     else:
         _products(config, refs.products.at[:, pl.ds(0, width)], refs.q[of], keys, transposed=True)
-        products = _total(config, refs.products[:, :width])
+        products = pieces.total(refs.products[:, :width], config.rows.count)
     scores = config.rows.merge(products, refs.lane_heads[...])
     if refs.k_scale is None:
         scores *= config.factor
@@ -289,13 +289,6 @@ def _products(config: Config, ref, rows: jax.Array, columns: list, *, transposed
         count = rows.shape[0] - piece * config.rows.count
         ref[end : end + count] = dot(rows[:count], own, transposed=transposed)
         end += count
-
-
-def _total(config: Config, products: jax.Array) -> jax.Array:
-    """Sums over the pairs of pieces, (rows, ..)."""
-    count = config.rows.count
-    pairs = range(0, products.shape[0], count)
-    return functools.reduce(jnp.add, [products[i : i + count] for i in pairs])
 
 
 def _through_memory(config: Config, refs, ref, start, width: int, count) -> list[jax.Array]:

@@ -213,8 +213,7 @@ def _product_kernel(
             y = reference.dot(x_of(i, zero)[:rows], w, ((1,), (1 - axis,)))
             products_ref[end : end + rows] = y
             end += rows
-        products = [products_ref[first : first + m] for first in range(0, end, m)]
-        return functools.reduce(jnp.add, products)
+        return pieces.total(products_ref[:end], m)
 
     def product(i):
         if split == 1:

@@ -398,12 +398,6 @@ def split(values_ref, pieces_ref) -> None:
             pieces_ref[piece, pl.ds(some // 2, _SPLIT // 2)] = pltpu.bitcast(w, jnp.int32)
 
 
-def keep_in_memory(*refs) -> None:
-    """Touches memory outside of what else uses it, or the compiler would use registers instead."""
-    for ref in (ref for ref in refs if ref is not None):
-        ref[*(0,) * (len(ref.shape) - 2), :8] = jnp.zeros((8, ref.shape[-1]), ref.dtype)
-
-
 def _cut(size: int, most: int, unit: int) -> list[pl.Slice]:
     """A size in about equal parts of at most so many, which are multiples of a unit."""
     each = -(-size // (unit * -(-size // most))) * unit

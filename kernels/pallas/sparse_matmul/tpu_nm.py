@@ -300,10 +300,10 @@ def _few_rows(
         products_ref[start // LANES] = y
         y = products_ref[start // LANES]
         if not coded:
-            return _total(y, m)
+            return pieces.total(y, m)
         first, each = PARTS * start // group_size, split * m
         return sum(
-            _total(y[i * each : (i + 1) * each], m) * scales_ref[pl.ds(first + i, 1), block]
+            pieces.total(y[i * each : (i + 1) * each], m) * scales_ref[pl.ds(first + i, 1), block]
             for i in range(y.shape[0] // each)
         )
 
@@ -371,7 +371,7 @@ def _split_rows(
             products_ref[end : end + rows] = _dot(x[:rows], w)
             end += rows
         before = jnp.where(slab > 0, sums_ref[:, block], 0.0)
-        sums_ref[:, block] = before + _total(products_ref[...], m)
+        sums_ref[:, block] = before + pieces.total(products_ref[...], m)
 
     def two(i, _):
         write(2 * i + 1, odd_ref)
@@ -388,12 +388,6 @@ def _split_rows(
         multiply(count - 1, even_ref)
     finish = lambda block: _finish(refs, y_ref, block, sums_ref[:, block], options)  # noqa: E731
     _blocks(y_ref.shape[1], outputs, finish)
-
-
-def _total(products, rows):
-    """Sum over the pieces of so many rows."""
-    parts = [products[i : i + rows] for i in range(0, products.shape[0], rows)]
-    return functools.reduce(jnp.add, parts)
 
 
 def _many_scratch(weight, rows, tn, outputs, split, chip):
