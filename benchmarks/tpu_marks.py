@@ -20,6 +20,7 @@ KINDS = {
     "few": "few rows",
     "many": "many rows",
     "format": "other formats and groups",
+    "f32 rows": "rows in f32",
     "experts": "experts",
     "2:4": "2:4 weights",
     "blocks": "block-sparse weights",

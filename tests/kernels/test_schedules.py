@@ -3,7 +3,7 @@
 from jaxcomp.kernels import schedules, tune_compiled
 from jaxcomp.kernels.quantized_matmul.tpu_tiles import Tile
 
-from benchmarks import tpu_marks
+from benchmarks import tpu_marks, tpu_summary
 
 # A loop over steps, in which a branch skips two bundles, and a loop of one inside it.
 BUNDLES = """
@@ -86,3 +86,10 @@ def test_rows_replace_those_of_the_file_and_are_held_against_marks(tmp_path):
     words = [line.partition(":")[0] for line in told]
     assert words == ["met", "NOT MET", "met", "met", "NOT MET", "met"]
     assert "v6e: W4A16 g128 of 1 and 16 rows: at most 1.2 of the bytes' cycles (1.300: " in told[4]
+
+
+def test_the_page_has_the_cycles_of_the_file():
+    rows, _ = tpu_marks.read(tpu_summary.RESULTS.read_text())
+    _, table, _ = tpu_summary.parts(tpu_summary.PAGE.read_text())
+    assert table == tpu_summary.summary(rows), "Run python -m benchmarks.tpu_summary."
+    assert len(table.splitlines()) > 40 and " - |" not in table
