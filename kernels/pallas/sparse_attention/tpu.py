@@ -317,8 +317,9 @@ def _forward(config: Config, q, k, v, extras, logsumexp: bool):
     }
     if not config.bounded:
         kept["top"] = passing["fade"] = ((rows, LANES), jnp.float32)
-        if config.maxima:
-            passing["maxima"] = ((min(config.maxima, columns // LANES), rows, LANES), jnp.float32)
+        count = 1 if config.forward_apart else min(config.maxima, columns // LANES)
+        if count:
+            passing["maxima"] = ((count, rows, LANES), jnp.float32)
     out, *lse = run(
         forward_kernel,
         walk,

@@ -189,7 +189,12 @@ def lanes(x, width: int):
 
 def folded(x):
     """(rows, width) to (rows, 128): sums over what lies in the same lane."""
-    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
+    return across(jnp.add, x)
+
+
+def across(join, x):
+    """(rows, width) to (rows, 128): what lies in the same lane, joined."""
+    return functools.reduce(join, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
 
 
 def _column(row):
@@ -251,6 +256,8 @@ def _kernel(config, refs, by_rows, start, steps, finish) -> Kernel:
 
 def forward_kernel(config, refs, by_rows):
     """Outputs and log-sum-exps, by an online softmax."""
+    apart = config.forward_apart
+    waiting = refs.scores is not None and not config.bounded
 
     def start():
         refs.scaled[...] = (refs.q[...].astype(jnp.float32) * config.factor).astype(refs.q.dtype)
@@ -262,11 +269,35 @@ def forward_kernel(config, refs, by_rows):
 
     def products(left):
         refs.products[...] = dot(refs.scaled[...], _operand(refs.k, refs.q), transposed=True)
+        if apart:
+            score(left)
+            if left is Left.ALL:
+                refs.maxima[0] = across(jnp.maximum, refs.scores[...])
+
+    def score(left):
+        """Writes scores. Those that wait in memory, unlike products, are masked there as well."""
+        _scored(config, refs)
+        if waiting and left is not Left.ALL:
+            refs.scores[...] = _masked(refs, refs.scores[...], left)
+
+    def rise(left):
+        """The highest scores so far, to which sums fade."""
+        # Maxima of lanes that are masked would take registers beside products.
+        all_left = left is Left.ALL
+        highest = refs.maxima[0] if all_left else across(jnp.maximum, refs.scores[...])
+        before = refs.top[...]
+        top = jnp.maximum(before, highest.max(axis=1, keepdims=True))
+        refs.fade[...] = jnp.exp2(before - top)
+        refs.top[...] = top
+        for ref in (refs.total, refs.sum):
+            ref[...] *= lanes(refs.fade[...], ref.shape[1])
 
     def weigh(scores, left):
         """Powers of scores: above the highest so far, to which sums fade, or of bounded ones."""
         if config.bounded:
             return jnp.exp2(_masked(refs, scores[...], left))
+        if apart:
+            return jnp.exp2(scores[...] - lanes(refs.top[...], scores.shape[1]))
         before = refs.top[...]
         top = jnp.maximum(before, _highest(refs, _masked(refs, scores[...], left), left))
         weights = jnp.exp2(_masked(refs, scores[...] - lanes(top, scores.shape[1]), left))
@@ -275,15 +306,14 @@ def forward_kernel(config, refs, by_rows):
         return weights
 
     def faded(ref):
-        return ref[...] if config.bounded else lanes(refs.fade[...], ref.shape[1]) * ref[...]
+        if config.bounded or apart:
+            return ref[...]
+        return lanes(refs.fade[...], ref.shape[1]) * ref[...]
 
     def add(left):
-        _scored(config, refs)
-        if refs.scores is not None and not config.bounded and left is not Left.ALL:
-            # Those that wait in memory, unlike products, wait there as well when they are masked.
-            refs.scores[...] = _masked(refs, refs.scores[...], left)
-            left = Left.ALL
-        weights = weigh(_scores(refs), left)
+        if not apart:
+            score(left)
+        weights = weigh(_scores(refs), Left.ALL if waiting else left)
         # Lane by lane: the lanes are added up once, at the end.
         refs.total[...] = faded(refs.total) + folded(weights)
         if refs.v_scale is not None:
@@ -306,7 +336,8 @@ def forward_kernel(config, refs, by_rows):
         for i in range(0, refs.total.shape[0], LANES):
             refs.lse[:, i : i + LANES] = refs.total[i : i + LANES].T[:1]
 
-    return _kernel(config, refs, by_rows, (start,), (products, add), finish)
+    steps = (products, rise, add) if apart else (products, add)
+    return _kernel(config, refs, by_rows, (start,), steps, finish)
 
 
 def query_kernel(config, refs, by_rows):

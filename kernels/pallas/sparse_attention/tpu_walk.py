@@ -124,6 +124,11 @@ class Config:
         return self.wide and bool(self.soft_cap)
 
     @property
+    def forward_apart(self) -> bool:
+        """Whether steps of the forward kernel have code of their own: under a cap with maxima."""
+        return self.apart and not self.bounded
+
+    @property
     def factor(self) -> float:
         """What products are multiplied with before the cap, or before the power of two."""
         return self.scale / self.soft_cap if self.soft_cap else self.scale * LOG2_E
@@ -500,7 +505,8 @@ def run(
 
         def compute(tiles, left):
             # No tile's products wait for the other's weights.
-            in_turn([tile.steps for tile in tiles], gradients and config.apart, left)
+            separate = config.apart if gradients else config.forward_apart
+            in_turn([tile.steps for tile in tiles], separate, left)
 
         def spanned(tiles, left):
             """What is in the spans of the tiles' heads."""

@@ -93,7 +93,9 @@ class TestReference:
         options = {"scale": 9.0, "soft_cap": 55.0}
         check(self.run, np.abs(q), -np.abs(k), v, causal(30), **options)
         check(self.run, q, k, v, causal(30), self.dtype, **options)
-        check(self.run, q, k, v, causal(30), **options | {"soft_cap": 90.0})
+        options["soft_cap"] = 90.0
+        check(self.run, q, k, v, causal(30), **options)
+        check(self.run, q, k, v, causal(30), **options, span=np.array([9.0, 95.0], np.float32))
 
     @pytest.mark.parametrize("code", ["int8", "float8_e4m3fn", "float8_e5m2"])
     def test_quantized_keys_and_values(self, code):
@@ -254,6 +256,11 @@ class TestInterpretedTpu(TestReference):
     def run(self, q, k, v, mask, **options):
         options |= INTERPRETED | self.blocks
         return attention(q, k, v, mask, return_logsumexp=True, **options)
+
+    def test_caps_that_all_scores_reach(self):
+        """Also in a full block, and with a row's maxima from several."""
+        self.blocks = {"block_q": 128, "block_k": 128}
+        super().test_caps_that_all_scores_reach()
 
     def test_blocks_of_several_tiles(self):
         """Two halves of a block beside each other, and a loop along its other side."""
