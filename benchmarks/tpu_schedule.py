@@ -230,6 +230,13 @@ def grouped_matmul() -> list[Case]:
         cases.append(Case(names[0], "grouped_matmul_int4", target, shapes[0], few, size))
         kernel = "grouped_matmul_dense_int4"
         cases += _against_bf16(names[1], kernel, target, shapes[1], dense)
+        if n > k:
+            name = names[1].replace("W4A16 g128", "int4 g128 with zero points")
+            zeros = functools.partial(dense, decodes=True)
+            against = cases[-1].against
+            cases.append(
+                Case(name, kernel, target, shapes[1] | {"zeros": True}, zeros, against=against)
+            )
     return cases
 
 

@@ -57,6 +57,7 @@ class Decoding:
       summed: whether zero points are multiplied with sums of rows: none is among decoded weights.
       quarters: of the inputs, which are multiplied before those sums.
       together: slabs that are decoded in one piece of code, at most, or None.
+      waits: whether all sums wait in VMEM for code of its own that finishes them.
     """
 
     format: str
@@ -73,6 +74,7 @@ class Decoding:
     summed: bool
     quarters: int
     together: int | None
+    waits: bool
 
     @classmethod
     def of(cls, weight: Weight, chip: Chip, m: int, experts: bool = False) -> "Decoding":
@@ -111,10 +113,13 @@ class Decoding:
         kept = m <= _FEW and (slow or not wide)
         # Of more rows that saves v5 no spills, and costs cycles, too.
         entries = weight.format == "codebook" and (wide or kept)
+        # What stores experts' rows takes registers that the last products then have not. (Without
+        # zero points they have, and it would cost cycles.)
+        waits = experts and summed
         return cls(
             weight.format, weight.group_size, "bfloat16" if once else "float32", slab,
             wide and staged, unit(weight.format, chip), wide, wide and not hard, 2 if apart else 1,
-            kept, entries, summed, quarters, together,
+            kept, entries, summed, quarters, together, waits,
         )  # fmt: skip
 
     def lie_by_rows(self, name: str) -> bool:
@@ -228,7 +233,10 @@ def _kernel(
     refs = visits.rows_of(refs, options, how.group_size, **rows)
 
     def multiply(decoded, block):
-        y_ref[:, block] = product(refs, w_ref, acc_ref, block, options, how, decoded)
+        def write(y):
+            y_ref[:, block] = y
+
+        product(refs, w_ref, acc_ref, block, options, how, decoded, write)
 
     def run(decoded):
         blocks(y_ref.shape[1], columns, functools.partial(multiply, decoded))
@@ -296,7 +304,10 @@ def blocks(outputs: int, columns: int, step: Callable[[pl.Slice], None]) -> None
     jax.lax.fori_loop(0, outputs // columns, one, None)
 
 
-def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) -> jax.Array:
+def product(
+    refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool,
+    write: Callable[[jax.Array], None],
+) -> None:  # fmt: skip
     """A tile of rows times some outputs, finished.
 
     Args:
@@ -308,11 +319,11 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
       how: the weights are decoded.
       decoded: whether they are. Else each slab is where it is multiplied, so that the matrix unit
         works while others decode.
-
-    Returns:
-      ``(rows, outputs)``.
+      write: takes the product ``(rows, outputs)``.
     """
     slabs = _slabs(refs, how)
+    # Registers that decode would be too few for what follows, too.
+    waits = how.waits or not decoded
     pieces = _pieces(len(slabs), len(slabs) if decoded else how.together)
     # What the next piece of code multiplies first is decoded while this one's last is multiplied.
     ahead = int(len(pieces) > 1)
@@ -337,7 +348,7 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
             )
             sums = acc_ref.at[slab % how.sums]
             y = sums[...] + y if slab >= how.sums else y
-            if slab + 1 < len(slabs) or not decoded:
+            if slab + 1 < len(slabs) or waits:
                 sums[...] = y
         return y
 
@@ -348,12 +359,18 @@ def product(refs, w_ref, acc_ref, block, options, how: Decoding, decoded: bool) 
         y = multiply(pieces[0])
     else:
         apart([functools.partial(body, piece) for piece in pieces], block.start)
-    # Registers that decode would be too few for what follows, too.
-    last = len(slabs) - 1
-    y = y if decoded else acc_ref[last % how.sums]
-    for slab in range(max(last - how.sums + 1, 0), last):
-        y = y + acc_ref[slab % how.sums]
-    return finish(refs, y, block, options)
+
+    def end():
+        last = len(slabs) - 1
+        total = acc_ref[last % how.sums] if waits else y
+        for slab in range(max(last - how.sums + 1, 0), last):
+            total = total + acc_ref[slab % how.sums]
+        write(finish(refs, total, block, options))
+
+    if how.waits:
+        apart([end], block.start)
+    else:
+        end()
 
 
 def _slabs(refs, how: Decoding) -> list[tuple]:

@@ -307,8 +307,8 @@ def _dense_kernel(refs, v, y_ref, w_ref, acc_ref, entries_ref=None, *, how, opti
     known = jnp.logical_and(known, v.first[before] < v.last[before])
 
     def multiply(decoded, block):
-        y = tpu_dense.product(refs, w_ref, acc_ref, block, options, how, decoded)
-        _keep(v, visit, y_ref, block, y)
+        keep = functools.partial(_keep, v, visit, y_ref, block)
+        tpu_dense.product(refs, w_ref, acc_ref, block, options, how, decoded, keep)
 
     tpu_dense.keep_in_memory(acc_ref)
 
