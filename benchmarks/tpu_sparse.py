@@ -36,6 +36,7 @@ def cases() -> list[Case]:
         out += [_nm_case(m, group_size) for group_size in (None, GROUP)]
         out += [_blocks_case(m, BLOCK, density) for density in (0.1, 0.5)]
     out += [_nm_case(64, group_size) for group_size in (None, GROUP)]
+    out.append(_nm_case(128, None))
     out += [_blocks_case(2048, block, 0.5) for block in (128, 512)]
     # Models whose numbers are f32.
     out += [_nm_case(m, group_size, "float32") for m in (16, 2048) for group_size in (None, GROUP)]
@@ -59,8 +60,8 @@ def _nm_case(m: int, group_size: int | None, dtype: str = "bfloat16") -> Case:
         f"{MODULE}:nm",
         {"rows": m, "outputs": N, "inputs": K, "group_size": group_size, "dtype": dtype},
         functools.partial(_nm, m=m, group_size=group_size, dtype=dtype),
-        0 if m > 64 else size,
-        _dense_name(m) if m > 64 else "",
+        0 if m > 128 else size,
+        _dense_name(m) if m > 128 else "",
     )
 
 

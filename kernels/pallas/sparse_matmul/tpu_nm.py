@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxcomp.kernels import gathers, pieces
-from jaxcomp.kernels.calls import on_tpu
+from jaxcomp.kernels.calls import apart, on_tpu
 from jaxcomp.kernels.chips import Chip
 from jaxcomp.kernels.sparse_matmul import layers, nm, reference
 from jaxcomp.kernels.sparse_matmul.nm import NMSparse
@@ -32,6 +32,9 @@ _VMEM = 48 << 20
 # Most rows, with their copies, that are multiplied while weights are written out; of f32 also with
 # their pieces.
 _FEW, _FEW_PIECES = 128, 192
+# Few rows, with their copies and pieces, beside whose products a wide matrix unit has no registers
+# for sums; and the slabs whose products are summed there, by chip, before the sums go to VMEM.
+_WAITING, _SUMMED = 64, {"v6e": 1, "7x": 3}
 # Outputs that are written out at a time: an int4 register holds so many.
 FILLED = 64
 # What int4 values are multiplied with where they become int8.
@@ -251,10 +254,13 @@ def columns(tn: int, chip: Chip, few: bool) -> int:
 
 
 def _few_scratch(weight, rows, tn, outputs, split, chip):
-    """Products that wait, and the scales of a tile with outputs in lanes."""
-    k = weight.shape[1]
+    """Products that wait, perhaps sums, and the scales of a tile with outputs in lanes."""
+    k, coded = weight.shape[1], weight.scales is not None
     found = {"products_ref": pltpu.VMEM((k // SLAB, split * rows, outputs), jnp.float32)}
-    if weight.scales is None:
+    # Of codes it is their decoding that 7x has no registers for.
+    if split * rows > _WAITING and (chip.name == "7x" if coded else chip.mxu > LANES):
+        found["sums_ref"] = pltpu.VMEM((rows // copies_of(weight), outputs), jnp.float32)
+    if not coded:
         return found
     found["scales_ref"] = pltpu.VMEM((k // weight.group_size, tn), jnp.float32)
     if _codes(chip) == jnp.int8:
@@ -268,7 +274,7 @@ def _codes(chip: Chip):
 
 
 def _few_rows(
-    refs, y_ref, products_ref=None, scales_ref=None, w_ref=None, *,
+    refs, y_ref, products_ref=None, sums_ref=None, scales_ref=None, w_ref=None, *,
     group_size, options, outputs, chip, split,
 ):  # fmt: skip
     """Weights are multiplied as they are written out, and products scaled."""
@@ -279,6 +285,8 @@ def _few_rows(
         unit = _UNIT if number == jnp.int8 else 1
         scales_ref[...] = refs["scales"][...].T * (1 / unit)
     _keep_in_memory(products_ref.at[0])
+    if sums_ref is not None:
+        _keep_in_memory(sums_ref)
 
     def written(block, start):
         """The weights of a slab, as the matrix unit takes them."""
@@ -307,11 +315,32 @@ def _few_rows(
             for i in range(y.shape[0] // each)
         )
 
+    def total(block, starts, before=None):
+        for start in starts:
+            y = product(block, start)
+            before = y if before is None else before + y
+        return before
+
     def multiply(block):
-        y = product(block, 0)
-        for start in range(LANES, x_ref.shape[1] // PARTS, LANES):
-            y = y + product(block, start)
-        _finish(refs, y_ref, block, y, options)
+        starts = range(0, x_ref.shape[1] // PARTS, LANES)
+        if sums_ref is None:
+            _finish(refs, y_ref, block, total(block, starts), options)
+            return
+
+        def add(some):
+            sums_ref[...] = total(block, some, sums_ref[...] if some[0] else None)
+
+        slabs = _SUMMED[chip.name]
+        bodies = [
+            functools.partial(add, starts[first : first + slabs])
+            for first in range(0, len(starts), slabs)
+        ]
+        if coded:  # In code of its own each, or decoding would run ahead of the matrix unit.
+            apart(bodies, block.start)
+        else:
+            for body in bodies:
+                body()
+        _finish(refs, y_ref, block, sums_ref[...], options)
 
     _blocks(y_ref.shape[1], outputs, multiply)
 
