@@ -131,6 +131,21 @@ class TestInterpretedTpu(TestXla):
         y = tpu_nm.matmul(x, w, None, options, chips.BY_NAME["7x"], self.interpret)
         cases.assert_close(y, cases.product(x, dense), "bfloat16")
 
+    @pytest.mark.parametrize(
+        ("chip", "rows", "outputs", "dtype", "values"),
+        [
+            ("v6e", 70, 200, "bfloat16", {"dtype": "bfloat16"}),
+            ("7x", 5, 72, "float32", {"dtype": "int4", "group_size": 256}),
+        ],
+    )
+    def test_sums_wait_in_memory(self, rng, chip, rows, outputs, dtype, values):
+        """Of four slabs of inputs: 7x adds up three at a time."""
+        w, dense = cases.nm(rng, (outputs, 2048), **values)
+        x = cases.rows(rng, (rows, 2048), dtype)
+        options = Options(None, "float32")
+        y = tpu_nm.matmul(x, w, None, options, chips.BY_NAME[chip], self.interpret)
+        cases.assert_close(y, cases.product(x, dense), dtype)
+
     def test_what_does_not_fit_is_told(self, rng):
         def reason(words, *args, **options):
             w, _ = cases.nm(rng, *args, **options)
