@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxcomp.kernels import pieces as pieces_of
 from jaxcomp.kernels.calls import by_name, on_tpu
 from jaxcomp.kernels.chips import V5E, Chip
 from jaxcomp.kernels.quantized_matmul import (
@@ -41,8 +42,11 @@ _LANES = 128
 _DEEPEST = 1024
 # Rows of a tile up to which a chip has registers for several blocks of outputs at once.
 _TOGETHER = {"v6e": 16, "7x": 32}
-# Rows of four digits from which v5 has no registers for products of more than 128 outputs.
-_DIGITS = 64
+# Rows of three and of four digits above which v5 has no registers for products of more than 128
+# outputs.
+_DIGITS = {3: 128, 4: 64}
+# Rows of a tile whose sums wait in memory, where there are no registers for those of all.
+_WAITING = 16
 # Most bytes of memory for the products of a tile.
 _PRODUCTS = 4 << 20
 
@@ -78,8 +82,11 @@ def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithme
     exact_in_float8 = weight.format in ("int4", "int2", "fp8") and chip.multiplies(float8)
     group_size = weight.group_size
     split = x_dtype == jnp.float32 and options.activation_dtype is None
+    # The cores of v5 turn integers into int8 in one instruction; those of wider units into bf16.
+    digits = kind == "int" and chip.mxu == _LANES and options.activation_dtype is None
     # The matrix units of v6e keep no sums, and those of three pieces are more than registers hold.
-    deepest = chip.mxu if split and chip.name == "v6e" else _DEEPEST
+    # So are sums of more than 16 rows' digits.
+    deepest = chip.mxu if split and chip.name == "v6e" else _DEEPEST // (2 if digits else 1)
     depth = max(
         size
         for size in range(_LANES, max(min(group_size, deepest), _LANES) + 1, _LANES)
@@ -90,7 +97,7 @@ def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithme
     copies = max(depth // group_size, 1)
     # The matrix unit of 7x takes an eighth longer for rows in this order, and has registers for
     # pieces in the other one.
-    by_row = split and (chip.name != "7x" or copies > 1)
+    by_row = digits or (split and (chip.name != "7x" or copies > 1))
     units = depth, copies, chip.mxu > _LANES, unit, by_row
     if options.activation_dtype == "int8":
         return Arithmetic("int8", "int8", 1, *units)
@@ -98,8 +105,7 @@ def arithmetic(chip: Chip, x_dtype, weight: Weight, options: Options) -> Arithme
         dtype = float8 if exact_in_float8 else "bfloat16"
         return Arithmetic(dtype, dtype, 1, *units)
     narrow = x_dtype == jnp.bfloat16
-    # The wider units' cores turn integers into bf16 in one instruction; the others do so into int8.
-    if kind == "int" and chip.mxu == 128:
+    if digits:
         return Arithmetic("int8", "int8", 3 if narrow else 4, *units)
     pieces = 1 if narrow else 3
     return Arithmetic("bfloat16", float8 if exact_in_float8 else "bfloat16", pieces, *units)
@@ -151,8 +157,11 @@ def many_rows(m: int, x_dtype, weight: Weight, chip: Chip, options: Options) -> 
     """
     few, dtype = tpu_tiles.table(chip.name, "few")["rows"], options.activation_dtype
     wide = chip.mxu > _LANES
-    # With a copy of each for each group of a unit. On v5 decoding to bf16 takes longer than those.
-    rows = m * max(_LANES // weight.group_size, 1) if wide else m
+    if dtype is None and _scaled_soon(weight, chip):
+        few //= 2
+    # With a copy of each for each group of a unit. On v5 decoding to bf16 takes longer than those
+    # of quantized rows.
+    rows = m * max(_LANES // weight.group_size, 1) if wide or dtype is None else m
     if dtype is None:
         return "dense" if rows > few and x_dtype == jnp.bfloat16 else None
     codes = tpu_codes.fits(weight, chip, dtype)
@@ -164,6 +173,12 @@ def many_rows(m: int, x_dtype, weight: Weight, chip: Chip, options: Options) -> 
     if codes:
         return "codes"
     return "dense" if x_dtype == jnp.bfloat16 and not integers(chip, weight, options) else None
+
+
+def _scaled_soon(weight: Weight, chip: Chip) -> bool:
+    """Whether scaled weights of half as many rows take no longer than sums, which spill."""
+    channel = chip.name == "v6e" and tpu_factors.by_channel(weight)
+    return channel or (chip.mxu > _LANES and weight.format == "codebook")
 
 
 def integers(chip: Chip, weight: Weight, options: Options) -> bool:
@@ -355,10 +370,12 @@ def tile_of(chip: Chip, m: int, weight: Weight, how: Arithmetic) -> tpu_tiles.Ti
     pieces = how.pieces * how.copies
     tile = tpu_tiles.few(chip.name, m, *weight.shape, weight.group_size, how.depth, pieces)
     slow = weight.format in ("fp8", "int2") or weight.zeros is not None or how.depth > _LANES
-    digits = how.pieces == 4 and 4 * tile.m > (_DIGITS // 2 if slow else _DIGITS)
+    digits = how.x == "int8" and how.pieces in _DIGITS
+    if digits:
+        digits = how.pieces * tile.m > _DIGITS[how.pieces] // (2 if slow else 1)
     if chip.mxu == _LANES and (how.w == "bfloat16" or digits):
         # Decoding to bf16 takes the registers of v5 that sums of more outputs would need, and so do
-        # the products of four digits.
+        # the products of digits.
         return dataclasses.replace(tile, columns=_LANES)
     return tile
 
@@ -378,9 +395,22 @@ def scratch_of(
         # Eight rows leave registers for scales.
         if groups > 1 and tile.m > 8:
             found["scales_ref"] = pltpu.VMEM((-(-tile.n // _LANES), groups, _LANES), jnp.float32)
+    if waiting := waiting_rows(tile, weight, how, chip):
+        found["waiting_ref"] = pltpu.VMEM((1, waiting, tile.n), jnp.float32)
     if steps > 1:
         found["acc_ref"] = pltpu.VMEM((tile.m, tile.n), jnp.float32)
     return found
+
+
+def waiting_rows(tile: tpu_tiles.Tile, weight: Weight, how: Arithmetic, chip: Chip) -> int:
+    """Rows of a tile whose sums wait in memory: there are no registers for those of all."""
+    # 7x sums bf16 products where it multiplies, and has enough where no zero points follow.
+    short = chip.name == "v6e" or (chip.name == "7x" and weight.zeros is not None)
+    most = 2 * _WAITING if short else tile.m
+    if chip.mxu == _LANES and weight.format == "fp8":
+        most = _WAITING
+    single = how.x == "bfloat16" and how.pieces * how.copies == 1
+    return _WAITING if single and tile.m > most else 0
 
 
 def keep_scales(refs, scales_ref, how: Arithmetic, always: jax.Array) -> None:
@@ -430,13 +460,14 @@ def keep_order(products_ref, first: jax.Array) -> None:
 
 
 def _kernel(
-    refs, y_ref, products_ref=None, scales_ref=None, acc_ref=None, rows_ref=None,
+    refs, y_ref, products_ref=None, scales_ref=None, waiting_ref=None, acc_ref=None, rows_ref=None,
     row_scales_ref=None, sums_ref=None, *, weight, how, tile, options, axes, apart,
 ):  # fmt: skip
     """One tile of y, or one more tile of inputs added to it."""
     j, k, steps = pl.program_id(axes - 2), pl.program_id(axes - 1), pl.num_programs(axes - 1)
     keep_scales(refs, scales_ref, how, j >= 0)
     keep_order(products_ref, j == 0)
+    keep_order(waiting_ref, j == 0)
     if rows_ref is not None:
 
         @pl.when(jnp.logical_and(j == 0, k == 0))
@@ -454,7 +485,8 @@ def _kernel(
         columns = pl.ds(start, min(tile.columns, tile.n - start))
 
         def multiply(columns=columns):
-            y = sums_of(refs, columns, weight, how, tile, products_ref, scales_ref)
+            memory = products_ref, scales_ref, waiting_ref
+            y = sums_of(refs, columns, weight, how, tile, *memory)
             if acc_ref is None:
                 y_ref[:, columns] = finish(refs, y, columns, options)
                 return
@@ -478,11 +510,17 @@ def _kernel(
             multiply()
 
 
-def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None):
+def sums_of(
+    refs, columns, weight, how, tile, products_ref=None, scales_ref=None, waiting_ref=None
+):  # fmt: skip
     """f32 ``(tile.m, columns)``: the scaled sums of a tile's inputs."""
     scales = refs["scales"][:, columns].astype(jnp.float32)
     together = tpu_rows.side_by_side(how, tile)
-    ys = [jnp.zeros((together, columns.size), jnp.float32) for _ in range(0, tile.m, together)]
+    waiting = 0 if waiting_ref is None else waiting_ref.shape[1]
+    ys = [
+        jnp.zeros((together - waiting, columns.size), jnp.float32)
+        for _ in range(0, tile.m, together)
+    ]
     integers = how.x == "int8"
     for start in range(0, tile.k, how.depth):
         w = decode(refs, columns, start, how.depth, weight.format, how.packed, exact=False)
@@ -511,17 +549,46 @@ def sums_of(refs, columns, weight, how, tile, products_ref=None, scales_ref=None
                 scale = scales[group : group + 1] * how.unit
             else:
                 scale = _everywhere(scales_ref, group, columns, together)
-            ys[i] = ys[i] + total * scale
+            total = total * scale
+            if waiting:
+                _add(waiting_ref, columns, total[:waiting], start)
+            ys[i] = ys[i] + total[waiting:]
+    if waiting:
+        ys.insert(0, waiting_ref[0, :, columns])
     y = jnp.concatenate(ys)
     # Zero points last: their product would keep its sums in registers all the while.
     if weight.zeros:
-        y = y - jax.lax.dot_general(
-            refs["sums"][...],
-            refs["zeros"][:, columns].astype(jnp.float32) * scales,
-            (((1,), (0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        offsets = refs["zeros"][:, columns].astype(jnp.float32) * scales
+        exact = how.x != "bfloat16" or how.pieces > 1 or "row_scales" in refs
+        y = _subtract(y, refs["sums"][...], offsets, exact)
+    return y
+
+
+def _add(waiting_ref, columns, products, start: int) -> None:
+    """Adds products of some rows, from the inputs at ``start`` on, to sums that wait in memory."""
+    if start > 0:
+        # Zero, which is not known: what was stored is loaded again, not kept in registers.
+        zero = jnp.minimum(pl.program_id(0) + pl.program_id(1) + start, 0)
+        products = products + waiting_ref[zero, :, columns]
+    waiting_ref[0, :, columns] = products
+
+
+def _subtract(y: jax.Array, sums: jax.Array, offsets: jax.Array, exact: bool) -> jax.Array:
+    """``y - sums offsets``: without what zero points add.
+
+    Args:
+      y: f32 ``(rows, outputs)``.
+      sums: f32 ``(rows, groups)``, of rows' groups.
+      offsets: f32 ``(groups, outputs)``, scaled zero points.
+      exact: whether rows are more than bf16 numbers, or codes.
+    """
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    if exact:
+        return y - dot(sums, offsets, precision="highest")
+    # Of bf16 rows two pieces of both are enough; three are more than registers hold.
+    of_sums, of_offsets = pieces_of.split(sums), pieces_of.split(offsets)
+    for i, j in ((0, 1), (1, 0), (0, 0)):
+        y = y - dot(of_sums[i], of_offsets[j])
     return y
 
 

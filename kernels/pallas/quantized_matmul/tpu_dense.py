@@ -109,8 +109,9 @@ class Decoding:
         together = _TOGETHER if slow and _FEW < m <= 2 * _FEW else None
         # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
-        # it would only cost cycles. So it is with what v6e decodes slowly.
-        kept = m <= _FEW and (slow or not wide)
+        # it would only cost cycles. So it is with what v6e decodes slowly. Tiles of more rows than
+        # 256 are mostly several, of which all but the first load it.
+        kept = (slow or not wide) if m <= _FEW else wide and m > 2 * _FEW
         # Of more rows that saves v5 no spills, and costs cycles, too.
         entries = weight.format == "codebook" and (wide or kept)
         # What stores experts' rows takes registers that the last products then have not. (Without

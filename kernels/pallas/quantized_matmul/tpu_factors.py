@@ -130,6 +130,10 @@ def from_lanes(ref, block: pl.Slice, start: int, group_size: int) -> jax.Array:
     else:
         # One permutation, whichever the number of groups.
         lane = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 1)
+        if period := group // _LANES:
+            # Plus zero, which is not known: else indices would wait in registers for the groups
+            # that lie in the same lanes.
+            first += jnp.minimum(block.start + period, 0)
         spread = gathers.along(pairs, first + jax.lax.div(lane, group_size), axis=1)
     return pltpu.bitcast(spread, ref.dtype)
 

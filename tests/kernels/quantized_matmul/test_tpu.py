@@ -91,6 +91,11 @@ class TestMosaicTpu(test_reference.TestXla):
             y, expected = np.delete(y, 7, 1), np.delete(expected, 7, 1)
         cases.assert_close(y, expected, "bfloat16")
 
+    def test_sums_of_more_rows_than_registers_hold(self, rng):
+        case = cases.make(rng, "int4", (136, 512), 128, zeros=True)
+        x = cases.rows(rng, (40, 512), "bfloat16")
+        cases.assert_close(self.run(x, case), cases.product(x, case), "bfloat16")
+
     # Where weights are scaled first they are rounded to bf16; else products are exact.
     @pytest.mark.parametrize(
         ("format", "group_size", "precision"),
@@ -354,7 +359,9 @@ SPILLED = {
     "v5e": [
         *WITH_LOOPS,
         {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
+        {"m": 256, "n": 1024, "k": 14336, "group_size": 32},
         {"m": 128, "n": 4096, "k": 4096},
+        {"m": 64, "n": 1024, "k": 4096},
         {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
         {"m": 256, "n": 4096, "k": 4096, "zeros": True},
         {"m": 16, "n": 4096, "k": 4096, "x_dtype": "float32", "format": "fp8"},
@@ -366,11 +373,13 @@ SPILLED = {
         {"m": 128, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 64, "n": 4096, "k": 4096, "activation_dtype": "int8"},
         {"m": 128, "n": 4096, "k": 4096, "zeros": True},
+        {"m": 64, "n": 4096, "k": 4096, "zeros": True},
         {"m": 256, "n": 4096, "k": 4096, "format": "codebook"},
         {"m": 256, "n": 1024, "k": 14336, "format": "fp8"},
     ],
     "7x": [
         {"m": 16, "n": 4096, "k": 4096, "format": "codebook"},
+        {"m": 64, "n": 4096, "k": 4096, "zeros": True},
         {"m": 2048, "n": 4096, "k": 4096, "group_size": 32},
         {"m": 256, "n": 4096, "k": 4096, "zeros": True},
     ],
