@@ -157,6 +157,29 @@ def other_formats() -> list[Case]:
     return cases
 
 
+def quantized_rows() -> list[Case]:
+    """Codes of rows times those of weights by channel, between the sizes of ``other_formats``."""
+    from jaxcomp.kernels.quantized_matmul import tpu_tiles
+
+    cases = []
+    for m, n, k in ((128, 4096, 4096), (256, 4096, 14336)):
+
+        def codes(schedule, chip, m=m, n=n, k=k):
+            tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
+            return tune_compiled.dense_cycles(schedule, tile, n, [-(-m // tile.m)])
+
+        for name in ("W4A8 by channel", "W8A8 by channel"):
+            shape = {"m": m, "n": n, "k": k, "group_size": k}
+            cases.append(
+                Case(
+                    f"format {name} M={m} {n}x{k}", "quantized_matmul_rows_codes",
+                    f"{_MODULE}:quantized", {**OTHERS[name], **shape}, codes,
+                    against=f"many W4A16 g128 M={m} {n}x{k} in bf16",
+                )
+            )  # fmt: skip
+    return cases
+
+
 def f32_rows() -> list[Case]:
     """W4A16's weights with rows in f32, whose sums are scaled however many there are."""
     from jaxcomp.kernels.quantized_matmul import reference, tpu
@@ -243,6 +266,7 @@ def grouped_matmul() -> list[Case]:
 CASES = {
     "quantized_matmul": quantized_matmul,
     "other_formats": other_formats,
+    "quantized_rows": quantized_rows,
     "f32_rows": f32_rows,
     "grouped_matmul": grouped_matmul,
     "sparse_matmul": tpu_sparse.cases,

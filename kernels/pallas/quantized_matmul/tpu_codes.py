@@ -22,10 +22,8 @@ from jaxcomp.kernels.quantized_matmul.weights import Weight
 
 # Inputs whose products are summed before the sums go to VMEM.
 _SLAB = 512
-# Rows of a tile up to which v5 sums every other slab in a place of its own.
+# Rows of a tile up to which slabs that follow each other are summed in places of their own.
 _FEW = 128
-# Rows of whose sums v6e, whose matrix units keep none, has registers for half of that only.
-_HALF = range(129, 257)
 
 
 def fits(weight: Weight, chip: Chip, dtype: str) -> bool:
@@ -95,11 +93,8 @@ def matmul(
     if bias is not None:
         spec = visits.spec((1, tn), lambda j, i, *layer: (0, j))
         operands["bias"] = (bias.astype(jnp.float32)[None], spec)
-    slab = _SLAB // 2 if chip.name == "v6e" and tm in _HALF else _SLAB
-    # Of few rows on v5 one slab's sums wait for the one's before in registers, where both are in
-    # one place.
-    sums = 2 if chip.mxu == _LANES and tm <= _FEW else 1
-    scratch = {"acc_ref": pltpu.VMEM((sums, tm, tile.columns), jnp.float32)}
+    places, slab = _places(chip, tm)
+    scratch = {"acc_ref": pltpu.VMEM((places, tm, tile.columns), jnp.float32)}
     scratch |= visits.scratch(tile, k, options)
 
     def body(refs, y_ref, *own):
@@ -127,6 +122,18 @@ def matmul(
         interpret=interpret,
         name=f"quantized_matmul_rows_codes_{weight.format}",
     )(*scalars, *(array for array, _ in operands.values()))
+
+
+def _places(chip: Chip, m: int) -> tuple[int, int]:
+    """In how many places slabs are summed in turn, and inputs of a slab, for tiles of m rows.
+
+    In one place, a slab's products wait in registers for the sums of the one before. More rows keep
+    the matrix units busy for longer than that takes, on v6e, where these keep no sums, twice as
+    many.
+    """
+    if chip.name == "v6e" and m <= 2 * _FEW:
+        return (2, 2 * _SLAB) if m <= _FEW else (3, _SLAB)
+    return (2, _SLAB) if chip.mxu == _LANES and m <= _FEW else (1, _SLAB)
 
 
 def _kernel(
@@ -166,8 +173,11 @@ def _sums(refs, acc_ref, block, format, group_size, slab) -> jax.Array:
             y = product if y is None else y + product
         if first < starts[-1]:
             sums[...] = y
+    # 0, which the compiler does not know: what it sees stored and loaded at one place it would keep
+    # in registers, too, until the last products are there.
+    unknown = jnp.minimum(block.start, 0)
     for place in range(max(len(starts) - count, 0), len(starts) - 1):
-        y = y + acc_ref[place % count]
+        y = y + acc_ref[place % count + unknown]
     return y
 
 

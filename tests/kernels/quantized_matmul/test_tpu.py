@@ -140,11 +140,12 @@ class TestMosaicTpu(test_reference.TestXla):
         ("v6e", "int8", "bfloat16", 128, 19),
         ("v5e", "int8", "bfloat16", 64, 100),
         # Many rows, of which two tiles and two of outputs: by codes, with two cores; by codes in
-        # two parts, and with sums in two places; by bf16 weights. The last chip's cores do not know
-        # the dtype.
+        # two parts, and with sums in two and three places; by bf16 weights. The last chip's cores
+        # do not know the dtype.
         ("v5p", "int8", "bfloat16", 128, 520),
         ("v5e", "int8", "float32", 128, 520),
         ("v5e", "int8", "bfloat16", 1280, 72),
+        ("v6e", "int8", "bfloat16", 1280, 136),
         ("7x", "float8_e4m3fn", "bfloat16", 512, 72),
         ("v6e", "int8", "bfloat16", 128, 520),
         ("v6e", "float8_e4m3fn", "bfloat16", 128, 72),
@@ -376,6 +377,8 @@ SPILLED = {
         {"m": 64, "n": 4096, "k": 4096, "zeros": True},
         {"m": 256, "n": 4096, "k": 4096, "format": "codebook"},
         {"m": 256, "n": 1024, "k": 14336, "format": "fp8"},
+        {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
+        {"m": 256, "n": 1024, "k": 14336, "group_size": 14336, "activation_dtype": "int8"},
     ],
     "7x": [
         {"m": 16, "n": 4096, "k": 4096, "format": "codebook"},
