@@ -583,11 +583,13 @@ def _subtract(y: jax.Array, sums: jax.Array, offsets: jax.Array, exact: bool) ->
       exact: whether rows are more than bf16 numbers, or codes.
     """
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    if exact:
+    if exact and y.shape[0] <= 2 * _WAITING:
         return y - dot(sums, offsets, precision="highest")
-    # Of bf16 rows two pieces of both are enough; three are more than registers hold.
+    # One product after the other: of many rows that takes fewer registers. Of bf16 rows two pieces
+    # of both are enough.
+    pairs = reversed(pieces_of.pairs(3, 3)) if exact else ((0, 1), (1, 0), (0, 0))
     of_sums, of_offsets = pieces_of.split(sums), pieces_of.split(offsets)
-    for i, j in ((0, 1), (1, 0), (0, 0)):
+    for i, j in pairs:
         y = y - dot(of_sums[i], of_offsets[j])
     return y
 
