@@ -32,6 +32,8 @@ _VMEM = 48 << 20
 _COPY = 1 << 20
 # Bytes of products of blocks that the registers hold beside what computes them.
 _REGISTERS = 128 << 10
+# Rows of f32 factors that are split at a time.
+_SPLIT = 16
 # Bytes of f32 sums of blocks, in the gradient to them.
 _SUMS = 8 << 20
 
@@ -306,6 +308,7 @@ def _values_gradient_kernel(
     copy, bn, bk = out_ref.shape
     first = pl.program_id(0) * copy
     tile = pl.program_id(1)
+    large = bn * bk > _LANES**2
 
     @pl.when(tile == 0)
     def _():
@@ -324,13 +327,20 @@ def _values_gradient_kernel(
                     sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
                     continue
                 for ref, factor in zip(split_refs, (dz, x), strict=True):
-                    for piece, value in enumerate(pieces.split(factor)):
-                        ref[piece] = value
-                for of_dz, of_x in pieces.pairs(pieces.COUNT, pieces.COUNT):
-                    dz, x = split_refs[0][of_dz], split_refs[1][of_x]
+                    # Some rows after the other, as many as registers hold.
+                    for some in range(0, factor.shape[0], _SPLIT):
+                        for piece, value in enumerate(pieces.split(factor[some : some + _SPLIT])):
+                            ref[piece, pl.ds(some, _SPLIT)] = value
+                pairs = pieces.pairs(pieces.COUNT, pieces.COUNT)
+                for turn, (of_dz, of_x) in enumerate(pairs):
+                    # Zero, which is not known: pieces are loaded again, not kept in registers.
+                    zero = jnp.minimum(row + turn, 0) if large else 0
+                    dz, x = split_refs[0][of_dz + zero], split_refs[1][of_x + zero]
                     sums_ref[start + i] += reference.dot(dz, x, ((1,), (0,)))
 
-    _each(jnp.minimum(copy, blocks - first), min(2, copy), add)
+    # The products of pieces of large blocks leave no registers for those of another block.
+    together = 1 if split_refs and large else min(2, copy)
+    _each(jnp.minimum(copy, blocks - first), together, add)
 
     @pl.when(tile == pl.num_programs(1) - 1)
     def _():

@@ -34,6 +34,9 @@ _TOGETHER = 4
 _UNROLLED = 2 * 2048 * 256 * 256
 # Rows of a block of f32 that are split at a time.
 _SPLIT = 16
+# Chips that split large blocks of f32 in code of its own: beside it they would load sums before the
+# products that these are added to, and spill them.
+_APART = ("7x",)
 # Bytes of blocks that are on their way while others are multiplied.
 _RING = 2 << 20
 
@@ -49,6 +52,7 @@ class Tile:
       depth: inputs whose products are added up before they are added to others.
       chunk: rows whose products with all blocks of a loop's step are finished before those of
         others begin.
+      apart: whether blocks of f32 are split by code of its own, not beside products.
     """
 
     rows: int
@@ -56,6 +60,7 @@ class Tile:
     slots: int
     depth: int
     chunk: int
+    apart: bool
 
 
 def tile(
@@ -103,7 +108,8 @@ def tile(
         chunk //= 2
         if weight.scales is not None:
             chunk = min(chunk, -(-rows // 32) * 16)
-    return Tile(rows, together, ahead + together, depth, chunk)
+    apart = chip.name in _APART and out * inputs > _LANES**2
+    return Tile(rows, together, ahead + together, depth, chunk, apart)
 
 
 def weight_pieces(weight: BlockSparse, split: int) -> int:
@@ -315,7 +321,11 @@ def _kernel(
             # Those that follow are split while the last products are computed.
             ring.take(b + together, number, all_exist=False)
             yield
-            split_next(b + number)
+            follow = functools.partial(split_next, b + number)
+            if sizes.apart:
+                pl.when(b >= 0)(follow)
+            else:
+                follow()
 
     def begin(part):
         rows, columns = part

@@ -151,6 +151,12 @@ class TestInterpretedTpu(TestXla):
         cases.assert_close(y, cases.product(x, dense, bias, "relu"), "bfloat16")
         dz = cases.double(x) * (cases.double(y) > 0)
         cases.assert_close(pullback(x)[0], dz @ dense, "bfloat16")
+        # Blocks of f32 that are split in code of its own.
+        monkeypatch.setattr(tpu_many, "_APART", ("v5e",))
+        self.block = (128, 256)
+        w, dense = self.case(rng, mask)
+        x = cases.rows(rng, (140, w.shape[1]), "float32")
+        cases.assert_close(self.run(x, w), cases.product(x, dense), "float32")
 
     def check_gradients(self, rng, w, dense, mask, rows):
         x = cases.rows(rng, (rows, w.shape[1]), "float32")
