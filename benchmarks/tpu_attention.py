@@ -173,15 +173,20 @@ def _decode_cases() -> list[Case]:
         "span with bfloat16 cache": {"span": True},
         "float32 cache": {"dtype": "float32"},
         "int8 cache for float32": {"dtype": "float32", "cache": "int8"},
+        # They do not divide the lanes.
+        "bfloat16 cache of 5 heads": {"kv_heads": 5},
+        "int8 cache of 5 heads": {"kv_heads": 5, "cache": "int8"},
+        "fp8 cache of 5 heads": {"kv_heads": 5, "cache": "float8_e4m3fn"},
     }
     cases = []
     for name, options in kinds.items():
         wide = "dtype" in options
         width, scale = (1, 4) if "cache" in options else (4 if wide else 2, 0)
-        sets = KV_HEADS // 4 if "cache" in options else 1
-        rows = tpu_decode.Rows(1, GROUP, KV_HEADS // sets, sets)
-        scores = KV_HEADS * tpu_decode.Rows(1, GROUP, KV_HEADS, 1).merged
-        block = tpu_decode.block_size(CAPACITY, KV_HEADS * DIM * width, scores)
+        heads = options.get("kv_heads", KV_HEADS)
+        sets = heads // 4 if "cache" in options and heads % 4 == 0 else 1
+        rows = tpu_decode.Rows(1, GROUP, heads // sets, sets)
+        scores = heads * tpu_decode.Rows(1, GROUP, heads, 1).merged
+        block = tpu_decode.block_size(CAPACITY, heads * DIM * width, scores)
         columns = block * rows.heads
         trips = columns // columns_at_once(pieces.COUNT * rows.count, columns) if wide else 1
         cases.append(
@@ -189,9 +194,9 @@ def _decode_cases() -> list[Case]:
                 f"decode {name} of {BATCH}x{CAPACITY}",
                 "sparse_attention_decode",
                 f"{_MODULE}:decode",
-                {"capacity": CAPACITY, "batch": BATCH, **options},
+                {"capacity": CAPACITY, "batch": BATCH, "heads": GROUP * heads, **options},
                 functools.partial(_decode, block=block, trips=trips),
-                BATCH * CAPACITY * KV_HEADS * 2 * (DIM * width + scale),
+                BATCH * CAPACITY * heads * 2 * (DIM * width + scale),
                 inner=_own_blocks,
             )
         )

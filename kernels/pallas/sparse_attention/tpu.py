@@ -43,7 +43,7 @@ STEP = 512 * 512 // 4
 # ``chips``; what is kept free of it is for the span and for what the compiler keeps there itself.
 SCALAR_BYTES = (1 << 20) - (1 << 14)
 # Where maxima of scores wait in memory (``Config.maxima``), by which the compiler spills nothing.
-# Of scaled keys at most one does.
+# Of scaled keys one does.
 MAXIMA = {"v5e": 0, "v5p": 0, "v6e": 1, "7x": 2}
 # Heads that fit in a step's word.
 MOST_GROUP = 1 << 8
@@ -157,7 +157,7 @@ def attention(
         interpret=interpret,
         logsumexp=logsumexp,
         wide=chip is None or chip.platform != "tpu" or chip.mxu > LANES,
-        maxima=_maxima(chip) if k_scale is None else min(_maxima(chip), 1),
+        maxima=_maxima(chip) if k_scale is None else 1,
     )
     extras = {
         "segments": None if segment_ids is None else _ids(segment_ids, -1),

@@ -258,13 +258,13 @@ def _code_parts(chip: Chip | None, rows: Rows, dtype: str, span: bool, soft_cap:
 
     Returns:
       1; 2 with the sums in code of their own; 3 with also the scales and masks in such; 4 with
-      those of each set.
+      those of each set; 5 with scales, masks, and the sums of some columns each in such.
     """
     name, several = chip.name if chip else "", rows.sets > 1
+    if not rows.merges:
+        return 5
     if jnp.dtype(dtype).itemsize > 1:
         return 1
-    if not rows.merges:
-        return 3
     if span and name == "7x":
         return 2
     if span:

@@ -24,6 +24,7 @@ from jaxcomp.kernels.sparse_attention.tpu_columns import (
 from jaxcomp.kernels.sparse_attention.tpu_kernels import (
     LOWEST,
     MASKED,
+    across,
     dot,
     folded,
     lanes,
@@ -167,7 +168,7 @@ def _add(config: Config, refs, count, length, first) -> None:
         scores = _scores(config, refs, of, start, width)
         scores = jnp.where(_allowed(config, refs, of, start, width, count), scores, MASKED)
         refs.scores[of, :, pl.ds(start, width)] = scores
-        refs.highest[of] = jnp.maximum(refs.highest[of], _highest(scores))
+        refs.highest[of] = jnp.maximum(refs.highest[of], across(jnp.maximum, scores))
 
     def fade(of):
         before, after = refs.top[of], rows.across(refs.highest[of], jnp.maximum)
@@ -219,11 +220,16 @@ def _add(config: Config, refs, count, length, first) -> None:
     if count is not None:
         apart([*before, *scores, *adds], length)
         return
+    unrolled = adds
+    if not loop:
+        starts = range(0, config.columns, width)
+        unrolled = [functools.partial(one, start) for one in of_sets(add) for start in starts]
     parts = {
         1: [[*before, *scores, *adds]],
         2: [[*before, *scores], adds],
         3: [before, scores, adds],
         4: [before, scores, *([one] for one in adds)],
+        5: [*([one] for one in before), scores, *([one] for one in unrolled)],
     }
     bodies = [_joined(part) for part in parts[config.code_parts]]
     if len(bodies) == 1:
@@ -381,12 +387,6 @@ def _filled(words: jax.Array, count, heads: int) -> jax.Array:
             kept = jnp.where(left < WORD, some, kept)
         pieces.append(words[first : first + SUBLANES] & kept)
     return jnp.concatenate(pieces)
-
-
-def _highest(scores: jax.Array) -> jax.Array:
-    """(rows, width) to (rows, 128): the highest of what lies in the same lane."""
-    parts = [scores[:, i : i + LANES] for i in range(0, scores.shape[1], LANES)]
-    return functools.reduce(jnp.maximum, parts)
 
 
 def _by_tile(config: Config, make, start, width: int) -> jax.Array:

@@ -90,7 +90,7 @@ def _scored(config, refs) -> None:
         return
     scores = refs.products[...]
     if refs.k_scale is not None:
-        scores *= refs.k_scale[...]
+        scores *= _spread(refs.k_scale, scores.shape[0])
     if config.soft_cap:
         scores = jnp.tanh(scores)
         if refs.slopes is not None:
@@ -317,7 +317,7 @@ def forward_kernel(config, refs, by_rows):
         # Lane by lane: the lanes are added up once, at the end.
         refs.total[...] = faded(refs.total) + folded(weights)
         if refs.v_scale is not None:
-            weights *= refs.v_scale[...]
+            weights *= _spread(refs.v_scale, weights.shape[0])
         refs.weights[...] = weights.astype(refs.q.dtype)
         added = _product(refs.sums, refs.weights, refs.v, refs.q)
         refs.sum[...] = faded(refs.sum) + added
@@ -380,14 +380,14 @@ def query_kernel(config, refs, by_rows):
             found = _waiting(refs.products, found) if waits else found
         d_shares = refs.d_shares[...]
         if refs.v_scale is not None:
-            d_shares *= refs.v_scale[...]
+            d_shares *= _spread(refs.v_scale, d_shares.shape[0])
         d_scores = found * (d_shares - lanes(refs.delta_column[...], d_shares.shape[1]))
         if refs.span is not None:
             d_scores = _waiting(refs.d_shares, d_scores)
         if config.soft_cap:
             d_scores *= refs.slopes[...]
         if refs.k_scale is not None:
-            d_scores *= refs.k_scale[...]
+            d_scores *= _spread(refs.k_scale, d_scores.shape[0])
         if waits and refs.span is None:
             d_scores = _waiting(refs.d_shares, d_scores)
         refs.d_scores[...] = d_scores.astype(refs.q.dtype)
