@@ -109,8 +109,8 @@ OTHERS = {
 def other_formats() -> list[Case]:
     """Other weights of 4096x4096: of 16 rows against their bytes, of 256 and 2048 against bf16.
 
-    W4A8 in groups also of 64 rows, the most whose sums are scaled on v6e and 7x, and W8A8, whose
-    format is the chip's own, not of 16.
+    W4A8 in groups, and zero points, also of 64 rows, the most whose sums are scaled there, and
+    W8A8, whose format is the chip's own, not of 16. Groups of 32 also with 14336 inputs.
     """
     from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
     from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
@@ -122,7 +122,8 @@ def other_formats() -> list[Case]:
         width = 4 if options.get("scale_dtype") == "float32" else 2
         bits = 8 if format == "native" else FORMATS[format].bits
         size = n * k * bits / 8 + arrays * n * (k // group) * width
-        few = {"W4A8 g128": (16, 64), "W8A8 by channel": ()}.get(name, (16,))
+        few = {"W8A8 by channel": ()}.get(name, (16,))
+        few = (16, 64) if name in ("W4A8 g128", "int4 g128 with zero points") else few
         for m in (*few, 256, 2048):
             quantized = "activation_dtype" in options
 
@@ -154,6 +155,19 @@ def other_formats() -> list[Case]:
                     against="" if m <= 64 else f"many W4A16 g128 M={m} 4096x4096 in bf16",
                 )
             )  # fmt: skip
+    shape = {"m": 256, "n": 4096, "k": 14336}
+
+    def long(schedule, chip):
+        tile = tpu_tiles.dense(chip.name, **shape, columns=chip.mxu)
+        return tune_compiled.dense_cycles(schedule, tile, shape["n"], [1, 0])
+
+    cases.append(
+        Case(
+            "format int4 g32 M=256 4096x14336", "quantized_matmul_dense_int4",
+            f"{_MODULE}:quantized", {**shape, "group_size": 32}, long,
+            against="many W4A16 g128 M=256 4096x14336 in bf16",
+        )
+    )  # fmt: skip
     return cases
 
 
