@@ -109,8 +109,8 @@ OTHERS = {
 def other_formats() -> list[Case]:
     """Other weights of 4096x4096: of 16 rows against their bytes, of 256 and 2048 against bf16.
 
-    W4A8 in groups, and zero points, also of 64 rows, the most whose sums are scaled there, and
-    W8A8, whose format is the chip's own, not of 16. Groups of 32 also with 14336 inputs.
+    W4A8 also of 32 and 64 rows, and zero points of 64, the most whose sums are scaled on v6e and
+    7x; W8A8, whose format is the chip's own, not of 16. Groups of 32 also with 14336 inputs.
     """
     from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
     from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
@@ -122,8 +122,8 @@ def other_formats() -> list[Case]:
         width = 4 if options.get("scale_dtype") == "float32" else 2
         bits = 8 if format == "native" else FORMATS[format].bits
         size = n * k * bits / 8 + arrays * n * (k // group) * width
-        few = {"W8A8 by channel": ()}.get(name, (16,))
-        few = (16, 64) if name in ("W4A8 g128", "int4 g128 with zero points") else few
+        few = {"W8": (), "W4": (16, 32, 64)}.get(name[:2], (16,))
+        few = (16, 64) if name == "int4 g128 with zero points" else few
         for m in (*few, 256, 2048):
             quantized = "activation_dtype" in options
 

@@ -373,11 +373,17 @@ def tile_of(chip: Chip, m: int, weight: Weight, how: Arithmetic) -> tpu_tiles.Ti
     digits = how.x == "int8" and how.pieces in _DIGITS
     if digits:
         digits = how.pieces * tile.m > _DIGITS[how.pieces] // (2 if slow else 1)
-    if chip.mxu == _LANES and (how.w == "bfloat16" or digits):
+    codes = _codes_once(how) and tile.m > 16 and (slow or tile.m <= 32)
+    if chip.mxu == _LANES and (how.w == "bfloat16" or digits or codes):
         # Decoding to bf16 takes the registers of v5 that sums of more outputs would need, and so do
-        # the products of digits.
+        # the products of digits, and of quantized rows.
         return dataclasses.replace(tile, columns=_LANES)
     return tile
+
+
+def _codes_once(how: Arithmetic) -> bool:
+    """Whether int8 rows are multiplied as they are, not in pieces or copies."""
+    return how.x == "int8" and how.pieces * how.copies == 1
 
 
 def scratch_of(
@@ -386,8 +392,10 @@ def scratch_of(
     """Memory of a kernel, by the name of its argument."""
     found = {}
     rows = how.pieces * how.copies * tile.m
-    # On v5 nothing spills without both, and there are several pieces of each row.
-    if chip.mxu > _LANES:
+    # On v5 there are several pieces of each row, and nothing spills without both, but for 17 to 32
+    # quantized rows.
+    short = _codes_once(how) and tile.m <= 32 and tile.columns == _LANES
+    if chip.mxu > _LANES or short:
         if 4 * tile.k // how.depth * rows * tile.n <= _PRODUCTS:
             shape = tile.k // how.depth, rows, tile.n
             found["products_ref"] = pltpu.VMEM(shape, jnp.int32 if how.x == "int8" else jnp.float32)

@@ -134,7 +134,7 @@ class TestMosaicTpu(test_reference.TestXla):
 @pytest.mark.parametrize(
     ("chip", "dtype", "x_dtype", "group_size", "m"),
     [
-        ("v5e", "int8", "float32", 128, 11),
+        ("v5e", "int8", "float32", 128, 19),
         ("v5p", "int8", "bfloat16", 32, 11),
         ("7x", "float8_e4m3fn", "float32", 64, 11),
         ("v6e", "int8", "bfloat16", 128, 19),
@@ -363,6 +363,7 @@ SPILLED = {
         {"m": 256, "n": 1024, "k": 14336, "group_size": 32},
         {"m": 128, "n": 4096, "k": 4096},
         {"m": 64, "n": 1024, "k": 4096},
+        {"m": 32, "n": 1024, "k": 4096, "zeros": True, "activation_dtype": "int8"},
         {"m": 128, "n": 4096, "k": 4096, "group_size": 4096, "activation_dtype": "int8"},
         {"m": 256, "n": 4096, "k": 4096, "zeros": True},
         {"m": 16, "n": 4096, "k": 4096, "x_dtype": "float32", "format": "fp8"},
