@@ -567,8 +567,7 @@ def sums_of(
     # Zero points last: their product would keep its sums in registers all the while.
     if weight.zeros:
         offsets = refs["zeros"][:, columns].astype(jnp.float32) * scales
-        exact = how.x != "bfloat16" or how.pieces > 1 or "row_scales" in refs
-        y = _subtract(y, refs["sums"][...], offsets, exact)
+        y = _subtract(y, refs["sums"][...], offsets, how, "row_scales" in refs)
     return y
 
 
@@ -581,25 +580,29 @@ def _add(waiting_ref, columns, products, start: int) -> None:
     waiting_ref[0, :, columns] = products
 
 
-def _subtract(y: jax.Array, sums: jax.Array, offsets: jax.Array, exact: bool) -> jax.Array:
+def _subtract(
+    y: jax.Array, sums: jax.Array, offsets: jax.Array, how: Arithmetic, scaled: bool
+) -> jax.Array:
     """``y - sums offsets``: without what zero points add.
 
     Args:
       y: f32 ``(rows, outputs)``.
       sums: f32 ``(rows, groups)``, of rows' groups.
       offsets: f32 ``(groups, outputs)``, scaled zero points.
-      exact: whether rows are more than bf16 numbers, or codes.
+      how: rows were multiplied.
+      scaled: whether rows have scales: as digits have, and codes.
     """
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    digits = how.x == "int8" and how.pieces == 3
+    exact = not (digits or (how.x == "bfloat16" and how.pieces == 1 and not scaled))
     if exact and y.shape[0] <= 2 * _WAITING:
         return y - dot(sums, offsets, precision="highest")
-    # One product after the other: of many rows that takes fewer registers. Of bf16 rows two pieces
-    # of both are enough.
+    # Of bf16 rows, three digits each, two pieces of both are enough.
     pairs = reversed(pieces_of.pairs(3, 3)) if exact else ((0, 1), (1, 0), (0, 0))
     of_sums, of_offsets = pieces_of.split(sums), pieces_of.split(offsets)
-    for i, j in pairs:
-        y = y - dot(of_sums[i], of_offsets[j])
-    return y
+    products = (dot(of_sums[i], of_offsets[j]) for i, j in pairs)
+    # One product after the other: of many rows that takes fewer registers, but of digits.
+    return y - sum(products) if digits else functools.reduce(jnp.subtract, products, y)
 
 
 def _everywhere(scales_ref, group: int, columns: pl.Slice, rows: int) -> jax.Array:
