@@ -107,91 +107,62 @@ OTHERS = {
 
 
 def other_formats() -> list[Case]:
-    """Other weights of 4096x4096: of 16 rows against their bytes, of 256 and 2048 against bf16.
+    """Other weights: of up to 64 rows against their bytes, of more against bf16.
 
     W4A8 also of 32 and 64 rows, and zero points of 64, the most whose sums are scaled on v6e and
-    7x; W8A8, whose format is the chip's own, not of 16. Groups of 32 also with 14336 inputs.
+    7x; W8A8, whose format is the chip's own, only of many. Groups of 32 and scales of whole rows
+    also with 14336 inputs, which are more than a tile's, or more than a tile of many rows leaves
+    registers for.
     """
+    cases = []
+    for name in OTHERS:
+        few = {"W8": (), "W4": (16, 32, 64)}.get(name[:2], (16,))
+        few = (16, 64) if name == "int4 g128 with zero points" else few
+        channel = (128,) if name in ("W4A8 by channel", "W8A8 by channel") else ()
+        cases += [_format(name, m, 4096, 4096) for m in (*few, *channel, 256, 2048)]
+        if name == "int4 g32":
+            cases += [_format(name, m, 4096, 14336) for m in (16, 256)]
+        if channel:
+            cases.append(_format(name, 256, 4096, 14336))
+    return cases
+
+
+def _format(name: str, m: int, n: int, k: int) -> Case:
+    """A product with weights of ``OTHERS``."""
     from jaxcomp.kernels.quantized_matmul import reference, tpu, tpu_tiles
     from jaxcomp.kernels.quantized_matmul.weights import FORMATS, Weight
 
-    cases, n, k = [], 4096, 4096
-    for name, options in OTHERS.items():
-        format, group = options.get("format", "int4"), options.get("group_size", 128)
-        arrays = 1 + options.get("zeros", False)
-        width = 4 if options.get("scale_dtype") == "float32" else 2
-        bits = 8 if format == "native" else FORMATS[format].bits
-        size = n * k * bits / 8 + arrays * n * (k // group) * width
-        few = {"W8": (), "W4": (16, 32, 64)}.get(name[:2], (16,))
-        few = (16, 64) if name == "int4 g128 with zero points" else few
-        for m in (*few, 256, 2048):
-            quantized = "activation_dtype" in options
+    options = {**OTHERS[name], "m": m, "n": n, "k": k}
+    if "by channel" in name:
+        options["group_size"] = k
+    format, group = options.get("format", "int4"), options.get("group_size", 128)
+    quantized = "activation_dtype" in options
 
-            def sums(schedule, chip, m=m, group=group, format=format, quantized=quantized):
-                """By the loop that multiplies: rows are quantized once, before."""
-                dtype = "int8" if chip.multiplies("int8") else "float8_e4m3fn"
-                weight = Weight(None, None, None, None, format, group, (n, k))
-                options = reference.Options(None, dtype if quantized else None, "bfloat16")
-                how = tpu.arithmetic(chip, "bfloat16", weight, options)
-                tile = tpu.tile_of(chip, m, weight, how)
-                loops = [max(schedule.loops, key=lambda loop: loop.bundles)]
-                whole = dataclasses.replace(schedule, loops=loops)
-                return tune_compiled.few_cycles(whole, tile, n, k) * -(-m // tile.m)
+    def sums(schedule, chip):
+        """By the loop that multiplies: rows are quantized once, before."""
+        dtype = "int8" if chip.multiplies("int8") else "float8_e4m3fn"
+        weight = Weight(None, None, None, None, format, group, (n, k))
+        how = reference.Options(None, dtype if quantized else None, "bfloat16")
+        tile = tpu.tile_of(chip, m, weight, tpu.arithmetic(chip, "bfloat16", weight, how))
+        loops = [max(schedule.loops, key=lambda loop: loop.bundles)]
+        whole = dataclasses.replace(schedule, loops=loops)
+        return tune_compiled.few_cycles(whole, tile, n, k) * -(-m // tile.m)
 
-            def dense(schedule, chip, m=m):
-                tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
-                times = [1, -(-m // tile.m) - 1]
-                if "rows_codes" in schedule.name:  # Each step decodes what it multiplies.
-                    times = [sum(times)]
-                return tune_compiled.dense_cycles(schedule, tile, n, times)
+    def dense(schedule, chip):
+        tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
+        times = [1, -(-m // tile.m) - 1]
+        if "rows_codes" in schedule.name:  # Each step decodes what it multiplies.
+            times = [sum(times)]
+        return tune_compiled.dense_cycles(schedule, tile, n, times)
 
-            many = ("rows_" if quantized else f"dense_{format}") if m > 64 else format
-            cases.append(
-                Case(
-                    f"format {name} M={m} 4096x4096", f"quantized_matmul_{many}",
-                    f"{_MODULE}:quantized", {"m": m, "n": n, "k": k, **options},
-                    dense if m > 64 else sums,
-                    size if m <= 64 else 0.0,
-                    against="" if m <= 64 else f"many W4A16 g128 M={m} 4096x4096 in bf16",
-                )
-            )  # fmt: skip
-    shape = {"m": 256, "n": 4096, "k": 14336}
-
-    def long(schedule, chip):
-        tile = tpu_tiles.dense(chip.name, **shape, columns=chip.mxu)
-        return tune_compiled.dense_cycles(schedule, tile, shape["n"], [1, 0])
-
-    cases.append(
-        Case(
-            "format int4 g32 M=256 4096x14336", "quantized_matmul_dense_int4",
-            f"{_MODULE}:quantized", {**shape, "group_size": 32}, long,
-            against="many W4A16 g128 M=256 4096x14336 in bf16",
-        )
-    )  # fmt: skip
-    return cases
-
-
-def quantized_rows() -> list[Case]:
-    """Codes of rows times those of weights by channel, between the sizes of ``other_formats``."""
-    from jaxcomp.kernels.quantized_matmul import tpu_tiles
-
-    cases = []
-    for m, n, k in ((128, 4096, 4096), (256, 4096, 14336)):
-
-        def codes(schedule, chip, m=m, n=n, k=k):
-            tile = tpu_tiles.dense(chip.name, m, n, k, chip.mxu)
-            return tune_compiled.dense_cycles(schedule, tile, n, [-(-m // tile.m)])
-
-        for name in ("W4A8 by channel", "W8A8 by channel"):
-            shape = {"m": m, "n": n, "k": k, "group_size": k}
-            cases.append(
-                Case(
-                    f"format {name} M={m} {n}x{k}", "quantized_matmul_rows_codes",
-                    f"{_MODULE}:quantized", {**OTHERS[name], **shape}, codes,
-                    against=f"many W4A16 g128 M={m} {n}x{k} in bf16",
-                )
-            )  # fmt: skip
-    return cases
+    label, target = f"{name} M={m} {n}x{k}", f"{_MODULE}:quantized"
+    if m > 64:
+        kernel = f"quantized_matmul_{'rows_' if quantized else f'dense_{format}'}"
+        against = f"many W4A16 g128 M={m} {n}x{k} in bf16"
+        return Case(f"format {label}", kernel, target, options, dense, against=against)
+    arrays, width = 1 + options.get("zeros", False), 4 if "scale_dtype" in options else 2
+    size = n * k * FORMATS[format].bits / 8 + arrays * n * (k // group) * width
+    return Case(f"format {label}", f"quantized_matmul_{format}", target, options, sums, size)
 
 
 def f32_rows() -> list[Case]:
@@ -280,7 +251,6 @@ def grouped_matmul() -> list[Case]:
 CASES = {
     "quantized_matmul": quantized_matmul,
     "other_formats": other_formats,
-    "quantized_rows": quantized_rows,
     "f32_rows": f32_rows,
     "grouped_matmul": grouped_matmul,
     "sparse_matmul": tpu_sparse.cases,

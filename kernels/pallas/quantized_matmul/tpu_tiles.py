@@ -2,8 +2,8 @@
 
 For each chip and each of the two kernels ("few" rows, whose sums are scaled, and "dense", whose
 weights are) the file says the rows of a tile, and pairs (most inputs, outputs of a tile); also, if
-it matters, of how many outputs at a time up to 16 rows in small groups keep their sums. Which
-products are of many rows is said by ``tpu.many_rows``; the kernel of codes has the tiles of the
+it matters, the most inputs of 9 to 16 rows in small groups, and of how many outputs at a time up to
+16 keep their sums. Which products are of many rows is said by ``tpu.many_rows``; the kernel of codes has the tiles of the
 dense one.
 """
 
@@ -56,7 +56,14 @@ def few(chip: str, m: int, n: int, k: int, group_size: int, depth: int, pieces: 
       The tile; its inputs divide k, and divide a group or are whole groups.
     """
     sizes = table(chip, "few")
-    most = sizes["outputs"][-1][0]
+    # The rows of all pieces together are what the matrix unit is given.
+    rows = max(32 if pieces < 16 else 16, sizes["rows"] * 4 // pieces // 32 * 32)
+    rows = min(rows, -(-m // 8) * 8)
+    most, columns = sizes["outputs"][-1][0], 256 if rows <= 64 else LANES
+    if depth > group_size and rows <= 16:
+        inputs, columns = sizes.get("small_groups", (most, columns))
+        # Eight rows leave registers for more.
+        most = inputs if rows > 8 else most
     tile_k = max(
         size
         for size in range(depth, k + 1, depth)
@@ -65,12 +72,6 @@ def few(chip: str, m: int, n: int, k: int, group_size: int, depth: int, pieces: 
         and (size <= most or size == depth)
     )
     tile_n = next(outputs for inputs, outputs in sizes["outputs"] if max(tile_k, 1) <= inputs)
-    # The rows of all pieces together are what the matrix unit is given.
-    rows = max(32 if pieces < 16 else 16, sizes["rows"] * 4 // pieces // 32 * 32)
-    rows = min(rows, -(-m // 8) * 8)
-    columns = 256 if rows <= 64 else LANES
-    if depth > group_size and rows <= 16:
-        columns = sizes.get("small_groups", columns)
     tile_n = min(tile_n, -(-n // columns) * columns)
     return Tile(rows, tile_n, tile_k, columns)
 
