@@ -229,7 +229,7 @@ def test_what_is_measured_is_what_runs(monkeypatch, chip, format):
         return make(tile, *rest)
 
     monkeypatch.setattr(tpu, "scratch_of", watched)
-    case = tune.Case(format, None, 16, 4096, 4096, 32)
+    case = tune.Case(format, None, 16, 4096, 4096, 64)
     weight, x = tune_compiled.weight_shapes(case), jax.ShapeDtypeStruct((16, 4096), jnp.bfloat16)
     _, tile, call = tune.tiled(case, chip, weight)
     options = reference.Options(None, None, "bfloat16")
