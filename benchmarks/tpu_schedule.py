@@ -106,13 +106,21 @@ OTHERS = {
 }  # fmt: skip
 
 
+# Rows with 14336 inputs: more than a tile's, or more than it leaves registers for.
+DEEP = {
+    "fp8 g128": (16,),
+    "int4 g32": (16, 256),
+    "int4 g128 with zero points": (1, 16),
+    "W4A8 by channel": (256,),
+    "W8A8 by channel": (256,),
+}
+
+
 def other_formats() -> list[Case]:
     """Other weights: of up to 64 rows against their bytes, of more against bf16.
 
     W4A8 also of 32 and 64 rows, and zero points of 64, the most whose sums are scaled on v6e and
-    7x; W8A8, whose format is the chip's own, only of many. Groups of 32 and scales of whole rows
-    also with 14336 inputs, which are more than a tile's, or more than a tile of many rows leaves
-    registers for.
+    7x; W8A8, whose format is the chip's own, only of many.
     """
     cases = []
     for name in OTHERS:
@@ -120,10 +128,7 @@ def other_formats() -> list[Case]:
         few = (16, 64) if name == "int4 g128 with zero points" else few
         channel = (128,) if name in ("W4A8 by channel", "W8A8 by channel") else ()
         cases += [_format(name, m, 4096, 4096) for m in (*few, *channel, 256, 2048)]
-        if name == "int4 g32":
-            cases += [_format(name, m, 4096, 14336) for m in (16, 256)]
-        if channel:
-            cases.append(_format(name, 256, 4096, 14336))
+        cases += [_format(name, m, 4096, 14336) for m in DEEP.get(name, ())]
     return cases
 
 

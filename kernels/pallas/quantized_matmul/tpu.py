@@ -47,6 +47,8 @@ _TOGETHER = {"v6e": 16, "7x": 32}
 _DIGITS = {3: 128, 4: 64}
 # Rows of a tile whose sums wait in memory, where there are no registers for those of all.
 _WAITING = 16
+# Groups, and inputs, of a tile above which zero points, or e4m3 on v5, take registers of the rest.
+_GROUPS, _DEEP = 64, 4096
 # Most bytes of memory for the products of a tile.
 _PRODUCTS = 4 << 20
 
@@ -373,6 +375,7 @@ def tile_of(chip: Chip, m: int, weight: Weight, how: Arithmetic) -> tpu_tiles.Ti
     digits = how.x == "int8" and how.pieces in _DIGITS
     if digits:
         digits = how.pieces * tile.m > _DIGITS[how.pieces] // (2 if slow else 1)
+        digits = digits or (weight.zeros is not None and tile.k > _DEEP)
     codes = _codes_once(how) and tile.m > 16 and (slow or tile.m <= 32)
     if chip.mxu == _LANES and (how.w == "bfloat16" or digits or codes):
         # Decoding to bf16 takes the registers of v5 that sums of more outputs would need, and so do
@@ -400,8 +403,8 @@ def scratch_of(
             shape = tile.k // how.depth, rows, tile.n
             found["products_ref"] = pltpu.VMEM(shape, jnp.int32 if how.x == "int8" else jnp.float32)
         groups = tile.k // weight.group_size
-        # Eight rows leave registers for scales.
-        if groups > 1 and tile.m > 8:
+        # Eight rows leave registers for scales, but for those of many groups and zero points.
+        if groups > 1 and (tile.m > 8 or (weight.zeros is not None and groups > _GROUPS)):
             found["scales_ref"] = pltpu.VMEM((-(-tile.n // _LANES), groups, _LANES), jnp.float32)
     if waiting := waiting_rows(tile, weight, how, chip):
         found["waiting_ref"] = pltpu.VMEM((1, waiting, tile.n), jnp.float32)
@@ -416,9 +419,9 @@ def waiting_rows(tile: tpu_tiles.Tile, weight: Weight, how: Arithmetic, chip: Ch
     short = chip.name == "v6e" or (chip.name == "7x" and weight.zeros is not None)
     most = 2 * _WAITING if short else tile.m
     if chip.mxu == _LANES and weight.format == "fp8":
-        most = _WAITING
+        most = _WAITING // 2 if tile.m <= _WAITING and tile.k > _DEEP else _WAITING
     single = how.x == "bfloat16" and how.pieces * how.copies == 1
-    return _WAITING if single and tile.m > most else 0
+    return min(most, _WAITING) if single and tile.m > most else 0
 
 
 def keep_scales(refs, scales_ref, how: Arithmetic, always: jax.Array) -> None:
