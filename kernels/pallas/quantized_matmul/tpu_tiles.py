@@ -3,8 +3,8 @@
 For each chip and each of the two kernels ("few" rows, whose sums are scaled, and "dense", whose
 weights are) the file says the rows of a tile, and pairs (most inputs, outputs of a tile); also, if
 it matters, the most inputs of 9 to 16 rows in small groups, and of how many outputs at a time up to
-16 keep their sums. Which products are of many rows is said by ``tpu.many_rows``; the kernel of codes has the tiles of the
-dense one.
+16 keep their sums. Which products are of many rows is said by ``tpu.many_rows``; the kernel of
+codes has the tiles of the dense one.
 """
 
 import dataclasses
