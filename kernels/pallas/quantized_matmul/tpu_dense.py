@@ -36,6 +36,8 @@ _SLOW = {"v6e": ("fp8", "codebook")}
 _QUARTERS = {"7x": 2}
 # Slabs of 256 inputs that slow formats have registers for: 4096, and sums of their groups.
 _TOGETHER = 17
+# And that zero points, spread like scales, have them for on 7x.
+_SPREAD = 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Decoding:
         # Of more than some 4096 inputs slow decoding runs ahead of matrix units, and spills. (More
         # rows keep those busy for longer.)
         together = _TOGETHER if slow and _FEW < m <= 2 * _FEW else None
+        if zeros and chip.name == "7x":
+            together = _SPREAD
         # v5 scales in f32, and few rows keep its four matrix units busy only for a short time: what
         # is decoded ahead of them is more than registers hold. Of more rows it is not, and storing
         # it would only cost cycles. So it is with what v6e decodes slowly. Tiles of more rows than
@@ -359,7 +363,9 @@ def product(
     if len(pieces) == 1:
         y = multiply(pieces[0])
     else:
-        apart([functools.partial(body, piece) for piece in pieces], block.start)
+        # Where a tile is a single block, it begins at a number that is known.
+        unknown = block.start + pl.program_id(0) + pl.program_id(1)
+        apart([functools.partial(body, piece) for piece in pieces], unknown)
 
     def end():
         last = len(slabs) - 1
